@@ -1,0 +1,146 @@
+"""Adapters in safetensors files: all tiers, the config, and the classifier head if it was trained."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .config import HiLoRAConfig
+from .bank import AdapterBank
+from .inject import banks, head_parameters, inject, unload
+from .layers import TieredLoRALinear
+
+FORMAT = "hilora-1"
+
+
+def save_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the adapters of all tiers, their config, and the head if it was trained, whole or not at all.
+
+    Raises:
+        ValueError: if the model has no adapters, or an adapter is not finite.
+    """
+    tensors: dict[str, Tensor] = {}
+    found = banks(model)
+    for index, bank in enumerate(found):
+        for tier in bank.tiers:
+            tensors[f"{index}.{tier}.lora_A"] = bank.A[tier]
+            tensors[f"{index}.{tier}.lora_B"] = bank.B[tier]
+    fresh = model.__dict__.get("_hilora_fresh_head", {})
+    head = head_parameters(model)
+    if any(name not in fresh or not torch.equal(value.cpu(), fresh[name].cpu()) for name, value in head.items()):
+        tensors |= {f"head.{name}": value for name, value in head.items()}
+    write_tensors(path, tensors, {"config": found[0].config.to_dict(), "projections": [bank.names for bank in found]})
+
+
+def load_adapters(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Read adapters into a model that has the same ones, or into a plain model, which is injected as the file says.
+
+    Args:
+        model: a model with adapters, or without.
+        path: a file of `save_adapters`.
+
+    Returns:
+        The model, changed in place; or not at all, if there is an error.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for a corrupt or foreign file, or one that does not fit the model.
+    """
+    tensors, described = read_tensors(path)
+    try:
+        config = HiLoRAConfig.from_dict(described["config"])
+        projections = [tuple(names) for names in described["projections"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not describe adapters: {error!r}") from error
+    head = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
+    own_head = head_parameters(model)
+    shapes, own_shapes = ({name: tuple(p.shape) for name, p in some.items()} for some in (head, own_head))
+    if head and shapes != own_shapes:
+        raise ValueError(f"{path} has a head {shapes}, the model {own_shapes}")
+    plain = not any(isinstance(module, TieredLoRALinear) for module in model.modules())
+    if plain:
+        inject(model, config)
+    try:
+        tables = _tables(banks(model), config, projections, tensors, path)
+    except ValueError:
+        if plain:
+            unload(model)
+        raise
+    for bank, tier, A, B in tables:
+        bank.assign(tier, A, B)
+    with torch.no_grad():
+        for name, value in head.items():
+            own_head[name].copy_(value)
+    return model
+
+
+def _tables(
+    found: list[AdapterBank], config: HiLoRAConfig, names: list[tuple[str, ...]], tensors: dict[str, Tensor], path: Any
+) -> list[tuple[AdapterBank, str, Tensor, Tensor]]:
+    """What to put into which bank and tier, once all of it is seen to fit."""
+    own = [bank.names for bank in found]
+    if own != names:
+        raise ValueError(f"{path} adapts other projections than the model: {_some(names)}, not {_some(own)}")
+    if _shape(config) != _shape(found[0].config):
+        raise ValueError(f"{path} has tiers (rank, scale) {_shape(config)}, the model {_shape(found[0].config)}")
+    tables = []
+    for index, bank in enumerate(found):
+        for tier in bank.tiers:
+            A, B = tensors.get(f"{index}.{tier}.lora_A"), tensors.get(f"{index}.{tier}.lora_B")
+            if A is None or B is None:
+                raise ValueError(f"{path} lacks the adapters of tier {tier!r}")
+            bank.check(tier, A, B)
+            tables.append((bank, tier, A.to(bank.A[tier]), B.to(bank.B[tier])))
+    return tables
+
+
+def _shape(config: HiLoRAConfig) -> dict[str, tuple[int, float]]:
+    return {tier: (config.rank(tier), config.scale(tier)) for tier in config.tiers}
+
+
+def _some(names: Any) -> str:
+    flat = [name for group in names for name in group]
+    return ", ".join(flat[:2]) + f"… ({len(flat)})"
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], described: dict[str, Any]) -> None:
+    """Write tensors and a description (JSON values) to a safetensors file, whole or not at all."""
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{name} is not finite: not saved to {path}")
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    partial = Path(f"{path}.part")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save_file(plain, partial, {"format": FORMAT, "hilora": json.dumps(described)})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_tensors` wrote.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for a corrupt or foreign file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file of adapters at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"{path} is no file of hilora's: its format is {metadata.get('format')!r}, not {FORMAT!r}")
+            described = json.loads(metadata["hilora"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    return tensors, described
