@@ -1,0 +1,34 @@
+"""Where a run stands after a round, in a file to go on from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write tensors, numbers and containers of them, whole or not at all."""
+    partial = path.with_suffix(".part")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """What `save_checkpoint` wrote, read without running anything that a file might say.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if the file is corrupt or holds anything else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path} to resume from: start without --resume")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not {"config", "strategy", "round"} <= set(state):
+            raise ValueError("it holds something else")
+    except Exception as error:  # torch.load raises whatever the bytes lead it to
+        raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
+    return state

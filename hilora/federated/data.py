@@ -1,0 +1,132 @@
+"""Images as the simulation holds them: uint8 tensors, resized and augmented in batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A labelled set of images of one size.
+
+    Attributes:
+        images: uint8 `[n, 3, h, w]`.
+        labels: int64 `[n]`, indices into `classes`.
+        classes: names of the classes.
+        groups: int64 `[len(classes)]`, the superclass of each class (-1: not known), or None where there are none.
+        group_names: names of the superclasses; empty where there are none.
+        name: what a run calls the data in its summary.
+        mirrors: whether a mirrored image keeps its label, so that flips may augment it.
+
+    Raises:
+        ValueError: a tensor has another dtype or shape, or holds an index that nothing has.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    name: str
+    groups: Tensor | None = None
+    group_names: tuple[str, ...] = ()
+    mirrors: bool = True
+
+    def __post_init__(self) -> None:
+        _check_images(self.images)
+        _check_indices(
+            "labels", self.labels, (len(self.images),), 0, len(self.classes), "one index of a class an image"
+        )
+        if self.groups is not None:
+            what = "one index of a group name a class, or -1"
+            _check_indices("groups", self.groups, (len(self.classes),), -1, len(self.group_names), what)
+        elif self.group_names:
+            raise ValueError(f"group_names are {self.group_names} but groups is None: give the group of each class too")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def prepare(images: Tensor, size: int, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turns stored images into what a ViT takes, on the device where they are.
+
+    Resizes (bicubic, antialiased; left out where the size is right already), scales to [0, 1] and normalises, all in
+    float32 or better; rounds to `dtype` once.
+
+    Args:
+        images: uint8 `[n, 3, h, w]`.
+        size: height and width of the result.
+        mean: `[3]`, subtracted from the channels, which range over [0, 1].
+        std: `[3]`, divides the channels.
+        dtype: floating dtype of the result.
+
+    Returns:
+        `[n, 3, size, size]` in `dtype`.
+
+    Raises:
+        ValueError: `images` are not uint8 `[n, 3, h, w]`, or `size` is below 1.
+    """
+    _check_images(images)
+    if size < 1:
+        raise ValueError(f"size is {size}, expected at least 1 pixel")
+    exact = torch.promote_types(dtype, torch.float32)
+    pixels = images.to(exact)
+    if images.shape[-2:] != (size, size):
+        pixels = F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)
+    mean, std = (value.to(images.device, exact).view(3, 1, 1) for value in (mean, std))
+    return ((pixels / 255).clamp(0, 1) - mean).div(std).to(dtype)
+
+
+def augment(images: Tensor, generator: torch.Generator, mirror: bool) -> Tensor:
+    """Shifts every image at random by up to an eighth of its side, edges reflected, and flips half of them.
+
+    The random numbers are drawn on the CPU, so that the result is the same on every device.
+
+    Args:
+        images: uint8 `[n, 3, h, w]`.
+        generator: a CPU generator.
+        mirror: whether to flip images left to right, each with probability 1/2.
+
+    Returns:
+        uint8 `[n, 3, h, w]`, a new tensor.
+
+    Raises:
+        ValueError: `images` are not uint8 `[n, 3, h, w]`, or the generator is not the CPU's.
+    """
+    _check_images(images)
+    if generator.device.type != "cpu":
+        raise ValueError(f"generator is on {generator.device}, expected a CPU generator: torch.Generator()")
+    n, _, height, width = images.shape
+    down, right, flip = torch.stack(
+        [
+            torch.randint(-(height // 8), height // 8 + 1, (n, 1), generator=generator),
+            torch.randint(-(width // 8), width // 8 + 1, (n, 1), generator=generator),
+            torch.randint(0, 1 + mirror, (n, 1), generator=generator),
+        ]
+    ).to(images.device, non_blocking=True)  # one copy for all three
+    rows = _reflect(torch.arange(height, device=images.device) + down, height)  # [n, h]
+    columns = _reflect(torch.arange(width, device=images.device) + right, width)  # [n, w]
+    columns = torch.where(flip.bool(), columns.flip(1), columns)
+    batch = torch.arange(n, device=images.device).view(n, 1, 1, 1)
+    channel = torch.arange(3, device=images.device).view(1, 3, 1, 1)
+    return images[batch, channel, rows.view(n, 1, height, 1), columns.view(n, 1, 1, width)]
+
+
+def _reflect(index: Tensor, length: int) -> Tensor:
+    """Mirrors indices that lie past either end of `range(length)` back into it; the end itself is not repeated."""
+    return length - 1 - (length - 1 - index.abs()).abs()
+
+
+def _check_images(images: Tensor) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images are {images.dtype} {list(images.shape)}, expected torch.uint8 [n, 3, h, w]")
+
+
+def _check_indices(name: str, values: Tensor, shape: tuple[int, ...], low: int, high: int, what: str) -> None:
+    if values.dtype != torch.int64 or values.shape != shape:
+        raise ValueError(f"{name} are {values.dtype} {list(values.shape)}, expected torch.int64 {list(shape)}: {what}")
+    if len(values) and not low <= (extremes := values.aminmax()).min <= extremes.max < high:
+        found = f"{int(extremes.min)} to {int(extremes.max)}"
+        raise ValueError(f"{name} range over {found}, expected {low} to {high - 1}: {what}")

@@ -1,0 +1,102 @@
+"""RunConfig: everything that decides the result of a run, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+TIERS = ("root", "cluster", "leaf")
+
+
+def per_tier(value: Any) -> dict[str, Any]:
+    """One value for all tiers, a sequence of one a tier, or a mapping: as a mapping."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    if len(values) not in (1, len(TIERS)):
+        raise ValueError(f"give one value, or one for each of {', '.join(TIERS)}, got {values}")
+    return dict(zip(TIERS, values * len(TIERS) if len(values) == 1 else values, strict=True))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A federated training. Values marked "per tier" are one value, three, or a mapping; kept as mappings.
+
+    Attributes:
+        rounds: per tier. A strategy of one tier trains it for all of them.
+        lr: of AdamW for the adapters, per tier.
+        head_lr: of AdamW for the classifier head, per tier.
+        rank: of the adapters, per tier.
+        lora_alpha: a tier's product is scaled by `lora_alpha / rank`, per tier.
+        target_modules: which layers are adapted, as in `HiLoRAConfig`.
+        lora_dropout: as in `HiLoRAConfig`.
+        local_epochs: passes over a client's images in a round.
+        batch_size: images of one client in a step.
+        weight_decay: of AdamW.
+        gamma_root: weight of a later tier's overlap with the root (the paper's γ_c).
+        gamma_cluster: weight of the leaf's overlap with the cluster tier (γ_l).
+        participation: share of the seen clients that train in a round of a tier that is aggregated.
+        tau_rel: the root tier stops when the aggregate's relative change ρ falls to it.
+        k_min: lowest number of clusters. 1 lets the clustering find that there are no groups.
+        k_max: highest number of clusters.
+        subspace_decay: λ of the moving average of a client's subspace over the root rounds.
+        published: the clustering and routing of the paper to the letter, in place of the forms that work
+            (`hilora.federated.strategies.hilora` says how they differ).
+        head: "follow": the head is averaged over all, inside the cluster, then private, with the tier in training;
+            "global": it is trained with the root and then frozen.
+        unseen_epochs: local epochs of an unseen client's own adapter.
+        augment: random crops, and flips where a mirrored image keeps its label.
+        seed: of everything random in the training.
+        cohort_size: clients trained in one forward pass; changes speed and memory, and results only by rounding.
+    """
+
+    rounds: Any = field(default_factory=lambda: per_tier([15, 20, 15]))
+    lr: Any = field(default_factory=lambda: per_tier([3e-3, 3e-3, 3e-4]))
+    head_lr: Any = field(default_factory=lambda: per_tier([1e-2, 1e-2, 1e-3]))
+    rank: Any = field(default_factory=lambda: per_tier(8))
+    lora_alpha: Any = field(default_factory=lambda: per_tier(16))
+    target_modules: tuple[str, ...] = ("q", "v")
+    lora_dropout: float = 0.0
+    local_epochs: int = 1
+    batch_size: int = 16
+    weight_decay: float = 0.0
+    gamma_root: float = 0.1
+    gamma_cluster: float = 0.1
+    participation: float = 1.0
+    tau_rel: float = 0.01
+    k_min: int = 1
+    k_max: int = 10
+    subspace_decay: float = 0.5
+    published: bool = False
+    head: str = "follow"
+    unseen_epochs: int = 5
+    augment: bool = False
+    seed: int = 0
+    cohort_size: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "lr", "head_lr", "rank", "lora_alpha"):
+            values = per_tier(getattr(self, name))
+            object.__setattr__(self, name, values)
+            if set(values) != set(TIERS):
+                raise ValueError(f"{name} must name {', '.join(TIERS)}, got {', '.join(values)}")
+            for tier, value in values.items():
+                whole = name in ("rounds", "rank")
+                if not 0 <= value < float("inf") or (whole and value != int(value)) or (name == "rank" and value < 1):
+                    raise ValueError(f"{name} of {tier} is {value}: it must be a {'whole' if whole else 'finite'} number ≥ 0")
+        for name, low in {"local_epochs": 1, "batch_size": 1, "cohort_size": 1, "k_min": 1, "unseen_epochs": 0}.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if self.k_max < self.k_min:
+            raise ValueError(f"k_max ({self.k_max}) is below k_min ({self.k_min})")
+        if not 0 < self.participation <= 1:
+            raise ValueError(f"participation is a share of the clients in (0, 1], got {self.participation}")
+        if not 0 <= self.subspace_decay < 1:
+            raise ValueError(f"subspace_decay must lie in [0, 1), got {self.subspace_decay}")
+        if self.head not in ("follow", "global"):
+            raise ValueError(f"head is 'follow' or 'global', got {self.head!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they stand beside a run's results."""
+        return asdict(self)

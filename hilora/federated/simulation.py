@@ -1,0 +1,282 @@
+"""The loop of a federated training: rounds, sampling, evaluation, metrics, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..inject import banks
+from ..saving import save_adapters, write_tensors
+from .backbone import Backbone
+from .checkpoint import load_checkpoint, save_checkpoint
+from .cohort import Cohort
+from .data import ImageSet
+from .metrics import MetricsLog, summarise, write_json
+from .partition import Population
+from .report import Progress, write_report
+from .settings import RunConfig
+from .state import Models, Trained, stream
+from .strategies import STRATEGIES
+
+UNSEEN_ROUND = 1_000_000  # names the random streams of unseen clients, far from any round's
+PROBE_ROUND = 2_000_000
+
+
+class Simulation:
+    """One strategy on one population.
+
+    Args:
+        strategy: a name in `STRATEGIES`.
+        run: how to train.
+        backbone: the frozen ViT.
+        train: images of all clients' training and validation; `test` those of their tests.
+        population: who has which of them.
+        out: folder for the results.
+        device: where to compute.
+        dtype: of the backbone.
+        resume: go on from the checkpoint in `out`.
+    """
+
+    def __init__(
+        self,
+        strategy: str,
+        run: RunConfig,
+        backbone: Backbone,
+        train: ImageSet,
+        test: ImageSet,
+        population: Population,
+        out: Path,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        resume: bool = False,
+    ) -> None:
+        if strategy not in STRATEGIES:
+            raise ValueError(f"unknown strategy {strategy!r}: there are {', '.join(STRATEGIES)}")
+        self.name, self.run_config, self.backbone, self.out = strategy, run, backbone, out
+        self.train_images = replace(train, images=train.images.to(device))
+        self.test_images = replace(test, images=test.images.to(device))
+        self.population = population
+        kind = STRATEGIES[strategy]
+        self.cohort = Cohort(backbone, kind.tiers, run, device, dtype)
+        head = {
+            "weight": torch.zeros(1, len(train.classes), backbone.features),
+            "bias": torch.zeros(1, len(train.classes)),
+        }
+        self.strategy = kind(run, self.cohort.fresh, head, len(population.clients))
+        self.round, self.stage, self.round_in_stage = 0, 0, 0
+        self.seconds, self.images = 0.0, 0
+        self.tiers: dict[str, dict[str, float | None]] = {}
+        self.unseen: dict[str, float | None] = {"zero_leaf": None, "leaf": None}
+        self.finished = False
+        out.mkdir(parents=True, exist_ok=True)
+        if resume:
+            self._resume()
+        self.log = MetricsLog(out / "metrics.jsonl", keep=self.round)
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end; returns the summary. What was reached is on disk also when this is interrupted.
+
+        Raises:
+            KeyboardInterrupt: after the results so far have been written.
+        """
+        stages = self.strategy.stages()
+        finished = self.finished
+        try:
+            with Progress(sum(stage.rounds for stage in stages), self.name) as progress:
+                while self.stage < len(stages):
+                    self._stage(stages[self.stage].tier, stages[self.stage].rounds, progress)
+                if not finished and len(self.population.unseen):
+                    self._arrive(progress)
+            self.finished = True
+            self._save_checkpoint()
+        finally:
+            self.log.close()
+            summary = self._leave_results()
+        return summary
+
+    def _stage(self, tier: str, rounds: int, progress: Progress) -> None:
+        """The rounds of a stage, or what is left of them."""
+        seen = self.population.seen
+        if self.round_in_stage == 0:
+            started = time.perf_counter()
+            self.strategy.begin(tier, seen, self._probe)
+            self.seconds += time.perf_counter() - started
+            found = self.strategy.clustering()
+            if tier == "cluster" and found is not None:
+                progress.note(f"{self.name}: {len(seen)} clients in {found.k} cluster{'s' if found.k > 1 else ''}")
+        while self.round_in_stage < rounds:
+            started = time.perf_counter()
+            clients = self._sample(seen, tier)
+            trained = self._fit(clients, self.strategy.models(clients), tier, self.run_config.local_epochs, self.round + 1)
+            noted = self.strategy.aggregate(tier, clients, trained)
+            self.round, self.round_in_stage = self.round + 1, self.round_in_stage + 1
+            accuracy = self._accuracy(seen, self.strategy.models(seen))
+            images, seconds = int(trained.images.sum()), time.perf_counter() - started
+            self.images, self.seconds = self.images + images, self.seconds + seconds
+            self.tiers[tier] = accuracy["test"]
+            record = {
+                "round": self.round,
+                "stage": tier,
+                "round_in_stage": self.round_in_stage,
+                "loss": _mean(trained.loss),
+                **accuracy,
+                "clients": len(clients),
+                "images": images,
+                "seconds": seconds,
+                **{key: value for key, value in noted.items() if key != "stop"},
+            }
+            self.log.append(record)
+            progress.round(record)
+            if noted.get("stop"):
+                progress.note(f"{self.name}: {tier} stops early, ρ = {noted['rho']:.2g}")
+                break
+            if self.round_in_stage < rounds:
+                self._save_checkpoint()
+        self.stage, self.round_in_stage = self.stage + 1, 0
+        self._save_checkpoint()
+
+    def _sample(self, seen: Tensor, tier: str) -> Tensor:
+        """The clients of the next round: a share of them, or all where each trains its own adapter."""
+        count = max(1, round(self.run_config.participation * len(seen)))
+        if tier == "leaf" or count == len(seen):
+            return seen
+        order = torch.randperm(len(seen), generator=stream(self.run_config.seed, self.round + 1))
+        return seen[order[:count].sort().values]
+
+    def _fit(self, clients: Tensor, models: Models, tier: str, epochs: int, round: int) -> Trained:
+        shares = [self.population.clients[int(client)].train for client in clients]
+        return self.cohort.train(self.train_images, shares, models, tier, epochs, clients, round)
+
+    def _probe(self, clients: Tensor, models: Models, tier: str, epochs: int) -> Trained:
+        return self._fit(clients, models, tier, epochs, PROBE_ROUND)
+
+    def _accuracy(self, clients: Tensor, models: Models) -> dict[str, dict[str, float | None]]:
+        """Personalised accuracy on the clients' validation and test images."""
+        members = [self.population.clients[int(client)] for client in clients]
+        val = self.cohort.correct(self.train_images, [client.val for client in members], models)
+        test = self.cohort.correct(self.test_images, [client.test for client in members], models)
+        return {"val": summarise(val), "test": summarise(test)}
+
+    def _arrive(self, progress: Progress) -> None:
+        """Unseen clients join, predict with what is there, and then train an adapter of their own."""
+        unseen, started = self.population.unseen, time.perf_counter()
+        self.strategy.admit(unseen, self._probe)
+        models, tier = self.strategy.models(unseen), self.strategy.own_tier
+        if self.strategy.predicts_unseen:
+            self.unseen["zero_leaf"] = self._accuracy(unseen, models)["test"]["mean"]
+        if self.run_config.unseen_epochs:
+            trained = self._fit(unseen, models, tier, self.run_config.unseen_epochs, UNSEEN_ROUND)
+            self.unseen["leaf"] = self._accuracy(unseen, models.replaced(tier, trained))["test"]["mean"]
+        self.seconds += time.perf_counter() - started
+        figures = ", ".join(f"{name} {value:.1%}" for name, value in self.unseen.items() if value is not None)
+        progress.note(f"{self.name}: {len(unseen)} unseen clients, {figures}")
+
+    def summary(self) -> dict[str, Any]:
+        """What `summary.json` says; accuracies are fractions of 1."""
+        last = list(self.tiers.values())[-1] if self.tiers else summarise(torch.empty(0))
+        return {
+            "strategy": self.name,
+            "partition": self.population.scheme,
+            "seed": self.run_config.seed,
+            "data": self.train_images.name,
+            "backbone": self.backbone.name,
+            "tiers": self.tiers,
+            "final": last,
+            "unseen": self.unseen,
+            "clusters": self._clusters(),
+            "seconds": self.seconds,
+            "images_per_second": self.images / self.seconds if self.seconds else None,
+            "interrupted": not self.finished,
+            "rounds": self.round,
+            "config": self.run_config.to_dict(),
+        }
+
+    def _clusters(self) -> dict[str, Any] | None:
+        found, truth = self.strategy.clustering(), self.population.true_groups
+        if found is None:
+            return None
+        ari = None
+        if truth is not None:
+            from sklearn.metrics import adjusted_rand_score
+
+            ari = float(adjusted_rand_score(truth[self.population.seen], found.labels))
+        return {"k": found.k, "labels": found.labels.tolist(), "ari": ari, "unseen": self._routed()}
+
+    def _routed(self) -> list[int]:
+        """The cluster that each unseen client joined, -1 before it did."""
+        member = getattr(self.strategy, "member", None)
+        return [] if member is None else member[self.population.unseen].tolist()
+
+    def _leave_results(self) -> dict[str, Any]:
+        """Everything a run leaves in its folder."""
+        summary = self.summary()
+        write_json(self.out / "summary.json", summary)
+        adapters, heads = self.strategy.tables()
+        self.cohort.keep(adapters)
+        save_adapters(self.cohort.model, self.out / "adapters.safetensors")
+        write_tensors(
+            self.out / "heads.safetensors",
+            {f"{tier}.{name}": value for tier, head in heads.items() for name, value in head.items()},
+            {"classes": self.train_images.classes},
+        )
+        seen = torch.zeros(len(self.population.clients), dtype=torch.bool)
+        seen[self.population.seen] = True
+        write_report(
+            self.out,
+            summary,
+            self.log.records,
+            self.population.class_counts(self.train_images.labels, len(self.train_images.classes)),
+            seen,
+            self.population.true_groups,
+            self.population.groups,
+            self.strategy.clustering(),
+        )
+        return summary
+
+    def _save_checkpoint(self) -> None:
+        save_checkpoint(
+            self.out / "checkpoint.pt",
+            {
+                "config": self._identity(),
+                "strategy": self.strategy.state_dict(),
+                **{name: getattr(self, name) for name in PROGRESS},
+            },
+        )
+
+    def _resume(self) -> None:
+        state = load_checkpoint(self.out / "checkpoint.pt")
+        own = self._identity()
+        differing = [name for name in own if state["config"].get(name) != own[name]]
+        if differing:
+            raise ValueError(
+                f"the checkpoint in {self.out} is of another run: it differs in {', '.join(differing)}. Resume with the "
+                "same settings, or choose another folder"
+            )
+        self.strategy.load_state_dict(state["strategy"])
+        for name in PROGRESS:
+            setattr(self, name, state[name])
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to be of this run."""
+        clients = self.population.clients
+        return {
+            **self.run_config.to_dict(),
+            "strategy": self.name,
+            "data": self.train_images.name,
+            "backbone": self.backbone.name,
+            "partition": self.population.scheme,
+            "clients": [(len(client.train), int(client.train.sum())) for client in clients],
+        }
+
+
+PROGRESS = ("round", "stage", "round_in_stage", "seconds", "images", "tiers", "unseen", "finished")
+
+
+def _mean(loss: Tensor) -> float | None:
+    known = loss[~loss.isnan()]
+    return float(known.mean()) if len(known) else None

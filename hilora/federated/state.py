@@ -1,0 +1,81 @@
+"""Adapters and heads of many clients as stacked tensors, and what a client's model is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+"""Named tensors `[S, ...]`: one row for each of S adapters or heads.
+
+Adapters have, for the bank i of each shape of projection, `A{i}` `[S, P, r, in]` and `B{i}` `[S, P, out, r]`; heads
+have `weight` `[S, classes, features]` and `bias` `[S, classes]`.
+"""
+
+
+class Table(NamedTuple):
+    """Adapters or heads that n clients share out among themselves."""
+
+    state: State  # tensors [S, ...]
+    slot: Tensor  # int64 [n], which of the S a client uses, -1 for none
+
+    def rows(self, clients: slice) -> Table:
+        """The same for some of the n clients."""
+        return Table(self.state, self.slot[clients])
+
+    def taken(self) -> State:
+        """A copy for each client, `[n, ...]`."""
+        return {name: value[self.slot] for name, value in self.state.items()}
+
+
+class Models(NamedTuple):
+    """What n clients predict with: their adapter of each tier, and their head. A tier that is absent adds nothing."""
+
+    tiers: dict[str, Table]
+    head: Table
+
+    def rows(self, clients: slice) -> Models:
+        """The same for some of the n clients."""
+        return Models({tier: table.rows(clients) for tier, table in self.tiers.items()}, self.head.rows(clients))
+
+    def replaced(self, tier: str, trained: Trained) -> Models:
+        """The same with what the clients trained."""
+        own = torch.arange(len(self.head.slot))
+        return Models({**self.tiers, tier: Table(trained.adapters, own)}, Table(trained.head, own))
+
+
+class Trained(NamedTuple):
+    """What n clients send back."""
+
+    adapters: State  # [n, ...], of the tier that was trained
+    head: State  # [n, ...]
+    images: Tensor  # [n], how many images each trained on
+    loss: Tensor  # [n], mean over the steps; NaN for a client without any
+
+
+Fit = Callable[[Tensor, Models, str, int], Trained]
+"""Local training of clients (ids `[n]`) from their models, of a tier, for some epochs."""
+
+
+def concat(parts: Sequence[State]) -> State:
+    """Stack the rows of several states."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def mean(state: State, weights: Tensor) -> State:
+    """The weighted mean of the rows, tensor by tensor, as one row: `[1, ...]`."""
+    share = weights.double() / weights.sum()
+    return {
+        name: torch.einsum("n,n...->...", share.to(value.device, value.dtype), value)[None]
+        for name, value in state.items()
+    }
+
+
+def stream(seed: int, *ids: int) -> torch.Generator:
+    """A random stream of its own for each combination of ids, such as (round, client)."""
+    entropy = np.random.SeedSequence([seed, *ids]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(entropy[0]))

@@ -1,0 +1,95 @@
+"""What a federated method is: what a client trains, and what the server does with what came back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...clustering import Clustering
+from ..settings import RunConfig
+from ..state import Fit, Models, State, Trained
+
+Fresh = Callable[[str, int, torch.Generator], State]
+"""New adapters, without effect as yet: (tier, how many, random stream) → `[how many, ...]`."""
+
+
+class Stage(NamedTuple):
+    """Rounds in which one tier is trained."""
+
+    tier: str
+    rounds: int
+
+
+class Strategy(ABC):
+    """A federated method on N clients, seen and unseen, named by their ids 0 to N − 1.
+
+    A subclass keeps its state in attributes, names them in `kept`, and implements `stages`, `models` and `aggregate`.
+
+    Attributes:
+        tiers: which adapters its models have.
+        own_tier: what an unseen client trains by itself in the end.
+        predicts_unseen: whether an unseen client can predict before it trains.
+        kept: attributes that make up the state, for checkpoints: tensors, numbers, or dicts and lists of these.
+    """
+
+    tiers: ClassVar[tuple[str, ...]]
+    own_tier: ClassVar[str] = "leaf"
+    predicts_unseen: ClassVar[bool] = True
+    kept: ClassVar[tuple[str, ...]]
+
+    def __init__(self, run: RunConfig, fresh: Fresh, head: State, clients: int) -> None:
+        """Start from fresh adapters and the head `[1, ...]`."""
+        self.run, self.fresh, self.clients = run, fresh, clients
+        self.start(head)
+
+    @abstractmethod
+    def start(self, head: State) -> None:
+        """Set up the state."""
+
+    @abstractmethod
+    def stages(self) -> list[Stage]:
+        """The stages in their order."""
+
+    def begin(self, tier: str, seen: Tensor, fit: Fit) -> None:
+        """Before the first round of a stage. `seen` `[n]` are the clients that take part in the training."""
+
+    @abstractmethod
+    def models(self, clients: Tensor) -> Models:
+        """What the clients `[n]` predict with now, and what they start training from."""
+
+    @abstractmethod
+    def aggregate(self, tier: str, clients: Tensor, trained: Trained) -> dict[str, Any]:
+        """Take in what the clients `[n]` trained in a round; returns what is worth a note in the metrics. `stop` True
+        ends the stage."""
+
+    def admit(self, clients: Tensor, fit: Fit) -> None:
+        """Unseen clients arrive after the training."""
+
+    def clustering(self) -> Clustering | None:
+        """The groups of the seen clients that the method formed, if it does."""
+        return None
+
+    def tables(self) -> tuple[dict[str, State], dict[str, State]]:
+        """All adapters by tier, and the heads likewise, for saving."""
+        everyone = self.models(torch.arange(self.clients))
+        adapters = {tier: table.state for tier, table in everyone.tiers.items()}
+        return adapters, {next(reversed(adapters)): everyone.head.state}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The attributes `kept`."""
+        return {name: getattr(self, name) for name in self.kept}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        if set(state) != set(self.kept):
+            raise ValueError(f"this is not a state of {type(self).__name__}: it has {sorted(state)}")
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def total_rounds(self) -> int:
+        """All rounds of the run: what a strategy of a single tier trains for."""
+        return sum(self.run.rounds.values())
