@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,19 +69,23 @@ def check_finite(*stacked: Tensor) -> None:
         )
 
 
-def relative_change(A: Tensor, B: Tensor, A_before: Tensor, B_before: Tensor, eps: float = 1e-12) -> float:
+def relative_change(
+    after: Sequence[tuple[Tensor, Tensor]], before: Sequence[tuple[Tensor, Tensor]], eps: float = 1e-12
+) -> float:
     """`ρ = ‖ΔW − ΔW_before‖_F / (‖ΔW_before‖_F + ε)` over all projections: the root tier stops when it is small.
 
     Args:
-        A: `[..., r, in]`; `A_before` alike, of any rank.
-        B: `[..., out, r]`; `B_before` alike.
+        after: for each shape of projection, A `[..., r, in]` and B `[..., out, r]`; `before` alike, of any ranks.
         eps: ε.
     """
-    A, B, A_before, B_before = (value.double() for value in (A, B, A_before, B_before))
-    change = _product_norm(torch.cat([A, A_before], -2), torch.cat([B, -B_before], -1))
-    return change / (_product_norm(A_before, B_before) + eps)
+    change = norm = 0.0
+    for (A, B), (A_before, B_before) in zip(after, before, strict=True):
+        change += _squared_norm(torch.cat([A, A_before], -2), torch.cat([B, -B_before], -1))
+        norm += _squared_norm(A_before, B_before)
+    return change**0.5 / (norm**0.5 + eps)
 
 
-def _product_norm(A: Tensor, B: Tensor) -> float:
-    """`‖B A‖_F = tr(BᵀB · AAᵀ)^½`, without the product."""
-    return float(((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0).sqrt())
+def _squared_norm(A: Tensor, B: Tensor) -> float:
+    """`‖B A‖²_F = tr(BᵀB · AAᵀ)`, without the product."""
+    A, B = A.double(), B.double()
+    return float(((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0))

@@ -6,6 +6,7 @@ import ctypes
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,17 +53,17 @@ def load_backbone(name: str, weights: Path | None = None, size: int | None = Non
 
         if weights is not None or size not in (None, 32):
             raise ValueError(f"{GLYPH_VIT} has weights of its own and takes 32 × 32 images: leave weights and size out")
-        model = glyph_vit(0)
-        model.reset_classifier(0)
-        label, size = name, 32
+        model: Any = glyph_vit(0)
+        label = name
     else:
-        model, label = _timm_model(name, weights, size), name if weights is None else f"{name} ({weights.name})"
-        size = model.patch_embed.img_size[0] if hasattr(model, "patch_embed") else model.pretrained_cfg["input_size"][-1]
-    cfg = model.pretrained_cfg
-    return Backbone(model, label, size, torch.tensor(cfg["mean"]), torch.tensor(cfg["std"]), model.num_features)
+        model = _timm_model(name, weights, size)
+        label = name if weights is None else f"{name} ({weights.name})"
+    cfg, stem = model.pretrained_cfg, getattr(model, "patch_embed", None)
+    takes = getattr(stem, "img_size", None) or cfg["input_size"][1:]
+    return Backbone(model, label, takes[0], torch.tensor(cfg["mean"]), torch.tensor(cfg["std"]), model.num_features)
 
 
-def _timm_model(name: str, weights: Path | None, size: int | None) -> nn.Module:
+def _timm_model(name: str, weights: Path | None, size: int | None) -> Any:
     import timm
 
     if not timm.is_model(name.split(".")[0]):

@@ -16,7 +16,7 @@ from .backbone import Backbone
 from .data import ImageSet, augment, prepare
 from .optim import SlotAdamW, Slotted
 from .settings import RunConfig
-from .state import Models, State, Table, Trained, concat, stream
+from .state import Models, State, Table, Trained, join, stream
 
 EVALUATION_ROWS = 512
 
@@ -74,18 +74,12 @@ class Cohort:
         """
         order = sorted(range(len(shares)), key=lambda i: -len(shares[i]))  # alike sizes together: fewer idle rows
         parts = []
-        for cut in torch.tensor(order).split(self.run.cohort_size):
-            members = cut.tolist()
-            picked = Models(
-                {name: table._replace(slot=table.slot[cut]) for name, table in models.tiers.items()},
-                models.head._replace(slot=models.head.slot[cut]),
-            )
+        for start in range(0, len(order), self.run.cohort_size):
+            members = order[start : start + self.run.cohort_size]
+            picked = models.rows(torch.tensor(members))
             streams = [stream(self.run.seed, round, int(ids[i])) for i in members]
             parts.append(self._train(images, [shares[i] for i in members], picked, tier, epochs, streams))
-        back = torch.tensor(order).argsort()
-        adapters, head = (concat([part[i] for part in parts]) for i in (0, 1))  # type: ignore[misc]
-        counts, loss = (torch.cat([part[i] for part in parts])[back] for i in (2, 3))  # type: ignore[misc]
-        return Trained({k: v[back] for k, v in adapters.items()}, {k: v[back] for k, v in head.items()}, counts, loss)
+        return join(parts).rows(torch.tensor(order).argsort())
 
     def _train(
         self,
@@ -175,8 +169,10 @@ class Cohort:
     def _logits(self, pixels: Tensor, head: State) -> Tensor:
         """uint8 `[G, b, 3, h, w]` → `[G, b, classes]`."""
         clients = len(pixels)
-        x = prepare(pixels.flatten(0, 1).to(self.device), self.backbone.size, self.backbone.mean, self.backbone.std, self.dtype)
-        features = self.model(x).float().view(clients, -1, head["weight"].shape[-1])
+        x = prepare(
+            pixels.flatten(0, 1).to(self.device), self.backbone.size, self.backbone.mean, self.backbone.std, self.dtype
+        )
+        features = self.model(x).to(head["weight"]).view(clients, -1, self.backbone.features)
         return torch.baddbmm(head["bias"][:, None], features, head["weight"].mT)
 
     @torch.no_grad()
@@ -186,7 +182,7 @@ class Cohort:
         found = []
         for start in range(0, len(shares), self.run.cohort_size):
             members = slice(start, start + self.run.cohort_size)
-            head = self._load(models.rows(members))
+            head = self._load(models.rows(torch.arange(len(shares))[members]))
             own = shares[members]
             rows = max(1, EVALUATION_ROWS // len(own))
             right = torch.zeros(len(own))

@@ -32,7 +32,7 @@ class SlotAdamW:
     ) -> None:
         self.parameters, self.weight_decay, self.betas, self.eps = parameters, weight_decay, betas, eps
         self.moments = [(torch.zeros_like(p.parameter), torch.zeros_like(p.parameter)) for p in parameters]
-        self.steps = torch.zeros(clients, device=parameters[0].parameter.device)
+        self.steps = torch.zeros(clients, dtype=torch.float64, device=parameters[0].parameter.device)
 
     @torch.no_grad()
     def step(self, gradients: list[Tensor], takes_part: Tensor) -> None:
@@ -47,7 +47,7 @@ class SlotAdamW:
             moves = takes_part.to(parameter.dtype).view(shape)
             first.lerp_(gradient, (1 - beta1) * moves)
             second.lerp_(gradient.square(), (1 - beta2) * moves)
-            correction1, correction2 = (1 - beta**steps for beta in self.betas)
+            correction1, correction2 = ((1 - beta**steps).to(parameter.dtype) for beta in self.betas)
             scale = second.sqrt().div_(correction2.sqrt().view(shape)).add_(self.eps)
             parameter.mul_(1 - lr * self.weight_decay * moves)
             parameter.sub_(first / scale * (lr / correction1).view(shape) * moves)

@@ -84,7 +84,9 @@ class RunConfig:
             for tier, value in values.items():
                 whole = name in ("rounds", "rank")
                 if not 0 <= value < float("inf") or (whole and value != int(value)) or (name == "rank" and value < 1):
-                    raise ValueError(f"{name} of {tier} is {value}: it must be a {'whole' if whole else 'finite'} number ≥ 0")
+                    raise ValueError(
+                        f"{name} of {tier} is {value}: it must be a {'whole' if whole else 'finite'} number ≥ 0"
+                    )
         for name, low in {"local_epochs": 1, "batch_size": 1, "cohort_size": 1, "k_min": 1, "unseen_epochs": 0}.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
@@ -99,4 +101,4 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand beside a run's results."""
-        return asdict(self)
+        return {**asdict(self), "target_modules": list(self.target_modules)}

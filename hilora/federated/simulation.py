@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..inject import banks
 from ..saving import save_adapters, write_tensors
 from .backbone import Backbone
 from .checkpoint import load_checkpoint, save_checkpoint
@@ -112,7 +112,9 @@ class Simulation:
         while self.round_in_stage < rounds:
             started = time.perf_counter()
             clients = self._sample(seen, tier)
-            trained = self._fit(clients, self.strategy.models(clients), tier, self.run_config.local_epochs, self.round + 1)
+            trained = self._fit(
+                clients, self.strategy.models(clients), tier, self.run_config.local_epochs, self.round + 1
+            )
             noted = self.strategy.aggregate(tier, clients, trained)
             self.round, self.round_in_stage = self.round + 1, self.round_in_stage + 1
             accuracy = self._accuracy(seen, self.strategy.models(seen))
@@ -254,8 +256,8 @@ class Simulation:
         differing = [name for name in own if state["config"].get(name) != own[name]]
         if differing:
             raise ValueError(
-                f"the checkpoint in {self.out} is of another run: it differs in {', '.join(differing)}. Resume with the "
-                "same settings, or choose another folder"
+                f"the checkpoint in {self.out} is of another run: it differs in {', '.join(differing)}. "
+                "Resume with the same settings, or choose another folder"
             )
         self.strategy.load_state_dict(state["strategy"])
         for name in PROGRESS:
@@ -272,6 +274,19 @@ class Simulation:
             "partition": self.population.scheme,
             "clients": [(len(client.train), int(client.train.sum())) for client in clients],
         }
+
+
+RESULTS = ("summary.json", "metrics.jsonl", "checkpoint.pt", "adapters.safetensors", "heads.safetensors", "*.png")
+
+
+def set_aside(out: Path) -> None:
+    """Move the results of an earlier run in a folder into `earlier-1`, `earlier-2`, … inside of it."""
+    found = [path for pattern in RESULTS for path in out.glob(pattern)]
+    if found:
+        number = next(n for n in itertools.count(1) if not (out / f"earlier-{n}").exists())
+        (out / f"earlier-{number}").mkdir()
+        for path in found:
+            path.rename(out / f"earlier-{number}" / path.name)
 
 
 PROGRESS = ("round", "stage", "round_in_stage", "seconds", "images", "tiers", "unseen", "finished")

@@ -23,8 +23,8 @@ class Table(NamedTuple):
     state: State  # tensors [S, ...]
     slot: Tensor  # int64 [n], which of the S a client uses, -1 for none
 
-    def rows(self, clients: slice) -> Table:
-        """The same for some of the n clients."""
+    def rows(self, clients: Tensor) -> Table:
+        """The same for some of the n clients, by their places `[m]`."""
         return Table(self.state, self.slot[clients])
 
     def taken(self) -> State:
@@ -38,8 +38,8 @@ class Models(NamedTuple):
     tiers: dict[str, Table]
     head: Table
 
-    def rows(self, clients: slice) -> Models:
-        """The same for some of the n clients."""
+    def rows(self, clients: Tensor) -> Models:
+        """The same for some of the n clients, by their places `[m]`."""
         return Models({tier: table.rows(clients) for tier, table in self.tiers.items()}, self.head.rows(clients))
 
     def replaced(self, tier: str, trained: Trained) -> Models:
@@ -56,14 +56,28 @@ class Trained(NamedTuple):
     images: Tensor  # [n], how many images each trained on
     loss: Tensor  # [n], mean over the steps; NaN for a client without any
 
+    def rows(self, clients: Tensor) -> Trained:
+        """The same for some of the n clients, by their places or by a mask."""
+        adapters, head = ({name: value[clients] for name, value in state.items()} for state in self[:2])
+        return Trained(adapters, head, self.images[clients], self.loss[clients])
+
 
 Fit = Callable[[Tensor, Models, str, int], Trained]
 """Local training of clients (ids `[n]`) from their models, of a tier, for some epochs."""
 
 
-def concat(parts: Sequence[State]) -> State:
-    """Stack the rows of several states."""
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+def join(parts: Sequence[Trained]) -> Trained:
+    """What several groups of clients send back, one after the other."""
+
+    def stacked(states: list[State]) -> State:
+        return {name: torch.cat([state[name] for state in states]) for name in states[0]}
+
+    return Trained(
+        stacked([part.adapters for part in parts]),
+        stacked([part.head for part in parts]),
+        torch.cat([part.images for part in parts]),
+        torch.cat([part.loss for part in parts]),
+    )
 
 
 def mean(state: State, weights: Tensor) -> State:

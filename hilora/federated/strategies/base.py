@@ -54,7 +54,7 @@ class Strategy(ABC):
     def stages(self) -> list[Stage]:
         """The stages in their order."""
 
-    def begin(self, tier: str, seen: Tensor, fit: Fit) -> None:
+    def begin(self, tier: str, seen: Tensor, fit: Fit) -> None:  # noqa: B027 -- a hook
         """Before the first round of a stage. `seen` `[n]` are the clients that take part in the training."""
 
     @abstractmethod
@@ -66,7 +66,7 @@ class Strategy(ABC):
         """Take in what the clients `[n]` trained in a round; returns what is worth a note in the metrics. `stop` True
         ends the stage."""
 
-    def admit(self, clients: Tensor, fit: Fit) -> None:
+    def admit(self, clients: Tensor, fit: Fit) -> None:  # noqa: B027 -- a hook
         """Unseen clients arrive after the training."""
 
     def clustering(self) -> Clustering | None:

@@ -18,17 +18,31 @@ from .local import put
 
 
 class HiLoRA(Strategy):
-    """The cascade. `RunConfig.published` takes clustering and routing as the paper writes them, where the default differs:
+    """The cascade, with clusters found from what the clients' root adapters learn.
 
-    | | published | default |
-    |---|---|---|
-    | a client's subspace | moving average (λ = 0.9) of its B over the root rounds | moving average of what it *changes* in B in a round, as a subspace, so that neither the aggregate that all share nor its changing basis counts |
-    | an unseen client | its probe B against the clusters' B | its probe's change against the subspaces of the clusters' members |
-    | no groups in the data | K is at least 2 | one cluster, unless the groups stand out (`k_min` = 1) |
+    `RunConfig.published` takes three steps as the paper writes them. As written they fail, so the default differs:
+
+    - A client's subspace: published, the moving average (λ = 0.9) of its B over the root rounds. After an aggregation
+      all clients start from one B, and its basis turns from round to round, so the average says little of a client.
+      Default: the moving average of the subspace that it *changes* B in.
+    - An unseen client: published, its probe's B against the clusters' B, which are orthogonal to the root's by design.
+      Default: what its probe changes against the subspaces of the clusters' members.
+    - No groups in the data: published, K is at least 2. Default: one cluster, unless groups stand out.
     """
 
     tiers = ("root", "cluster", "leaf")
-    kept = ("stage", "root", "cluster", "leaf", "heads", "member", "subspace", "trained_root", "groups", "cluster_subspaces")
+    kept = (
+        "stage",
+        "root",
+        "cluster",
+        "leaf",
+        "heads",
+        "member",
+        "subspace",
+        "trained_root",
+        "groups",
+        "centres",
+    )
 
     def start(self, head: State) -> None:
         self.stage = "root"
@@ -40,7 +54,7 @@ class HiLoRA(Strategy):
         self.subspace: list[Tensor] = []  # for each bank, the clients' directions so far [N, P, out, r]
         self.trained_root = torch.zeros(self.clients, dtype=torch.bool)
         self.groups: dict[str, Any] | None = None  # the fields of a Clustering of the seen clients
-        self.cluster_subspaces = torch.empty(0)  # [K, P, out, r]
+        self.centres = torch.empty(0)  # [K, P, out, r]
 
     def stages(self) -> list[Stage]:
         return [Stage(tier, self.run.rounds[tier]) for tier in self.tiers]
@@ -74,9 +88,9 @@ class HiLoRA(Strategy):
             put(self.heads["leaf"], clients, trained.head)
             return {}
         for group in self.member[clients].unique():
-            members = self.member[clients] == group
-            if trained.images[members].sum() > 0:
-                adapters, head = _average(trained, members, self.run.rank[tier])
+            members = trained.rows(self.member[clients] == group)
+            if members.images.sum() > 0:
+                adapters, head = _average(members, self.run.rank[tier])
                 put(self.cluster, group[None], adapters)
                 put(self.heads["cluster"], group[None], head)
         return {}
@@ -85,28 +99,27 @@ class HiLoRA(Strategy):
         worked = trained.images > 0
         if not worked.any():
             return {}
-        self._remember(clients[worked], [B[worked] for B in _factors(trained.adapters, "B")])
-        before = self.root
-        self.root, self.heads["root"] = _average(trained, worked, self.run.rank["root"])
-        if not any(B.any() for B in _factors(before, "B")):
+        clients, trained, before = clients[worked], trained.rows(worked), self.root
+        self._remember(clients, trained)
+        self.root, self.heads["root"] = _average(trained, self.run.rank["root"])
+        if not any(B.any() for _, B in _factors(before)):
             return {"rho": None}  # there was nothing before the first round
-        rho = _change(self.root, before)
+        rho = relative_change(_factors(self.root), _factors(before))
         return {"rho": rho, "stop": rho <= self.run.tau_rel}
 
-    def _remember(self, clients: Tensor, B: list[Tensor]) -> None:
-        """Take a round's B of the clients into their moving averages."""
+    def _remember(self, clients: Tensor, trained: Trained) -> None:
+        """Take what clients trained of the root into the moving averages of their subspaces."""
+        after, before = _factors(trained.adapters), _factors(self.root)
         if not self.subspace:
-            self.subspace = [value.new_zeros(self.clients, *value.shape[1:]) for value in B]
-        new = ~self.trained_root[clients]
-        for so_far, value, server in zip(self.subspace, B, _factors(self.root, "B"), strict=True):
+            self.subspace = [B.new_zeros(self.clients, *B.shape[1:]) for _, B in after]
+        new = ~self.trained_root[clients].view(-1, 1, 1, 1)
+        for so_far, (_, B), (_, server) in zip(self.subspace, after, before, strict=True):
             if self.run.published:
-                first, later = (ema_columns(mean, value, PUBLISHED_DECAY) for mean in (None, so_far[clients]))
+                first, later = ema_columns(None, B, PUBLISHED_DECAY), ema_columns(so_far[clients], B, PUBLISHED_DECAY)
             else:
-                change = value - server
-                first, later = (
-                    ema_subspace(mean, change, self.run.subspace_decay) for mean in (None, so_far[clients])
-                )
-            so_far[clients] = first.where(new.view(-1, 1, 1, 1), later)
+                change, decay = B - server, self.run.subspace_decay
+                first, later = ema_subspace(None, change, decay), ema_subspace(so_far[clients], change, decay)
+            so_far[clients] = first.where(new, later)
         self.trained_root[clients] = True
 
     def _bases(self, clients: Tensor) -> Tensor:
@@ -119,7 +132,7 @@ class HiLoRA(Strategy):
         check_finite(*trained.adapters.values())
         worked = trained.images > 0
         if worked.any():
-            self._remember(clients[worked], [B[worked] for B in _factors(trained.adapters, "B")])
+            self._remember(clients[worked], trained.rows(worked))
         return clients[worked]
 
     def _form_clusters(self, seen: Tensor, fit: Fit) -> None:
@@ -133,7 +146,7 @@ class HiLoRA(Strategy):
         most = min(self.run.k_max, len(sampled))
         found = cluster_clients(self._bases(sampled), min(low, most), most)
         self.member[sampled] = found.labels
-        self.cluster_subspaces = cluster_bases(self._bases(sampled), found.labels)
+        self.centres = cluster_bases(self._bases(sampled), found.labels)
         if len(missing):
             self._route(missing, fit)
             found = replace(found, labels=self.member[seen], distances=kernels.subspace_distances(self._bases(seen)))
@@ -152,9 +165,9 @@ class HiLoRA(Strategy):
         """Join each client to the cluster that its probe points to; to the largest, if it has no image to probe."""
         self.member[clients] = self.member[self.member >= 0].mode().values
         probed = self._probe(clients, fit)
-        targets = self.cluster_subspaces
+        targets = self.centres
         if self.run.published and self.cluster:
-            targets = _side_by_side([kernels.orthonormal_basis(B) for B in _factors(self.cluster, "B")])
+            targets = _side_by_side([kernels.orthonormal_basis(B) for _, B in _factors(self.cluster)])
         for client in probed:
             self.member[client] = route_client(self._bases(client[None])[0], targets)[0]
 
@@ -170,32 +183,20 @@ PUBLISHED_DECAY = 0.9  # λ
 
 
 def _side_by_side(bases: list[Tensor]) -> Tensor:
-    """The bases of all banks `[n, P_i, out_i, r]` as one `[n, ΣP_i, out, r]`, padded to the widest: no angle changes."""
+    """The bases of all banks, `[n, P_i, out_i, r]`, as one `[n, ΣP_i, out, r]`. Padding by zeros turns no angle."""
     width = max(basis.shape[2] for basis in bases)
     return torch.cat([F.pad(basis, (0, 0, 0, width - basis.shape[2])) for basis in bases], 1)
 
 
-def _factors(state: State, factor: str) -> list[Tensor]:
-    """A or B of every bank."""
-    return [value for name, value in state.items() if name[0] == factor]
+def _factors(state: State) -> list[tuple[Tensor, Tensor]]:
+    """A `[S, P, r, in]` and B `[S, P, out, r]` of every bank."""
+    return [(state[f"A{i}"], state[f"B{i}"]) for i in range(len(state) // 2)]
 
 
-def _average(trained: Trained, members: Tensor, rank: int) -> tuple[State, State]:
+def _average(trained: Trained, rank: int) -> tuple[State, State]:
     """Adapters averaged in product space, and heads, as one row."""
     adapters: State = {}
-    for index in range(len(trained.adapters) // 2):
-        A, B = trained.adapters[f"A{index}"][members], trained.adapters[f"B{index}"][members]
-        A, B = product_space_mean(A, B, trained.images[members], rank)
-        adapters[f"A{index}"], adapters[f"B{index}"] = A[None], B[None]
-    return adapters, mean({name: value[members] for name, value in trained.head.items()}, trained.images[members])
-
-
-def _change(after: State, before: State) -> float:
-    """ρ over the projections of all banks, whose updates are laid end to end."""
-    pairs = zip(_factors(after, "A"), _factors(after, "B"), _factors(before, "A"), _factors(before, "B"), strict=True)
-    squares = torch.zeros(2, dtype=torch.float64)
-    for A, B, A_before, B_before in pairs:
-        norm = float((B_before.double() @ A_before.double()).norm())
-        squares += torch.tensor([(relative_change(A, B, A_before, B_before) * norm) ** 2, norm**2])
-    change, norm = squares.sqrt().tolist()
-    return change / (norm + 1e-12)
+    for index, (A, B) in enumerate(_factors(trained.adapters)):
+        A, B = product_space_mean(A, B, trained.images, rank)
+        adapters |= {f"A{index}": A[None], f"B{index}": B[None]}
+    return adapters, mean(trained.head, trained.images)

@@ -1,0 +1,139 @@
+"""The example as a user runs it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "federated_cifar100.py"
+SMALL = ["--clients", "5", "--images-per-client", "8", "--rounds", "1,1,1", "--rank", "2", "--dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("federated_cifar100", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def summary(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "summary.json").read_text())
+    return found
+
+
+def test_with_nothing_given_it_runs_on_glyphs_and_compares_three_strategies(
+    example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert example.main([*SMALL, "--out", str(tmp_path)]) == 0
+    for folder, strategy in ((tmp_path, "hilora"), (tmp_path / "fedit", "fedit"), (tmp_path / "local-lora", "local-lora")):
+        found = summary(folder)
+        assert found["strategy"] == strategy
+        assert found["data"] == "glyphs"
+        assert found["backbone"] == "glyph_vit"
+    printed = capsys.readouterr().out
+    assert "glyph" in printed
+    assert "cifar" not in printed.lower().replace("cifar-100", "")  # named only to say that this is not it
+    for strategy in ("hilora", "fedit", "local-lora"):
+        assert any(line.lstrip().lower().startswith(strategy) for line in printed.splitlines())
+
+
+def test_values_per_tier_and_their_mistakes(example: ModuleType, tmp_path: Path) -> None:
+    arguments = [*SMALL, "--strategy", "hilora", "--rank", "4,2,1", "--lr", "1e-3", "--out", str(tmp_path)]
+    assert example.main(arguments) == 0
+    config = summary(tmp_path)["config"]
+    assert config["rank"] == {"root": 4, "cluster": 2, "leaf": 1}
+    assert set(config["lr"].values()) == {1e-3}
+    with pytest.raises(SystemExit) as stopped:
+        example.main(["--rank", "4,2"])
+    assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--data-dir", "/nowhere"], "/nowhere"),
+        (["--clients", "0"], "clients"),
+        (["--clients", "4000", "--images-per-client", "100"], "images"),
+        (["--unseen", "1.5"], "unseen"),
+        (["--weights", "/nowhere/w.safetensors", "--backbone", "deit_tiny_patch16_224"], "/nowhere/w.safetensors"),
+        (["--backbone", "no_such_vit"], "no_such_vit"),
+        (["--participation", "0"], "participation"),
+        (["--batch-size", "0"], "batch_size"),
+        (["--device", "quantum"], "quantum"),
+        (["--resume"], "--resume"),
+    ],
+)
+def test_mistakes_end_in_one_clear_line(
+    example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert example.main([*SMALL, "--out", str(tmp_path / "out"), *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert said in error
+
+
+def test_a_second_run_in_the_same_folder_loses_nothing(example: ModuleType, tmp_path: Path) -> None:
+    arguments = [*SMALL, "--strategy", "fedit", "--out", str(tmp_path)]
+    assert example.main([*arguments, "--seed", "1"]) == 0
+    assert example.main([*arguments, "--seed", "2"]) == 0
+    assert summary(tmp_path / "earlier-1")["seed"] == 1
+    assert summary(tmp_path)["seed"] == 2
+
+
+def test_ctrl_c_ends_cleanly_with_what_was_reached_and_resume_goes_on(example: ModuleType, tmp_path: Path) -> None:
+    arguments = [*SMALL, "--strategy", "hilora", "--rounds", "500,1,1", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    log = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") >= 2):
+        time.sleep(0.1)  # no event tells a test that a file has grown
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "interrupted" in errors
+    assert "hilora" in printed.lower()
+    found = summary(tmp_path)
+    assert found["interrupted"] is True
+    assert found["final"]["mean"] is not None
+    for name in ("metrics.jsonl", "accuracy.png", "clusters.png", "adapters.safetensors"):
+        assert (tmp_path / name).stat().st_size > 0
+    reached = found["rounds"]
+    resumed = example.Simulation  # resumes with the same settings only
+    assert resumed is not None
+    assert reached >= 2
+
+
+def test_real_images_and_a_pretrained_vit(example: ModuleType, tmp_path: Path) -> None:
+    root = os.environ.get("HILORA_TEST_DATA")
+    if root is None:
+        pytest.skip("HILORA_TEST_DATA is not set: no real data to run on")
+    weights = next(Path(root).glob("deit_tiny*.safetensors"), None)
+    if weights is None:
+        pytest.skip("no weights of DeiT-Ti in HILORA_TEST_DATA")
+    data = ["--data-dir", root, "--backbone", "deit_tiny_patch16_224", "--weights", str(weights), "--img-size", "32"]
+    assert example.main([*SMALL, *data, "--out", str(tmp_path), "--partition", "patho"]) == 0
+    found = summary(tmp_path)
+    assert found["data"] == "cifar100"
+    assert found["backbone"].startswith("deit_tiny_patch16_224")
+    assert found["strategy"] == "hilora"
+    assert found["clusters"]["ari"] is None

@@ -1,0 +1,128 @@
+"""A cohort trains its clients as if each were alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hilora.federated.backbone import Backbone
+from hilora.federated.cohort import Cohort
+from hilora.federated.settings import RunConfig
+from hilora.federated.state import Models, Table, Trained, stream
+from tests.federated.conftest import CLASSES, same, squares
+
+IMAGES = squares(60, 1)
+SHARES = [torch.arange(0, 11), torch.arange(11, 12), torch.empty(0, dtype=torch.long), torch.arange(20, 29)]
+IDS = torch.tensor([4, 2, 7, 5])
+
+
+def make(backbone: Backbone, **options: Any) -> Cohort:
+    run = RunConfig(batch_size=4, rank={"root": 2, "cluster": 3, "leaf": 1}, gamma_root=2.0, gamma_cluster=3.0, **options)
+    return Cohort(backbone, ("root", "cluster", "leaf"), run, torch.device("cpu"), torch.get_default_dtype())
+
+
+def some_models(cohort: Cohort) -> Models:
+    """Four clients on one root, two clusters and leaves of their own, none of them zero."""
+    tiers = {}
+    for tier, slots, slot in (("root", 1, [0, 0, 0, 0]), ("cluster", 2, [1, 0, 1, 1]), ("leaf", 4, [0, 1, 2, 3])):
+        state = cohort.fresh(tier, slots, stream(3, slots))
+        state = {name: value if name[0] == "A" else torch.randn(value.shape) * 0.1 for name, value in state.items()}
+        tiers[tier] = Table(state, torch.tensor(slot))
+    head = {"weight": torch.randn(1, CLASSES, 24) * 0.1, "bias": torch.zeros(1, CLASSES)}
+    return Models(tiers, Table(head, torch.zeros(4, dtype=torch.long)))
+
+
+def train(cohort: Cohort, tier: str, models: Models, order: list[int] | None = None) -> Trained:
+    order = order or [0, 1, 2, 3]
+    shares = [SHARES[i] for i in order]
+    return cohort.train(IMAGES, shares, models.rows(torch.tensor(order)), tier, 2, IDS[order], round=1)
+
+
+@pytest.mark.parametrize("tier", ["root", "cluster", "leaf"])
+@pytest.mark.parametrize("augment", [False, True])
+def test_together_is_the_same_as_one_by_one(backbone: Backbone, double: None, tier: str, augment: bool) -> None:
+    torch.manual_seed(0)
+    backbone.model.double()
+    together, alone = (make(backbone, cohort_size=size, augment=augment) for size in (4, 1))
+    models = some_models(together)
+    a, b = train(together, tier, models), train(alone, tier, models)
+    assert same(a.adapters, b.adapters, 1e-10)
+    assert same(a.head, b.head, 1e-10)
+    torch.testing.assert_close(a.loss, b.loss, equal_nan=True)
+    start = models.tiers[tier].taken()
+    moved = [not torch.equal(a.adapters["B0"][i], start["B0"][i]) for i in range(4)]
+    assert moved == [True, True, False, True]  # the third client has no images
+    assert a.images.tolist() == [22, 2, 0, 18]
+    assert a.loss.isnan().tolist() == [False, False, True, False]
+
+
+def test_the_order_of_clients_does_not_matter(backbone: Backbone, double: None) -> None:
+    torch.manual_seed(0)
+    backbone.model.double()
+    cohort = make(backbone, cohort_size=2)
+    models, order = some_models(cohort), [2, 0, 3, 1]
+    a, b = train(cohort, "leaf", models), train(cohort, "leaf", models, order)
+    assert same(a.rows(torch.tensor(order)).adapters, b.adapters, 1e-10)
+
+
+def test_training_changes_neither_its_start_nor_the_backbone(backbone: Backbone) -> None:
+    torch.manual_seed(0)
+    cohort = make(backbone)
+    models = some_models(cohort)
+    before = {tier: {k: v.clone() for k, v in table.state.items()} for tier, table in models.tiers.items()}
+    weights = {name: value.clone() for name, value in cohort.model.named_parameters() if "banks" not in name}
+    train(cohort, "root", models)
+    assert all(same(models.tiers[tier].state, before[tier]) for tier in before)
+    assert all(torch.equal(value, dict(cohort.model.named_parameters())[name]) for name, value in weights.items())
+
+
+def test_orthogonality_pulls_the_trained_tier_away_from_frozen_ones(backbone: Backbone) -> None:
+    def overlap(gamma: float) -> float:
+        torch.manual_seed(0)
+        run = RunConfig(batch_size=4, rank=2, gamma_root=gamma, gamma_cluster=gamma, lr=1e-2)
+        cohort = Cohort(backbone, ("root", "cluster", "leaf"), run, torch.device("cpu"), torch.float32)
+        models = some_models(cohort_with_rank_2 := cohort)
+        trained = cohort_with_rank_2.train(IMAGES, SHARES, models, "cluster", 10, IDS, 1)
+        root = models.tiers["root"].taken()["B0"]
+        return float((root.mT @ trained.adapters["B0"]).square().sum())
+
+    assert overlap(10.0) < overlap(0.0) / 4
+
+
+def test_a_global_head_is_trained_with_the_root_only(backbone: Backbone) -> None:
+    torch.manual_seed(0)
+    cohort = make(backbone, head="global")
+    models = some_models(cohort)
+    start = models.head.taken()
+    assert not same(train(cohort, "root", models).head, start)
+    assert same(train(cohort, "cluster", models).head, start)
+
+
+def test_accuracy_of_each_client_on_its_own_images(backbone: Backbone) -> None:
+    torch.manual_seed(0)
+    cohort = make(backbone, cohort_size=3)
+    models = some_models(cohort)
+    together = cohort.correct(IMAGES, SHARES, models)
+    assert together.isnan().tolist() == [False, False, True, False]
+    for i in (0, 1, 3):
+        alone = cohort.correct(IMAGES, [SHARES[i]], models.rows(torch.tensor([i])))
+        assert together[i] == alone[0]
+    certain = {"weight": torch.zeros(1, CLASSES, 24), "bias": torch.eye(CLASSES)[2:3]}
+    always_two = models._replace(head=Table(certain, torch.zeros(4, dtype=torch.long)))
+    expected = (IMAGES.labels[SHARES[0]] == 2).double().mean()
+    assert cohort.correct(IMAGES, SHARES, always_two)[0] == pytest.approx(float(expected))
+
+
+def test_without_an_adapter_of_a_tier_a_client_predicts_with_the_others(backbone: Backbone) -> None:
+    torch.manual_seed(0)
+    cohort = make(backbone)
+    models = some_models(cohort)
+    zero = {name: value * (name[0] == "A") for name, value in models.tiers["leaf"].state.items()}
+    silent = models._replace(tiers={**models.tiers, "leaf": Table(zero, models.tiers["leaf"].slot)})
+    absent = models._replace(tiers={tier: models.tiers[tier] for tier in ("root", "cluster")})
+    none = models._replace(tiers={**models.tiers, "leaf": models.tiers["leaf"]._replace(slot=torch.full((4,), -1))})
+    expected = cohort.correct(IMAGES, SHARES, silent)
+    for same_thing in (absent, none):
+        torch.testing.assert_close(cohort.correct(IMAGES, SHARES, same_thing), expected, equal_nan=True)

@@ -1,0 +1,39 @@
+"""SlotAdamW is as many torch.optim.AdamW as there are clients."""
+
+import pytest
+import torch
+
+from hilora.federated.optim import SlotAdamW, Slotted
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_equals_one_adamw_for_each_client_that_takes_part(weight_decay: float) -> None:
+    torch.manual_seed(0)
+    adapters = torch.randn(5, 3, 4, dtype=torch.float64)  # clients along dimension 1
+    heads = torch.randn(3, 7, dtype=torch.float64)  # along dimension 0
+    separate = [(adapters[:, g].clone().requires_grad_(), heads[g].clone().requires_grad_()) for g in range(3)]
+    optimisers = [
+        torch.optim.AdamW([{"params": [a], "lr": 1e-2}, {"params": [h], "lr": 3e-2}], weight_decay=weight_decay)
+        for a, h in separate
+    ]
+    together = SlotAdamW([Slotted(adapters, 1, 1e-2), Slotted(heads, 0, 3e-2)], 3, weight_decay)
+    for step in range(6):
+        gradients = [torch.randn_like(adapters), torch.randn_like(heads)]
+        takes_part = torch.tensor([True, step % 2 == 0, step < 4])
+        together.step(gradients, takes_part)
+        for g in takes_part.nonzero().flatten().tolist():
+            separate[g][0].grad, separate[g][1].grad = gradients[0][:, g].clone(), gradients[1][g].clone()
+            optimisers[g].step()
+    for g, (a, h) in enumerate(separate):
+        torch.testing.assert_close(adapters[:, g], a.detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(heads[g], h.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_client_that_never_takes_part_keeps_its_parameters_to_the_bit() -> None:
+    parameter = torch.randn(2, 3)
+    before = parameter.clone()
+    optimiser = SlotAdamW([Slotted(parameter, 0, 1.0)], 2, weight_decay=0.5)
+    for _ in range(3):
+        optimiser.step([torch.randn(2, 3)], torch.tensor([True, False]))
+    assert torch.equal(parameter[1], before[1])
+    assert not torch.equal(parameter[0], before[0])
