@@ -150,8 +150,8 @@ def run_strategies(args: argparse.Namespace, summaries: list[dict[str, Any]]) ->
         seed=args.seed,
     )
     print(
-        f"{len(population.seen)} clients and {len(population.unseen)} unseen ones, {args.partition}, on "
-        f"{train.name} ({len(train)} images of {len(train.classes)} classes), backbone {backbone.name} at {backbone.size} px, {device}",
+        f"{len(population.seen)} clients and {len(population.unseen)} unseen ones, {args.partition}, on {train.name} "
+        f"({len(train)} images, {len(train.classes)} classes), {backbone.name} at {backbone.size} px, {device}",
         flush=True,
     )
     for name in args.strategy:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import kernels
 
-
 Array = npt.NDArray[Any]
+ROUNDING = 64  # distances of so many times the epsilon of their dtype are noise
 SILHOUETTE = 0.02  # below it, groups do not stand out
 
 
@@ -23,15 +23,17 @@ class Clustering:
 
     Attributes:
         labels: int64 `[N]`, numbered from 0 in the order of their first client.
-        k: number of groups.
+        k: number of groups, none of them empty.
         distances: `[N, N]`.
         eigengaps: `[N - 1]`; entry i is the gap of the spectrum after i + 1 eigenvalues, the evidence for K = i + 1.
+        silhouettes: of the groups for K = 2, 3, …, where these chose K; else empty.
     """
 
     labels: Tensor
     k: int
     distances: Tensor
     eigengaps: Tensor
+    silhouettes: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 def ema_columns(mean: Tensor | None, B: Tensor, decay: float) -> Tensor:
@@ -62,12 +64,13 @@ def ema_subspace(mean: Tensor | None, change: Tensor, decay: float) -> Tensor:
         return unit
     stacked = torch.cat([mean * decay**0.5, unit * (1 - decay) ** 0.5], -1)
     U, sigma, _ = torch.linalg.svd(stacked, full_matrices=False)
-    rank = change.shape[-1]
-    return U[..., :rank] * sigma[..., None, :rank]
+    leading: Tensor = (U * sigma.unsqueeze(-2))[..., : change.shape[-1]]
+    return leading
 
 
 def _unit(B: Tensor) -> Tensor:
-    return B / B.flatten(-2).norm(dim=-1).clamp_min(torch.finfo(B.dtype).tiny)[..., None, None]
+    norm: Tensor = torch.linalg.matrix_norm(B, keepdim=True)
+    return B / norm.clamp_min(torch.finfo(B.dtype).tiny)
 
 
 def cluster_clients(U: Tensor, k_min: int, k_max: int) -> Clustering:
@@ -75,10 +78,11 @@ def cluster_clients(U: Tensor, k_min: int, k_max: int) -> Clustering:
 
     Affinity `exp(−d² / 2σ²)` with σ the median distance; K the largest eigengap of the normalised Laplacian within
     `[k_min, k_max]`, the smallest K of equal ones. The groups depend neither on the bases chosen for the subspaces nor
-    on the order of the clients.
+    on the order of the clients; where clients cannot be told apart, a K that is asked for splits them at will.
 
-    By that rule K = 1 would always win. Ours: with `k_min` 1 the best K from 2 on is taken, unless its groups do not
-    stand out (a mean silhouette below 0.02; 0.10 was seen where clients have latent groups, 0.01 where they have none).
+    With `k_min` 1 the largest gap is always the trivial one. Ours: there K is the one whose groups stand out most, by
+    their mean silhouette, and 1 if none do (0.1 was seen where clients have latent groups, below 0.01 where they have
+    none; the threshold is 0.02).
 
     Args:
         U: orthonormal bases `[N, P, out, r]`; zero columns where a rank is short.
@@ -96,54 +100,59 @@ def cluster_clients(U: Tensor, k_min: int, k_max: int) -> Clustering:
     if k_min > clients:
         raise ValueError(f"{clients} clients cannot form k_min = {k_min} clusters")
     if not U.isfinite().all():
-        raise ValueError("the bases are not finite")
+        broken = [client for client, bases in enumerate(U) if not bases.isfinite().all()]
+        raise ValueError(f"the bases of clients {broken} (positions in U) are not finite")
     distances = kernels.subspace_distances(U)
-    affinity, eigenvalues = _spectrum(distances.double().cpu().numpy())
+    dense = distances.double().cpu().numpy()
+    eigenvalues, eigenvectors = _spectrum(dense, ROUNDING * torch.finfo(distances.dtype).eps)
     gaps = np.diff(eigenvalues)
-    k = _largest_gap(gaps, max(k_min, 2), min(k_max, clients))
-    labels = _spectral_labels(affinity, k)
-    if k_min == 1 and not _stand_out(distances, labels, k):
-        k, labels = 1, np.zeros_like(labels)
-    return Clustering(torch.from_numpy(labels), k, distances, torch.from_numpy(gaps))
+    silhouettes = _silhouettes(dense, eigenvectors, min(k_max, clients - 1)) if k_min == 1 else np.zeros(0)
+    if k_min > 1:
+        k = _first_largest(gaps[k_min - 1 : k_max], k_min)
+    else:
+        k = _first_largest(silhouettes, 2) if silhouettes.max(initial=0) >= SILHOUETTE else 1
+    labels = torch.from_numpy(_labels(eigenvectors[:, :k]))
+    return Clustering(labels, int(labels.max()) + 1, distances, torch.from_numpy(gaps), torch.from_numpy(silhouettes))
 
 
-def _spectrum(distances: Array) -> tuple[Array, Array]:
-    """Affinity, and the ascending eigenvalues of its normalised Laplacian."""
+def _spectrum(distances: Array, noise: float) -> tuple[Array, Array]:
+    """Ascending eigenvalues `[N]` and eigenvectors `[N, N]` of the normalised Laplacian of the affinities."""
     from scipy.sparse.csgraph import laplacian
 
-    off_diagonal = distances[~np.eye(len(distances), dtype=bool)]
-    sigma = np.median(off_diagonal) if len(off_diagonal) else 0.0
-    if sigma == 0:
-        sigma = off_diagonal.max(initial=0) or 1.0
-    affinity = np.exp(-((distances / sigma) ** 2) / 2)
-    return affinity, np.linalg.eigvalsh(laplacian(affinity, normed=True))
+    others = distances[~np.eye(len(distances), dtype=bool)]
+    differing = others[others > noise]
+    sigma = np.median(others) if 2 * len(differing) > len(others) else np.median(differing) if len(differing) else 1.0
+    affinity = np.exp(-((np.where(distances > noise, distances, 0) / sigma) ** 2) / 2)
+    eigenvalues, eigenvectors = np.linalg.eigh(laplacian(affinity, normed=True))
+    return eigenvalues, eigenvectors
 
 
-def _largest_gap(gaps: Array, k_min: int, k_max: int) -> int:
-    """K with the largest gap after it; of equal gaps (up to rounding) the first."""
-    window = gaps[k_min - 1 : k_max]
-    return k_min + int(np.argmax(window >= window.max() - 1e-9)) if len(window) else min(k_min, k_max)
+def _first_largest(scores: Array, k_min: int) -> int:
+    """K of the largest score, the first of equal ones (up to rounding); scores are those of K = k_min and up."""
+    return k_min + int(np.argmax(scores >= scores.max() - 1e-9)) if len(scores) else k_min
 
 
-def _stand_out(distances: Tensor, labels: Array, k: int) -> bool:
-    """Whether members of a group are nearer to each other than to the next group, as far as distances go."""
+def _silhouettes(distances: Array, eigenvectors: Array, k_max: int) -> Array:
+    """For K = 2 to k_max: how much nearer clients are to their own group than to the next, on average."""
+    return np.array([_silhouette(distances, _labels(eigenvectors[:, :k])) for k in range(2, k_max + 1)])
+
+
+def _silhouette(distances: Array, labels: Array) -> float:
     from sklearn.metrics import silhouette_score
 
-    if not 2 <= k < len(labels):
-        return False
-    return bool(silhouette_score(distances.cpu().numpy(), labels, metric="precomputed") >= SILHOUETTE)
+    return float(silhouette_score(distances, labels, metric="precomputed")) if labels.any() else 0.0
 
 
-def _spectral_labels(affinity: Array, k: int) -> Array:
-    from sklearn.cluster import SpectralClustering
+def _labels(vectors: Array) -> Array:
+    """Groups from the first K eigenvectors `[N, K]`, by a pivoted QR factorisation, which needs no random start (Damle,
+    Minden & Ying, Simple, direct and efficient multi-way spectral clustering, 2019)."""
+    from scipy.linalg import qr
 
-    clients = len(affinity)
-    if k == 1 or k == clients:
-        return np.zeros(clients, np.int64) if k == 1 else np.arange(clients)
-    model = SpectralClustering(k, affinity="precomputed", assign_labels="cluster_qr", random_state=0)
-    labels = model.fit_predict(affinity)
+    pivots = qr(vectors.T, pivoting=True, mode="r")[-1][: vectors.shape[1]]
+    left, _, right = np.linalg.svd(vectors[pivots].T)
+    labels = np.abs(vectors @ left @ right).argmax(1)
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first))[inverse].astype(np.int64)
+    return np.argsort(np.argsort(first))[inverse]
 
 
 def cluster_bases(U: Tensor, labels: Tensor) -> Tensor:
@@ -175,7 +184,9 @@ def route_client(U: Tensor, U_clusters: Tensor) -> tuple[int, Tensor]:
         ValueError: for shapes that do not fit, or a client without any direction (all zero): it has not trained.
     """
     if U.dim() != 3 or U_clusters.dim() != 4 or U_clusters.shape[1:-1] != U.shape[:-1]:
-        raise ValueError(f"bases {tuple(U.shape)} and {tuple(U_clusters.shape)}: expected [P, out, r] and [K, P, out, r]")
+        raise ValueError(
+            f"bases {tuple(U.shape)} and {tuple(U_clusters.shape)}: expected [P, out, r] and [K, P, out, r]"
+        )
     if not U.any():
         raise ValueError("the client's basis is zero: probe it by some local steps first")
     rank = min(U.shape[-1], U_clusters.shape[-1])

@@ -41,11 +41,11 @@ class Script:
 
 
 CLIENT_SCRIPTS = (
-    Script("armenian", "բդթժխծճմջշ", 0, 4.0),
-    Script("georgian", "ბდლნფქშჯვყ", 36, 5.5),
-    Script("hebrew", "אבגהטלצקפע", 72, 4.0),
-    Script("arabic", "ثجخشضطعقكي", 108, 5.5),
-    Script("lao", "ກຂຄງຍທຜພສຈ", 144, 4.0),
+    Script("armenian", "բդթժխծճմջշ", 0, 4.5),
+    Script("georgian", "ბდლნფქშჯვყ", 36, 4.5),
+    Script("hebrew", "אבגהטלצקפע", 72, 4.5),
+    Script("arabic", "ثجخشضطعقكي", 108, 4.5),
+    Script("lao", "ກຂຄງຍທຜພສຈ", 144, 4.5),
 )
 PRETRAINING_SCRIPTS = (
     Script("latin", "3457acefhijkrtvwxyzAEGHKLMPQRTUYþßæøƀɖɚɠɣɧɯɰɱɲɶɷɸɹɺɾʁʇʉʍʎʐʔʕʬ"),

@@ -80,8 +80,9 @@ def plot_clusters(
     true_groups: Array | None = None,
     group_names: Sequence[str] = (),
     title: str = "",
+    silhouettes: Array | None = None,
 ) -> None:
-    """The clients' subspace distances ordered by cluster, the eigengaps that chose K, and clusters against true groups.
+    """The clients' subspace distances ordered by cluster, the evidence that chose K, and clusters against true groups.
 
     Args:
         distances: `[n, n]`, or None where clusters came about without them: then that panel is left out.
@@ -92,6 +93,7 @@ def plot_clusters(
         true_groups: int `[n]`, each client's true group where it is known.
         group_names: names of the groups; their numbers stand in where it is empty.
         title: stands above the figure.
+        silhouettes: `[m]`, of the groups for K = 2, 3, …; None or empty where the eigengaps chose K.
     """
     if labels is None or not len(labels):
         return _message(_figure(9, 4.8, title), "no clusters were formed", path)
@@ -107,7 +109,7 @@ def plot_clusters(
     if distances is not None:
         _distance_panel(figure.add_subplot(columns[0]), distances, labels, groups if true_groups is not None else None)
     if tall:
-        _eigengap_panel(figure.add_subplot(rows[0]), gaps, k)
+        _evidence_panel(figure.add_subplot(rows[0]), gaps, silhouettes, k)
     _contingency_panel(figure.add_subplot(rows[-1]), labels, groups, names, k, coloured=true_groups is not None)
     _save(figure, path)
 
@@ -200,14 +202,21 @@ def _distance_panel(axes: Axes, distances: Array, labels: Array, groups: Array |
     strip.set(xticks=[], yticks=[], ylabel="client, coloured by true group")
 
 
-def _eigengap_panel(axes: Axes, gaps: Array, k: int) -> None:
-    gaps = gaps[: max(30, k + 5)]
-    numbers = np.arange(1, len(gaps) + 1)
+def _evidence_panel(axes: Axes, gaps: Array, silhouettes: Array | None, k: int) -> None:
+    gaps = gaps[1 : max(30, k + 5)]  # the gap after the first eigenvalue is always the largest, and hides the others
+    numbers = np.arange(2, len(gaps) + 2)
     axes.bar(numbers, gaps, color=[VERMILION if number == k else SKY for number in numbers], width=0.75)
-    axes.set(title=f"Eigengaps: K = {k}", xlabel="number of clusters", ylabel="gap")
-    axes.set_xlim(0.4, max(len(gaps), 4) + 0.6)
+    axes.set(title=f"Eigengaps: K = {k}", xlabel="number of clusters", ylabel="eigengap (bars)")
+    axes.set_xlim(1.4, max(len(gaps), 4) + 1.6)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
     axes.spines[["top", "right"]].set_visible(False)
+    if silhouettes is not None and len(silhouettes):
+        axes.set_title(f"Eigengaps and silhouettes: K = {k}")
+        scores = axes.twinx()
+        scores.plot(np.arange(2, len(silhouettes) + 2), silhouettes, color=BLUE, marker="o", markersize=4)
+        scores.set_ylabel("silhouette (line)")
+        scores.set_ylim(min(0.0, silhouettes.min()), max(0.05, 1.15 * silhouettes.max()))
+        scores.spines["top"].set_visible(False)
 
 
 def _contingency_panel(axes: Axes, labels: Array, groups: Array, names: Sequence[str], k: int, coloured: bool) -> None:

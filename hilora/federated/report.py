@@ -208,6 +208,7 @@ def write_report(
         some,
         group_names,
         title,
+        None if clustering is None else clustering.silhouettes.cpu().numpy(),
     )
     plots.plot_class_distribution(counts.numpy(), out / "classes.png", every, group_names, seen.numpy(), title)
 

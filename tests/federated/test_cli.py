@@ -38,7 +38,11 @@ def test_with_nothing_given_it_runs_on_glyphs_and_compares_three_strategies(
     example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert example.main([*SMALL, "--out", str(tmp_path)]) == 0
-    for folder, strategy in ((tmp_path, "hilora"), (tmp_path / "fedit", "fedit"), (tmp_path / "local-lora", "local-lora")):
+    for folder, strategy in (
+        (tmp_path, "hilora"),
+        (tmp_path / "fedit", "fedit"),
+        (tmp_path / "local-lora", "local-lora"),
+    ):
         found = summary(folder)
         assert found["strategy"] == strategy
         assert found["data"] == "glyphs"

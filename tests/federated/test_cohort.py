@@ -19,7 +19,9 @@ IDS = torch.tensor([4, 2, 7, 5])
 
 
 def make(backbone: Backbone, **options: Any) -> Cohort:
-    run = RunConfig(batch_size=4, rank={"root": 2, "cluster": 3, "leaf": 1}, gamma_root=2.0, gamma_cluster=3.0, **options)
+    run = RunConfig(
+        batch_size=4, rank={"root": 2, "cluster": 3, "leaf": 1}, gamma_root=2.0, gamma_cluster=3.0, **options
+    )
     return Cohort(backbone, ("root", "cluster", "leaf"), run, torch.device("cpu"), torch.get_default_dtype())
 
 

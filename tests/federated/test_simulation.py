@@ -55,8 +55,10 @@ def test_the_same_seed_gives_the_same_numbers(simulate: Simulate, tmp_path: Path
     )
     a, b, c = (figures(simulation.run()) for simulation in (first, second, other))
     assert a == b
-    assert same(first.strategy.tables()[0]["leaf" if strategy != "fedit" else "root"],
-                second.strategy.tables()[0]["leaf" if strategy != "fedit" else "root"])
+    assert same(
+        first.strategy.tables()[0]["leaf" if strategy != "fedit" else "root"],
+        second.strategy.tables()[0]["leaf" if strategy != "fedit" else "root"],
+    )
     assert [r["loss"] for r in first.log.records] != [r["loss"] for r in other.log.records]
     assert a["seed"] != c["seed"]
 
@@ -181,7 +183,7 @@ def test_no_unseen_clients(simulate: Simulate) -> None:
 
 
 def test_an_update_that_is_not_finite_ends_the_run_with_a_clear_error(simulate: Simulate, tmp_path: Path) -> None:
-    simulation = simulate(lr=float(1e30))
+    simulation = simulate(lr=1e30)
     with pytest.raises(ValueError, match="not finite"):
         simulation.run()
     assert (tmp_path / "out" / "summary.json").exists()
