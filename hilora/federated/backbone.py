@@ -39,8 +39,8 @@ def load_backbone(name: str, weights: Path | None = None, size: int | None = Non
 
     Args:
         name: of a timm model, such as `vit_base_patch16_224.augreg_in21k`.
-        weights: a local file of its weights (safetensors, or a checkpoint that torch can load); None fetches them from
-            the hub that timm uses.
+        weights: a local file of its weights (safetensors, or a checkpoint that torch can load), classifier included;
+            None fetches them from the hub that timm uses.
         size: height and width of the images; None takes what it was trained for.
 
     Raises:
@@ -74,13 +74,16 @@ def _timm_model(name: str, weights: Path | None, size: int | None) -> Any:
     extra = {} if size is None else {"img_size": size}
     overlay = {} if weights is None else {"pretrained_cfg_overlay": {"file": str(weights)}}
     try:
-        return timm.create_model(name, pretrained=True, num_classes=0, **extra, **overlay)
+        # With its own classifier, since timm would otherwise load whatever fits and leave the rest random.
+        model = timm.create_model(name, pretrained=True, **extra, **overlay)
     except Exception as error:  # hub clients raise errors of many kinds
         if weights is not None:
             raise ValueError(f"the weights in {weights} do not fit {name}: {error}") from error
         raise RuntimeError(
             f"the weights of {name} cannot be fetched ({type(error).__name__}): give a local file by --weights"
         ) from error
+    model.reset_classifier(0)
+    return model
 
 
 def tune_for_cpu() -> None:

@@ -40,12 +40,13 @@ class Script:
     stripes: float = 0.0
 
 
+# Scripts next to each other in direction differ in width, so that all are about equally far apart.
 CLIENT_SCRIPTS = (
-    Script("armenian", "բդթժխծճմջշ", 0, 4.5),
-    Script("georgian", "ბდლნფქშჯვყ", 36, 4.5),
-    Script("hebrew", "אבגהטלצקפע", 72, 4.5),
-    Script("arabic", "ثجخشضطعقكي", 108, 4.5),
-    Script("lao", "ກຂຄງຍທຜພສຈ", 144, 4.5),
+    Script("armenian", "բդթժխծճմջշ", 0, 3.5),
+    Script("georgian", "ბდლნფქშჯვყ", 36, 7.0),
+    Script("hebrew", "אבגהטלצקפע", 72, 3.5),
+    Script("arabic", "ثجخشضطعقكي", 108, 7.0),
+    Script("lao", "ກຂຄງຍທຜພສຈ", 144, 5.0),
 )
 PRETRAINING_SCRIPTS = (
     Script("latin", "3457acefhijkrtvwxyzAEGHKLMPQRTUYþßæøƀɖɚɠɣɧɯɰɱɲɶɷɸɹɺɾʁʇʉʍʎʐʔʕʬ"),

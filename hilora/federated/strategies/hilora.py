@@ -136,9 +136,16 @@ class HiLoRA(Strategy):
         return clients[worked]
 
     def _form_clusters(self, seen: Tensor, fit: Fit) -> None:
-        """Cluster the clients that trained the root; those that were never sampled join by probing."""
-        if not self.trained_root[seen].any():
-            self._probe(seen, fit)  # no root rounds at all: one epoch for everyone to go by
+        """Cluster the clients that trained the root; those that were never sampled join by probing.
+
+        Changes compare only where they are of the same root. Where the clients did not all train in the same rounds,
+        each is probed once more, from the root as it is now.
+        """
+        started = self.trained_root[seen].any()
+        if not started or (self.run.participation < 1 and not self.run.published):
+            sampled = seen[self.trained_root[seen]] if started else seen
+            self.trained_root[sampled] = False
+            self._probe(sampled, fit)
         sampled, missing = seen[self.trained_root[seen]], seen[~self.trained_root[seen]]
         if not len(sampled):
             raise ValueError("no client has an image to train on")
@@ -168,8 +175,9 @@ class HiLoRA(Strategy):
         targets = self.centres
         if self.run.published and self.cluster:
             targets = _side_by_side([kernels.orthonormal_basis(B) for _, B in _factors(self.cluster)])
-        for client in probed:
-            self.member[client] = route_client(self._bases(client[None])[0], targets)[0]
+        for client, basis in zip(probed, self._bases(probed) if len(probed) else (), strict=True):
+            if basis.any():  # not so where the learning rate is zero
+                self.member[client] = route_client(basis, targets)[0]
 
     def clustering(self) -> Clustering | None:
         return None if self.groups is None else Clustering(**self.groups)
