@@ -16,7 +16,7 @@ from hilora.federated.state import Models, Table, stream
 CLIENTS, IMAGES = 10, 32
 
 
-def test_a_local_epoch_of_ten_clients(benchmark) -> None:  # type: ignore[no-untyped-def]
+def test_a_local_epoch_of_ten_clients(benchmark) -> None:
     """`extra_info` has images per second; the timed function trains the ten in one cohort."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":

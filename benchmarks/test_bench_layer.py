@@ -37,7 +37,7 @@ def training_step(layer: nn.Module, width: int) -> Step:
 
 
 @pytest.mark.parametrize("width", [192, 384, 768])
-def test_training_step_of_a_layer(benchmark, width: int) -> None:  # type: ignore[no-untyped-def]
+def test_training_step_of_a_layer(benchmark, width: int) -> None:
     """`extra_info` has the ratios; the timed function is the adapted layer."""
     torch.manual_seed(0)
     plain, loop_base, base = (nn.Linear(width, width).requires_grad_(False) for _ in range(3))

@@ -21,8 +21,11 @@ from .partition import Population
 from .report import Progress, write_report
 from .settings import RunConfig
 from .state import Models, Trained, stream
-from .strategies import STRATEGIES
+from .strategies import STRATEGIES, Strategy
 
+PICTURES = ("accuracy.png", "clusters.png", "classes.png")
+RESULTS = ("summary.json", "metrics.jsonl", "checkpoint.pt", "adapters.safetensors", "heads.safetensors", *PICTURES)
+PROGRESS = ("round", "stage", "round_in_stage", "seconds", "images", "tiers", "unseen", "finished")
 UNSEEN_ROUND = 1_000_000  # names the random streams of unseen clients, far from any round's
 PROBE_ROUND = 2_000_000
 
@@ -190,7 +193,7 @@ class Simulation:
             "tiers": self.tiers,
             "final": last,
             "unseen": self.unseen,
-            "clusters": self._clusters(),
+            "clusters": clusters(self.strategy, self.population),
             "seconds": self.seconds,
             "images_per_second": self.images / self.seconds if self.seconds else None,
             "interrupted": not self.finished,
@@ -198,46 +201,19 @@ class Simulation:
             "config": self.run_config.to_dict(),
         }
 
-    def _clusters(self) -> dict[str, Any] | None:
-        found, truth = self.strategy.clustering(), self.population.true_groups
-        if found is None:
-            return None
-        ari = None
-        if truth is not None:
-            from sklearn.metrics import adjusted_rand_score
-
-            ari = float(adjusted_rand_score(truth[self.population.seen], found.labels))
-        return {"k": found.k, "labels": found.labels.tolist(), "ari": ari, "unseen": self._routed()}
-
-    def _routed(self) -> list[int]:
-        """The cluster that each unseen client joined, -1 before it did."""
-        member = getattr(self.strategy, "member", None)
-        return [] if member is None else member[self.population.unseen].tolist()
-
     def _leave_results(self) -> dict[str, Any]:
-        """Everything a run leaves in its folder."""
-        summary = self.summary()
+        """Everything a run leaves in its folder; returns the summary."""
+        summary, images = self.summary(), self.train_images
         write_json(self.out / "summary.json", summary)
         adapters, heads = self.strategy.tables()
         self.cohort.keep(adapters)
         save_adapters(self.cohort.model, self.out / "adapters.safetensors")
-        write_tensors(
-            self.out / "heads.safetensors",
-            {f"{tier}.{name}": value for tier, head in heads.items() for name, value in head.items()},
-            {"classes": self.train_images.classes},
-        )
-        seen = torch.zeros(len(self.population.clients), dtype=torch.bool)
-        seen[self.population.seen] = True
-        write_report(
-            self.out,
-            summary,
-            self.log.records,
-            self.population.class_counts(self.train_images.labels, len(self.train_images.classes)),
-            seen,
-            self.population.true_groups,
-            self.population.groups,
-            self.strategy.clustering(),
-        )
+        named = {f"{tier}.{name}": value for tier, head in heads.items() for name, value in head.items()}
+        write_tensors(self.out / "heads.safetensors", named, {"classes": images.classes})
+        counts = self.population.class_counts(images.labels, len(images.classes))
+        seen = torch.tensor([client.seen for client in self.population.clients])
+        groups, names = self.population.true_groups, self.population.groups
+        write_report(self.out, summary, self.log.records, counts, seen, groups, names, self.strategy.clustering())
         return summary
 
     def _save_checkpoint(self) -> None:
@@ -276,20 +252,29 @@ class Simulation:
         }
 
 
-RESULTS = ("summary.json", "metrics.jsonl", "checkpoint.pt", "adapters.safetensors", "heads.safetensors", "*.png")
+def clusters(strategy: Strategy, population: Population) -> dict[str, Any] | None:
+    """The groups that a strategy formed: K, the cluster of each seen client, their agreement with the true groups where
+    these are known, and the cluster that each unseen client joined."""
+    found, truth = strategy.clustering(), population.true_groups
+    if found is None:
+        return None
+    ari = None
+    if truth is not None:
+        from sklearn.metrics import adjusted_rand_score
+
+        ari = float(adjusted_rand_score(truth[population.seen], found.labels))
+    joined = strategy.joined(population.unseen).tolist()
+    return {"k": found.k, "labels": found.labels.tolist(), "ari": ari, "unseen": joined}
 
 
 def set_aside(out: Path) -> None:
     """Move the results of an earlier run in a folder into `earlier-1`, `earlier-2`, … inside of it."""
-    found = [path for pattern in RESULTS for path in out.glob(pattern)]
+    found = [out / name for name in RESULTS if (out / name).exists()]
     if found:
         number = next(n for n in itertools.count(1) if not (out / f"earlier-{n}").exists())
         (out / f"earlier-{number}").mkdir()
         for path in found:
             path.rename(out / f"earlier-{number}" / path.name)
-
-
-PROGRESS = ("round", "stage", "round_in_stage", "seconds", "images", "tiers", "unseen", "finished")
 
 
 def _mean(loss: Tensor) -> float | None:

@@ -83,7 +83,7 @@ def stop_after(simulation: Simulation, rounds: int) -> None:
             raise Stop
         return fit(*args)
 
-    simulation._fit = interrupted  # type: ignore[method-assign]
+    simulation._fit = interrupted  # type: ignore[method-assign, assignment]
 
 
 @pytest.mark.parametrize("rounds", [0, 1, 3, 4, 6])

@@ -25,7 +25,8 @@ def fresh(tier: str, slots: int, generator: torch.Generator) -> State:
 
 
 def run(**options: Any) -> RunConfig:
-    return RunConfig(**({"rank": RANK, "rounds": [2, 2, 1], "k_max": 4} | options))
+    fields: dict[str, Any] = {"rank": RANK, "rounds": [2, 2, 1], "k_max": 4}
+    return RunConfig(**(fields | options))
 
 
 def train(clients: Tensor, models: Models, tier: str, epochs: int = 1, seed: int = 0) -> Trained:

@@ -73,6 +73,10 @@ class Strategy(ABC):
         """The groups of the seen clients that the method formed, if it does."""
         return None
 
+    def joined(self, clients: Tensor) -> Tensor:
+        """The cluster of each of the clients `[n]`, -1 for none."""
+        return torch.full((len(clients),), -1)
+
     def tables(self) -> tuple[dict[str, State], dict[str, State]]:
         """All adapters by tier, and the heads likewise, for saving."""
         everyone = self.models(torch.arange(self.clients))

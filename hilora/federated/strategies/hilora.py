@@ -182,6 +182,9 @@ class HiLoRA(Strategy):
     def clustering(self) -> Clustering | None:
         return None if self.groups is None else Clustering(**self.groups)
 
+    def joined(self, clients: Tensor) -> Tensor:
+        return self.member[clients]
+
     def tables(self) -> tuple[dict[str, State], dict[str, State]]:
         adapters = {"root": self.root, "cluster": self.cluster, "leaf": self.leaf}
         return {tier: state for tier, state in adapters.items() if state}, self.heads
