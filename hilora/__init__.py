@@ -1,9 +1,11 @@
 """Hierarchical low-rank adaptation (HiLoRA) of Vision Transformers for many clients at once."""
 
 from .bank import AdapterBank
+from .callcheck import UncalledLayerError
 from .config import HiLoRAConfig
-from .inject import inject, merge, set_active_tier, set_slots, unload, unmerge
+from .inject import inject, set_active_tier, set_slots
 from .layers import TieredLoRALinear
+from .merging import merge, unload, unmerge
 from .orthogonality import orthogonality_penalty
 from .saving import load_adapters, save_adapters
 
@@ -11,6 +13,7 @@ __all__ = [
     "AdapterBank",
     "HiLoRAConfig",
     "TieredLoRALinear",
+    "UncalledLayerError",
     "inject",
     "load_adapters",
     "merge",

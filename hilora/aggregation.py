@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -30,8 +31,8 @@ def product_space_mean(A: Tensor, B: Tensor, weights: Tensor, rank: int) -> tupl
         columns only where `rank` exceeds what N clients of rank r can span).
 
     Raises:
-        ValueError: for shapes that do not fit, weights that are negative or sum to zero, or an update that is not
-            finite; the message names the clients.
+        ValueError: for shapes that do not fit, weights that are negative, not finite or all zero, or an update that is
+            not finite; the message names the clients.
     """
     clients = len(A)
     if len(B) != clients or weights.shape != (clients,) or A.shape[1:-2] != B.shape[1:-2] or A.shape[-2] != B.shape[-1]:
@@ -41,8 +42,8 @@ def product_space_mean(A: Tensor, B: Tensor, weights: Tensor, rank: int) -> tupl
         )
     if rank < 1 or rank > min(A.shape[-1], B.shape[-2]):
         raise ValueError(f"rank must lie between 1 and {min(A.shape[-1], B.shape[-2])}, got {rank}")
-    if not (weights >= 0).all() or not weights.sum() > 0:
-        raise ValueError(f"weights must not be negative and not all zero, got {weights.tolist()}")
+    if not ((weights >= 0) & weights.isfinite()).all() or not weights.any():
+        raise ValueError(f"weights must be finite, not negative and not all zero, got {weights.tolist()}")
     check_finite(A, B)
     dtype = torch.promote_types(A.dtype, torch.float32)
     share = (weights.to(A.device, dtype) / weights.sum()).view(-1, *[1] * (A.dim() - 1))
@@ -61,7 +62,7 @@ def product_space_mean(A: Tensor, B: Tensor, weights: Tensor, rank: int) -> tupl
 
 def check_finite(*stacked: Tensor) -> None:
     """Raise a ValueError that names the clients with an update that is not finite, for tensors `[N, ...]`."""
-    good = torch.stack([value.isfinite().flatten(1).all(1) for value in stacked]).all(0)
+    good = torch.stack([value[:, None].isfinite().flatten(1).all(1) for value in stacked]).all(0)
     if not good.all():
         raise ValueError(
             f"the updates of clients {(~good).nonzero().flatten().tolist()} (positions in the batch) are not finite: "
@@ -82,7 +83,7 @@ def relative_change(
     for (A, B), (A_before, B_before) in zip(after, before, strict=True):
         change += _squared_norm(torch.cat([A, A_before], -2), torch.cat([B, -B_before], -1))
         norm += _squared_norm(A_before, B_before)
-    return change**0.5 / (norm**0.5 + eps)
+    return math.sqrt(change) / (math.sqrt(norm) + eps)
 
 
 def _squared_norm(A: Tensor, B: Tensor) -> float:

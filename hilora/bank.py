@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class AdapterBank(nn.Module):
         self.out_features, self.in_features = like.shape
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
         self.slots: dict[str, Tensor | None] = dict.fromkeys(config.tiers)
-        self._parts: dict[str, tuple[Any, Sequence[Tensor], Sequence[Tensor]]] = {}
+        self._parts: dict[str, _Parts] = {}
         wide = torch.promote_types(like.dtype, torch.float32)
         for tier in config.tiers:
             A, B = self.fresh(tier, config.slot_count(tier))
@@ -72,15 +72,18 @@ class AdapterBank(nn.Module):
             self.assign(tier, torch.cat([A.data, new_A.to(A)], 1), torch.cat([B.data, new_B.to(B)], 1))
 
     def assign(self, tier: str, A: Tensor, B: Tensor) -> None:
-        """Give a tier another table: A `[P, S, r, in]`, B `[P, S, out, r]`, any S. The parameters stay the same objects.
+        """Give a tier another table: A `[P, S, r, in]`, B `[P, S, out, r]`, any S. The parameters stay the same
+        objects; an optimiser that holds moments of the former shape must be made anew.
 
         Raises:
             ValueError: if the shapes do not fit the bank.
         """
         self.check(tier, A, B)
         for parameter, value in ((self.A[tier], A), (self.B[tier], B)):
+            # By way of another dtype: nothing else resets autograd's node, which an old graph may keep alive, and
+            # which would sum gradients to the old shape.
+            parameter.data = parameter.new_empty(0, dtype=torch.half if parameter.dtype != torch.half else torch.float)
             parameter.data, parameter.grad = value, None
-        self._parts.pop(tier, None)
 
     def check(self, tier: str, A: Tensor, B: Tensor) -> None:
         """Raise a ValueError unless A `[P, S, r, in]` and B `[P, S, out, r]` fit the tier."""
@@ -94,19 +97,26 @@ class AdapterBank(nn.Module):
             )
 
     def part(self, tier: str, index: int) -> tuple[Tensor, Tensor]:
-        """The adapters of one projection: A `[S, r, in]`, B `[S, out, r]`.
+        """The adapters of one projection: A `[S, r, in]`, B `[S, out, r]`."""
+        return self._part(f"A.{tier}", self.A[tier], index), self._part(f"B.{tier}", self.B[tier], index)
 
-        All projections are taken apart at once, by one `unbind` until the parameters change: layer by layer, the
-        backward pass would write a gradient of the whole bank for each of them.
+    def _part(self, key: str, parameter: Tensor, index: int) -> Tensor:
+        """`parameter[index]`.
+
+        In training, all projections of a forward pass are taken apart by one `unbind`: layer by layer, the backward
+        pass would write a gradient of the whole bank for each of them. A part is handed out once, so that every forward
+        pass has an unbind of its own.
         """
-        A, B = self.A[tier], self.B[tier]
-        if torch.compiler.is_compiling():
-            return A[index], B[index]
-        stamp = [(p._version, p.untyped_storage()._cdata, p.requires_grad) for p in (A, B)], torch.is_grad_enabled()
-        found = self._parts.get(tier)
-        if found is None or found[0] != stamp:
-            found = self._parts[tier] = (stamp, A.unbind(0), B.unbind(0))
-        return found[1][index], found[2][index]
+        trains = parameter.requires_grad and torch.is_grad_enabled()
+        if not trains or not isinstance(parameter, nn.Parameter) or torch.compiler.is_compiling():
+            return parameter[index]
+        stamp = (id(parameter), parameter._version, parameter.untyped_storage()._cdata)
+        parts = self._parts.get(key)
+        if parts is None or parts.stamp != stamp or parts.views[index] is None:
+            parts = self._parts[key] = _Parts(stamp, list(parameter.unbind(0)))
+        view, parts.views[index] = parts.views[index], None
+        assert view is not None
+        return view
 
     def select(self, tier: str, slot: int) -> tuple[Tensor, Tensor]:
         """One adapter of the tier for all projections: A `[P, r, in]`, B `[P, out, r]`.
@@ -119,10 +129,28 @@ class AdapterBank(nn.Module):
             raise IndexError(f"tier {tier!r} has {count} slots, there is no slot {slot}")
         return self.A[tier][:, slot], self.B[tier][:, slot]
 
+    def only_slot(self, tier: str) -> int | None:
+        """The slot that goes without saying: 0 for one adapter, -1 for none, None where there are several."""
+        count = self.A[tier].shape[1]
+        return count - 1 if count < 2 else None
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_parts": {}}  # views with a history can be neither copied nor pickled
+        return {**self.__dict__, "_parts": {}}  # views with a history can be neither copied nor pickled
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        for tier, slot in self.slots.items():
+            self.slots[tier] = None if slot is None else slot.to(self.A[tier].device)
+        return self
 
     def extra_repr(self) -> str:
         shape = f"{len(self.names)} projections {self.in_features} → {self.out_features}"
         tiers = ", ".join(f"{tier}: r={self.config.rank(tier)} × {self.A[tier].shape[1]}" for tier in self.tiers)
         return f"{shape}; {tiers}"
+
+
+class _Parts(NamedTuple):
+    """A parameter taken apart."""
+
+    stamp: tuple[int, int, int]  # which parameter, how often it was written to, where its values are
+    views: list[Tensor | None]  # those that have not been handed out

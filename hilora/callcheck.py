@@ -7,6 +7,7 @@ Some ViTs of timm (BEiT, EVA-02, Swin-V2, those with rotary embeddings) compute 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,21 +22,21 @@ class _CallCheck:
     """Hooks that watch one forward pass of the model and then take themselves away."""
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-        self.uncalled = {id(layer): path for path, layer in layers.items()}
-        self.handles = [layer.register_forward_pre_hook(self.called) for layer in layers.values()]
+        self.uncalled = list(layers)
+        self.handles = [layer.register_forward_pre_hook(partial(self.called, path)) for path, layer in layers.items()]
         self.handles.append(model.register_forward_hook(self.finished))
 
-    def called(self, layer: nn.Module, args: Any) -> None:
-        self.uncalled.pop(id(layer), None)
+    def called(self, path: str, layer: nn.Module, args: Any) -> None:
+        if path in self.uncalled:
+            self.uncalled.remove(path)
 
     def finished(self, model: nn.Module, args: Any, output: Any) -> None:
         self.remove()
         if self.uncalled:
-            some = ", ".join(list(self.uncalled.values())[:3])
             raise UncalledLayerError(
-                f"the model never calls {len(self.uncalled)} of the adapted layers ({some}…): it uses their weights in "
-                "some other way, so that adapters would have no effect. Choose other target_modules, such as 'proj', "
-                "'fc1', 'fc2', or a model that calls them"
+                f"the model never calls {len(self.uncalled)} of the adapted layers ({', '.join(self.uncalled[:3])}…): "
+                "it uses their weights in some other way, so that adapters would have no effect. Choose other "
+                "target_modules, such as 'proj', 'fc1', 'fc2', or a model that calls them"
             )
 
     def remove(self) -> None:
@@ -51,20 +52,17 @@ def check_calls(model: nn.Module, layers: Mapping[str, nn.Module], example_input
         UncalledLayerError: if a layer is never called; now, or from that first forward pass.
     """
     check = _CallCheck(model, layers)
-    derived = example_input is None
-    if example_input is None:
-        example_input = _example_input(model)
-    if example_input is None:
+    image = example_input if example_input is not None else _example_input(model)
+    if image is None:
         return
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
-            model(example_input)
-    except UncalledLayerError:
-        raise
-    except Exception:  # the blank image is not what this model takes: its first forward pass will tell
-        if not derived:
+            model(image)
+    except BaseException as error:
+        guessed_wrong = example_input is None and isinstance(error, Exception)
+        if isinstance(error, UncalledLayerError) or not guessed_wrong:
             check.remove()
             raise
     finally:
@@ -72,16 +70,22 @@ def check_calls(model: nn.Module, layers: Mapping[str, nn.Module], example_input
             module.training = mode
 
 
+def end_check(model: nn.Module) -> None:
+    """Take the hooks of a check out that waits for the model's first forward pass."""
+    for hook in list(model._forward_hooks.values()):
+        check = getattr(hook, "__self__", None)
+        if isinstance(check, _CallCheck):
+            check.remove()
+
+
 def _example_input(model: nn.Module) -> Tensor | None:
     """One blank image for a ViT of timm, transformers or torchvision; None for other models."""
     stem = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    size: Any = None
-    if hasattr(model, "default_cfg"):  # timm
-        size = getattr(getattr(model, "patch_embed", None), "img_size", None) or model.default_cfg["input_size"][1:]  # type: ignore[index]
-    elif hasattr(model, "config"):  # transformers
-        size = getattr(model.config, "image_size", None)
-    elif hasattr(model, "image_size"):  # torchvision
-        size = model.image_size
+    size: Any = getattr(getattr(model, "patch_embed", None), "img_size", None)  # timm
+    if size is None and isinstance(getattr(model, "default_cfg", None), Mapping):
+        size = model.default_cfg["input_size"][1:]  # type: ignore[index]
+    elif size is None:  # transformers, torchvision
+        size = getattr(getattr(model, "config", model), "image_size", None)
     if stem is None or size is None:
         return None
     height, width = (size, size) if isinstance(size, int) else size

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import Any
+
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -15,8 +19,8 @@ class HiLoRAConfig:
         r: rank; one for all tiers, or one for each, `{"root": 16, "cluster": 8, "leaf": 4}`.
         lora_alpha: a tier's product is scaled by `lora_alpha / r`; one for all tiers, or one for each.
         target_modules: which linear layers to adapt. `"q"`, `"k"`, `"v"` mean a separate layer or the slice of a fused
-            `qkv`; `"proj"`, `"fc1"`, `"fc2"` the other layers of a block, whatever the library calls them; anything
-            else is the end of a module's path (`"mlp.fc1"`) or a pattern for all of it (`"blocks.[0-5].*.fc1"`).
+            `qkv`, `kv` or `qk`; `"proj"`, `"fc1"`, `"fc2"` the other layers of a block, whatever the library calls
+            them; anything else is the end of a module's path (`"mlp.fc1"`) or a pattern for it (`"[0-5].*.fc1"`).
         lora_dropout: probability of dropping an input of the adapters, in training mode only.
         tiers: names of the tiers in the order of the cascade.
         slots: adapters in each tier's table; one number for all tiers, or one for each. Tables also grow on demand
@@ -34,35 +38,35 @@ class HiLoRAConfig:
     slots: int | Mapping[str, int] = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.target_modules, str) or isinstance(self.tiers, str):
-            raise ValueError("target_modules and tiers are tuples of names, not one string")
-        object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        object.__setattr__(self, "tiers", tuple(self.tiers))
-        if not self.target_modules:
-            raise ValueError("target_modules is empty: name at least one, such as ('q', 'v')")
-        if not self.tiers or len(set(self.tiers)) < len(self.tiers):
-            raise ValueError(f"tiers must be distinct names, at least one, got {self.tiers}")
+        for field in ("target_modules", "tiers"):
+            names = getattr(self, field)
+            if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
+                raise ValueError(f"{field} must be a tuple of names, at least one, got {names!r}")
+            object.__setattr__(self, field, tuple(names))
+        if len(set(self.tiers)) < len(self.tiers):
+            raise ValueError(f"tiers must be distinct names, got {self.tiers}")
         for name in self.tiers:
-            if not name.isidentifier():
-                raise ValueError(f"tier {name!r} must be a Python identifier: it becomes the name of an argument")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout}")
-        for field in ("r", "lora_alpha", "slots"):
-            value = getattr(self, field)
-            if isinstance(value, Mapping):
-                object.__setattr__(self, field, dict(value))
-                if set(value) != set(self.tiers):
-                    raise ValueError(f"{field} names the tiers {sorted(value)}, the config has {sorted(self.tiers)}")
-        for tier in self.tiers:
-            if self.rank(tier) < 1 or self.rank(tier) != int(self.rank(tier)):
-                raise ValueError(f"r of {tier} must be a whole number of at least 1, got {self.rank(tier)}")
-            if self.slot_count(tier) < 0:
-                raise ValueError(f"slots of {tier} must not be negative, got {self.slot_count(tier)}")
-            if not 0 < float(self._of("lora_alpha", tier)) < float("inf"):
-                raise ValueError(f"lora_alpha of {tier} must be positive, got {self._of('lora_alpha', tier)}")
+            if not name.isidentifier() or hasattr(nn.ParameterDict, name):
+                raise ValueError(f"a tier cannot be called {name!r}: choose a Python identifier such as 'root'")
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout!r}")
+        self._settle("r", int, "a whole number of at least 1", lambda v: v == v // 1 and v >= 1)
+        self._settle("slots", int, "a whole number of at least 0", lambda v: v == v // 1 and v >= 0)
+        self._settle("lora_alpha", float, "a positive number", lambda v: 0 < v < math.inf)
+
+    def _settle(self, field: str, kind: type, expected: str, fits: Callable[[Any], bool]) -> None:
+        """Make plain numbers of a field's values, or raise an error."""
+        value = getattr(self, field)
+        if isinstance(value, Mapping) and set(value) != set(self.tiers):
+            raise ValueError(f"{field} names the tiers {sorted(value)}, the config has {sorted(self.tiers)}")
+        for number in value.values() if isinstance(value, Mapping) else (value,):
+            if not _is_number(number) or not fits(number):
+                raise ValueError(f"{field} must be {expected}, got {value!r}")
+        plain = {tier: kind(value[tier]) for tier in self.tiers} if isinstance(value, Mapping) else kind(value)
+        object.__setattr__(self, field, plain)
 
     def rank(self, tier: str) -> int:
-        """Rank of a tier."""
+        """Rank of a tier; a ValueError for a tier that there is not."""
         return int(self._of("r", tier))
 
     def scale(self, tier: str) -> float:
@@ -85,12 +89,16 @@ class HiLoRAConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> HiLoRAConfig:
-        """The config that `to_dict` described.
+        """The config that `to_dict` described, also after JSON; fields that are absent have their defaults.
 
         Raises:
-            ValueError: for unknown or missing fields.
+            ValueError: for unknown fields, or values out of range.
         """
-        known = set(cls.__dataclass_fields__)
-        if set(values) - known:
-            raise ValueError(f"unknown fields {sorted(set(values) - known)}: made by a newer hilora?")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        unknown = set(values) - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown fields {sorted(unknown)}: made by a newer hilora?")
+        return cls(**values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

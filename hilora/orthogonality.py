@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from . import kernels
@@ -14,8 +15,8 @@ DEFAULT_GAMMA = 0.1
 def orthogonality_penalty(model: nn.Module, **gammas: float) -> Tensor:
     """Overlap of the tier in training with the frozen tiers before it: `Σ_P Σ_tier γ_tier ‖B_tierᵀ B_active‖²_F`.
 
-    HiLoRA's cluster loss is `task + γ_c ‖B_rᵀB_c‖²`, its leaf loss `task + γ_c ‖B_rᵀB_l‖² + γ_l ‖B_cᵀB_l‖²`; here γ_c is
-    `gamma_root` and γ_l is `gamma_cluster`. Where slots tell clients apart, the penalties of all clients are added.
+    HiLoRA's cluster loss is `task + γ_c ‖B_rᵀB_c‖²`, its leaf loss `task + γ_c ‖B_rᵀB_l‖² + γ_l ‖B_cᵀB_l‖²`; here γ_c
+    is `gamma_root` and γ_l is `gamma_cluster`. Where slots tell clients apart, the penalties of all clients are added.
 
     Args:
         model: a model with adapters.
@@ -33,8 +34,10 @@ def orthogonality_penalty(model: nn.Module, **gammas: float) -> Tensor:
 def tier_penalties(model: nn.Module, **gammas: float) -> Tensor:
     """`orthogonality_penalty` for each client of a batch: `[G]`."""
     found = banks(model)
+    known = [f"gamma_{tier}" for tier in found[0].tiers]
     for name in gammas:
-        found[0].config.rank(name.removeprefix("gamma_") if name.startswith("gamma_") else name)
+        if name not in known:
+            raise ValueError(f"there is no {name!r}: expected {', '.join(known)}")
     return sum((_penalties(bank, gammas) for bank in found[1:]), start=_penalties(found[0], gammas))
 
 
@@ -49,8 +52,9 @@ def _penalties(bank: AdapterBank, gammas: dict[str, float]) -> Tensor:
 
 def _chosen(bank: AdapterBank, tier: str) -> Tensor:
     """B of the adapters that the clients of a batch use: `[P, G or 1, out, r]`; zero for those that use none."""
-    B, slot = bank.B[tier], bank.slots[tier]
+    B: Tensor = bank.B[tier]
+    slot = bank.slots[tier]
     if slot is None:
         return B
     present = (slot >= 0)[:, None, None]
-    return B[:, slot.clamp_min(0)].where(present, 0)
+    return torch.where(present, B[:, slot.clamp_min(0)], 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .config import HiLoRAConfig
 from .bank import AdapterBank
-from .inject import banks, head_parameters, inject, unload
-from .layers import TieredLoRALinear
+from .config import HiLoRAConfig
+from .inject import FRESH_HEAD, banks, has_adapters, head_parameters, inject, restored_on_error
 
 FORMAT = "hilora-1"
 
@@ -32,7 +32,7 @@ def save_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for tier in bank.tiers:
             tensors[f"{index}.{tier}.lora_A"] = bank.A[tier]
             tensors[f"{index}.{tier}.lora_B"] = bank.B[tier]
-    fresh = model.__dict__.get("_hilora_fresh_head", {})
+    fresh = model.__dict__.get(FRESH_HEAD, {})
     head = head_parameters(model)
     if any(name not in fresh or not torch.equal(value.cpu(), fresh[name].cpu()) for name, value in head.items()):
         tensors |= {f"head.{name}": value for name, value in head.items()}
@@ -51,7 +51,7 @@ def load_adapters(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for a corrupt or foreign file, or one that does not fit the model.
+        ValueError: for a corrupt or foreign file, one that is not finite, or one that does not fit the model.
     """
     tensors, described = read_tensors(path)
     try:
@@ -64,15 +64,11 @@ def load_adapters(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     shapes, own_shapes = ({name: tuple(p.shape) for name, p in some.items()} for some in (head, own_head))
     if head and shapes != own_shapes:
         raise ValueError(f"{path} has a head {shapes}, the model {own_shapes}")
-    plain = not any(isinstance(module, TieredLoRALinear) for module in model.modules())
-    if plain:
-        inject(model, config)
-    try:
-        tables = _tables(banks(model), config, projections, tensors, path)
-    except ValueError:
+    plain = not has_adapters(model)
+    with restored_on_error(model) if plain else nullcontext():
         if plain:
-            unload(model)
-        raise
+            inject(model, config)
+        tables = _tables(banks(model), config, projections, tensors, path)
     for bank, tier, A, B in tables:
         bank.assign(tier, A, B)
     with torch.no_grad():
@@ -97,6 +93,12 @@ def _tables(
             if A is None or B is None:
                 raise ValueError(f"{path} lacks the adapters of tier {tier!r}")
             bank.check(tier, A, B)
+            slot = bank.slots[tier]
+            if slot is not None and int(slot.max()) >= A.shape[1]:
+                raise ValueError(
+                    f"the model's slots use adapter {int(slot.max())} of tier {tier!r}, {path} has {A.shape[1]}: "
+                    f"choose others by hilora.set_slots, or none, set_slots(model, {tier}=None)"
+                )
             tables.append((bank, tier, A.to(bank.A[tier]), B.to(bank.B[tier])))
     return tables
 
@@ -111,10 +113,12 @@ def _some(names: Any) -> str:
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], described: dict[str, Any]) -> None:
-    """Write tensors and a description (JSON values) to a safetensors file, whole or not at all."""
-    for name, value in tensors.items():
-        if not value.isfinite().all():
-            raise ValueError(f"{name} is not finite: not saved to {path}")
+    """Write tensors and a description (JSON values) to a safetensors file, whole or not at all.
+
+    Raises:
+        ValueError: if a tensor is not finite.
+    """
+    _check_finite(tensors, f"nothing is saved to {path}")
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     partial = Path(f"{path}.part")
     partial.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +134,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for a corrupt or foreign file.
+        ValueError: for a corrupt or foreign file, or one that is not finite.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file of adapters at {path}")
@@ -138,9 +142,18 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path} is no file of hilora's: its format is {metadata.get('format')!r}, not {FORMAT!r}")
+                raise ValueError(
+                    f"{path} is no file of hilora's: its format is {metadata.get('format')!r}, not {FORMAT!r}"
+                )
             described = json.loads(metadata["hilora"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    _check_finite(tensors, f"{path} is not read")
     return tensors, described
+
+
+def _check_finite(tensors: dict[str, Tensor], consequence: str) -> None:
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{name} is not finite: {consequence}")

@@ -34,37 +34,59 @@ def find_targets(model: nn.Module, names: Iterable[str]) -> list[Target]:
         ValueError: if a name finds nothing, if projections overlap (`qkv` beside `q`), or if a fused layer does not
             hold q, k and v one after the other.
     """
-    names = tuple(names)
     candidates = [
         target
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear)
         for target in _projections(path, module)
     ]
+    meant = set()
     for name in names:
-        if not any(_matches(target.path, name) for target in candidates):
+        matched = _meant(candidates, name)
+        if not matched:
             linears = sorted({target.path.rpartition(".")[2] for target in candidates})
             raise ValueError(f"target {name!r} finds no linear layer; the last names of those there are: {linears}")
-    found = [target for target in candidates if any(_matches(target.path, name) for name in names)]
+        meant.update(matched)
+    found = [target for target in candidates if target in meant]
+    whole = {target.module for target in found if target.path == target.module}
     for target in found:
         if target.path != target.module:
-            parent = model.get_submodule(target.module.rpartition(".")[0])
-            if getattr(parent, "head_first", False):
-                raise ValueError(f"{target.module} interleaves q, k and v head by head: adapt it whole, as 'qkv'")
-            if any(other.path == target.module for other in found):
+            fused = target.module.rpartition(".")[2]
+            if _interleaves(model.get_submodule(target.module.rpartition(".")[0]), target):
+                raise ValueError(
+                    f"{target.module} does not hold {', '.join(fused)} one after the other in equal parts: adapt it "
+                    f"whole, as {fused!r}"
+                )
+            if target.module in whole:
                 raise ValueError(f"{target.module} and its slice {target.path} are both targets: choose one of them")
     return found
 
 
 def _projections(path: str, module: nn.Linear) -> list[Target]:
+    """A layer, and if it is a fused one also its slices: those of `attn.qkv` are `attn.q`, `attn.k` and `attn.v`."""
     whole = [Target(path, path, (0, module.out_features))]
-    parent, _, name = path.rpartition(".")
-    if name != "qkv" or module.out_features % 3:
+    parent, dot, name = path.rpartition(".")
+    if name not in ("qkv", "kv", "qk") or module.out_features % len(name):
         return whole
-    width = module.out_features // 3
-    prefix = f"{parent}." if parent else ""
-    return whole + [Target(f"{prefix}{part}", path, (i * width, width)) for i, part in enumerate("qkv")]
+    width = module.out_features // len(name)
+    return whole + [Target(f"{parent}{dot}{part}", path, (i * width, width)) for i, part in enumerate(name)]
 
 
-def _matches(path: str, name: str) -> bool:
-    return any(fnmatchcase(path, end) or fnmatchcase(path, f"*.{end}") for end in ALIASES.get(name, (name,)))
+def _interleaves(attention: nn.Module, target: Target) -> bool:
+    """Whether a fused layer mixes its parts head by head, or has parts of several widths: so in timm's MaxViT, and
+    where keys have a width of their own (TinyViT, EfficientFormer)."""
+    values_in = getattr(getattr(attention, "proj", None), "in_features", target.columns[1])
+    return (
+        getattr(attention, "head_first", False)
+        or hasattr(attention, "key_dim")
+        or ("v" in target.module.rpartition(".")[2] and values_in != target.columns[1])
+    )
+
+
+def _meant(candidates: list[Target], name: str) -> list[Target]:
+    """The projections that a name matches; a fused layer as a whole, where a pattern matches that and its slices."""
+    ends = ALIASES.get(name, (name,))
+    patterns = [pattern for end in ends for pattern in (end, f"*.{end}")]
+    matched = [target for target in candidates if any(fnmatchcase(target.path, pattern) for pattern in patterns)]
+    whole = {target.module for target in matched if target.path == target.module}
+    return [target for target in matched if target.path == target.module or target.module not in whole]

@@ -1,11 +1,13 @@
 """Every operation in plain PyTorch: the specification, and the path without a GPU.
 
-Shapes: G groups of rows (one client each), M rows a group, S adapters (slots) in a tier's table, P projections, N clients.
+Shapes: G groups of rows (one client each), M rows a group, S adapters (slots) in a tier's table, P projections, N
+clients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -50,7 +52,13 @@ def stacked_lora_linear(
 
     Raises:
         ValueError: if shapes do not fit together.
+        IndexError: if a slot lies outside of its table.
     """
+    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:] or (bias is not None and bias.shape != weight.shape[:1]):
+        raise ValueError(
+            f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and bias {None if bias is None else tuple(bias.shape)} "
+            "do not fit: expected [..., in], [out, in] and [out] or None"
+        )
     for tier in tiers:
         _check(tier, x, weight)
     y = F.linear(x, weight, bias)
@@ -61,7 +69,8 @@ def stacked_lora_linear(
     if not by_columns:
         return y
     x = F.dropout(x.to(y.dtype), dropout) if dropout else x.to(y.dtype)
-    pieces, end = [], 0
+    pieces: list[Tensor] = []
+    end = 0
     for (start, width), stacked in sorted(by_columns.items()):
         if start < end:
             y = y + _place(pieces, end, y)  # overlapping columns: start another sheet
@@ -92,13 +101,13 @@ def _low_rank(x: Tensor, tiers: list[Tier]) -> Tensor:
 
 def _choose(tier: Tier, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The adapters that the groups use, scale included: `[G or 1, r, in]`, `[G or 1, width, r]`."""
-    A, B = tier.A, tier.B * tier.scale
+    A, B = tier.A, tier.B
     if tier.slot is not None:
         slot = tier.slot.to(A.device, torch.long)
         present = (slot >= 0)[:, None, None]
         slot = slot.clamp_min(0)
-        A, B = A[slot], torch.where(present, B[slot], 0)
-    return A.to(dtype), B.to(dtype)
+        A, B = A[slot], B[slot].where(present, 0)
+    return A.to(dtype), (B * tier.scale).to(dtype)
 
 
 def _check(tier: Tier, x: Tensor, weight: Tensor) -> None:
@@ -110,7 +119,9 @@ def _check(tier: Tier, x: Tensor, weight: Tensor) -> None:
             f"B [S, {width}, r] for a weight {tuple(weight.shape)} and {width} columns"
         )
     if start < 0 or start + width > len(weight):
-        raise ValueError(f"columns ({start}, {width}) reach outside of the {len(weight)} outputs")
+        raise ValueError(f"columns (start {start}, width {width}) reach outside of the {len(weight)} outputs")
+    if slot is not None and (slot.dim() != 1 or slot.dtype not in _INTEGERS):
+        raise ValueError(f"slot must hold integers [G], got {slot.dtype} {tuple(slot.shape)}")
     if len(A) == 0 or (slot is None and len(A) == 1):
         return
     groups = len(A) if slot is None else len(slot)
@@ -118,29 +129,37 @@ def _check(tier: Tier, x: Tensor, weight: Tensor) -> None:
         raise ValueError(f"x {tuple(x.shape)} must be [G, M, in] with G = {groups}, as the tier's slots say")
 
 
-def gram_penalty(
-    active: Tensor, frozen: Sequence[Tensor], gammas: Sequence[float], per_slot: bool = False
-) -> Tensor:
-    """Orthogonality penalty `Σ_f γ_f Σ_P ‖B_fᵀ B‖²_F` of the tier in training against frozen ones (HiLoRA, Eq. of the
-    cluster and leaf losses).
+_INTEGERS = (torch.int32, torch.int64)
+
+
+def gram_penalty(active: Tensor, frozen: Sequence[Tensor], gammas: Sequence[float], per_slot: bool = False) -> Tensor:
+    """Orthogonality penalty `Σ_f γ_f Σ_P ‖B_fᵀ B‖²_F` of the tier in training against frozen ones (HiLoRA, the losses
+    of the cluster and the leaf tier).
 
     Args:
         active: `[P, S, out, r]`.
-        frozen: tensors `[P, S or 1, out, r']`.
+        frozen: tensors `[P, S, out, r']`; where one side has S = 1, each of the other is paired with it.
         gammas: a weight for each of `frozen`.
         per_slot: return the S penalties instead of their sum.
 
     Returns:
-        A scalar, or `[S]`; in fp32, or fp64 for fp64 factors.
+        A scalar, or `[S]`; in fp32 also under autocast, or fp64 for fp64 factors.
+
+    Raises:
+        ValueError: if shapes do not fit together.
     """
     if len(frozen) != len(gammas):
         raise ValueError(f"{len(frozen)} frozen tiers need as many gammas, got {len(gammas)}")
+    if active.dim() != 4:
+        raise ValueError(f"expected active [P, S, out, r], got {tuple(active.shape)}")
     active = _at_least_fp32(active)
     total = active.new_zeros(active.shape[1])  # [S]
     for B, gamma in zip(frozen, gammas, strict=True):
-        if B.dim() != 4 or B.shape[0] != active.shape[0] or B.shape[2] != active.shape[2]:
+        fits = B.dim() == 4 and B.shape[0] == active.shape[0] and B.shape[2] == active.shape[2]
+        if not fits or (B.shape[1] != active.shape[1] and 1 not in (B.shape[1], active.shape[1])):
             raise ValueError(f"frozen {tuple(B.shape)} does not fit active {tuple(active.shape)}: [P, S or 1, out, r]")
-        overlap = B.to(active.dtype).mT @ active  # [P, S, r', r]
+        with _without_autocast(active):
+            overlap = B.to(active.dtype).mT @ active  # [P, S, r', r]
         total = total + gamma * overlap.square().sum((0, 2, 3))
     return total if per_slot else total.sum()
 
@@ -159,7 +178,7 @@ def orthonormal_basis(B: Tensor) -> Tensor:
     if U.shape[-1] < B.shape[-1]:
         U, sigma = F.pad(U, (0, B.shape[-1] - U.shape[-1])), F.pad(sigma, (0, B.shape[-1] - sigma.shape[-1]))
     tolerance = max(B.shape[-2:]) * torch.finfo(B.dtype).eps * sigma[..., :1]
-    return U * ((sigma > tolerance) & (sigma > 0)).unsqueeze(-2)
+    return torch.where(((sigma > tolerance) & (sigma > 0)).unsqueeze(-2), U, 0)
 
 
 def subspace_distances(U: Tensor) -> Tensor:
@@ -171,7 +190,10 @@ def subspace_distances(U: Tensor) -> Tensor:
         U: orthonormal bases `[N, P, out, r]`.
 
     Returns:
-        `[N, N]`, exactly symmetric with a zero diagonal, in fp32 or fp64.
+        `[N, N]`, exactly symmetric with a zero diagonal, in fp32 (also under autocast) or fp64.
+
+    Raises:
+        ValueError: for another shape.
     """
     if U.dim() != 4:
         raise ValueError(f"expected bases [N, P, out, r], got {tuple(U.shape)}")
@@ -180,10 +202,17 @@ def subspace_distances(U: Tensor) -> Tensor:
     similarity = U.new_zeros(clients, clients)
     for basis in U.unbind(1):  # [N, out, r]
         wide = basis.transpose(0, 1).reshape(basis.shape[1], -1)  # [out, N r]
-        similarity += (wide.T @ wide).view(clients, rank, clients, rank).square().sum((1, 3))
+        with _without_autocast(U):
+            cosines = wide.T @ wide
+        similarity += cosines.view(clients, rank, clients, rank).square().sum((1, 3))
     distances = (1 - similarity / (rank * projections)).clamp(0, 1)
     return ((distances + distances.T) / 2).fill_diagonal_(0)
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return x if x.dtype == torch.float64 else x.to(torch.float32)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

@@ -1,0 +1,387 @@
+"""The reference operations against dense matrices in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import subspace_angles
+from torch import Tensor
+
+from hilora.kernels import Tier, gram_penalty, orthonormal_basis, stacked_lora_linear, subspace_distances
+
+
+class Adapters(NamedTuple):
+    """A tier to make: its rank, number of adapters, slots and columns."""
+
+    rank: int
+    slots: int = 1
+    slot: list[int] | None = None
+    columns: tuple[int, int] | None = None
+
+
+class Case(NamedTuple):
+    shape: tuple[int, ...]  # of x
+    out: int
+    tiers: list[Adapters]
+    bias: bool = True
+
+
+Q, V = (0, 5), (10, 5)  # slices of a fused layer with 15 outputs
+CASES = {
+    "no tiers": Case((2, 3, 7), 5, []),
+    "one tier": Case((4, 7), 5, [Adapters(2)]),
+    "one row": Case((7,), 5, [Adapters(2)]),
+    "no rows": Case((0, 7), 5, [Adapters(2)]),
+    "three tiers of mixed ranks, no bias": Case((2, 3, 4, 7), 5, [Adapters(3), Adapters(1), Adapters(4)], bias=False),
+    "four tiers": Case((3, 7), 5, [Adapters(1), Adapters(2), Adapters(3), Adapters(1)]),
+    "rank above the widths": Case((3, 2), 3, [Adapters(5), Adapters(2)]),
+    "q and v of qkv": Case((2, 3, 7), 15, [Adapters(2, columns=Q), Adapters(3, columns=Q), Adapters(2, columns=V)]),
+    "k alone": Case((2, 3, 7), 15, [Adapters(2, columns=(5, 5))]),
+    "q, k and v": Case((4, 7), 15, [Adapters(2, columns=(start, 5)) for start in (10, 0, 5)]),
+    "columns that overlap by one": Case((4, 7), 15, [Adapters(2, columns=(0, 5)), Adapters(1, columns=(4, 5))]),
+    "overlapping columns": Case(
+        (4, 7),
+        15,
+        [Adapters(2, columns=(3, 6)), Adapters(1, columns=(5, 7)), Adapters(2), Adapters(1, columns=(14, 1))],
+    ),
+    "a shared tier, one by cluster, one by client": Case(
+        (3, 4, 7), 5, [Adapters(2), Adapters(2, 2, [1, 0, 1]), Adapters(3, 9, [8, 0, 4])]
+    ),
+    "slots that repeat or are none": Case(
+        (4, 2, 7), 15, [Adapters(2, 3, [2, -1, 2, 0], Q), Adapters(2, 1, [-1, 0, 0, -1], V)]
+    ),
+    "none at all": Case((2, 2, 7), 5, [Adapters(2, 3, [-1, -1])]),
+    "an adapter for each group": Case((3, 2, 7), 5, [Adapters(2, 3), Adapters(1, 1)]),
+    "one group": Case((1, 4, 7), 5, [Adapters(2, 2, [1]), Adapters(2, 1, [0]), Adapters(2)]),
+    "one row a group": Case((3, 1, 7), 5, [Adapters(2, 2, [1, 0, 1])]),
+    "empty tables": Case((2, 3, 7), 5, [Adapters(2, 0), Adapters(2, 0, [0, -1]), Adapters(1, 2, [1, 1])]),
+    "nothing but empty tables": Case((4, 7), 5, [Adapters(2, 0)]),
+}
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def make(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor | None, list[Tier]]:
+    """x, weight, bias and tiers; x, A and B require grad."""
+    x, weight = random(*case.shape, seed=1).to(dtype), random(case.out, case.shape[-1], seed=2).to(dtype)
+    bias = random(case.out, seed=3).to(dtype) if case.bias else None
+    tiers = []
+    for index, tier in enumerate(case.tiers):
+        A = random(tier.slots, tier.rank, case.shape[-1], seed=10 + index).to(dtype).requires_grad_()
+        width = tier.columns[1] if tier.columns else case.out
+        B = random(tier.slots, width, tier.rank, seed=20 + index).to(dtype).requires_grad_()
+        slot = None if tier.slot is None else torch.tensor(tier.slot, dtype=torch.int32)
+        tiers.append(Tier(A, B, 0.5 + index, slot, tier.columns))
+    return x.requires_grad_(), weight, bias, tiers
+
+
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier]) -> Tensor:
+    """The same group by group and tier by tier, with full matrices W + Σ scale B A in fp64."""
+    grouped = any(len(tier.A) and (tier.slot is not None or len(tier.A) > 1) for tier in tiers)
+    outputs = []
+    for group, rows in enumerate(x.double() if grouped else [x.double()]):
+        matrix = weight.double()
+        for tier in tiers:
+            slots = [0] * (group + 1) if len(tier.A) == 1 else list(range(len(tier.A)))
+            slot = (
+                slots[group] if tier.slot is None and slots else int(tier.slot[group]) if tier.slot is not None else -1
+            )
+            if slot >= 0 and len(tier.A):
+                start, width = tier.columns or (0, len(weight))
+                pick = torch.eye(len(weight), dtype=torch.float64)[:, start : start + width]
+                matrix = matrix + tier.scale * pick @ tier.B[slot].double() @ tier.A[slot].double()
+        y = rows @ matrix.T
+        outputs.append(y if bias is None else y + bias.double())
+    return torch.stack(outputs) if grouped else outputs[0]
+
+
+def gradients(y: Tensor, x: Tensor, tiers: Sequence[Tier]) -> list[Tensor]:
+    """Of x and each A and B for a random direction; zeros where there is no dependence."""
+    leaves = [x, *(factor for tier in tiers for factor in (tier.A, tier.B))]
+    direction = random(*y.shape, seed=4).to(y.dtype)
+    found = torch.autograd.grad((y * direction).sum(), leaves, allow_unused=True)
+    return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_stacked_lora_linear_is_the_dense_product(case: Case) -> None:
+    x, weight, bias, tiers = make(case)
+    y, expected = stacked_lora_linear(x, weight, bias, tiers), dense(x, weight, bias, tiers)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    for got, want in zip(gradients(y, x, tiers), gradients(expected, x, tiers), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", [CASES["q and v of qkv"], CASES["slots that repeat or are none"]])
+def test_stacked_lora_linear_in_lower_precision(case: Case, dtype: torch.dtype) -> None:
+    x, weight, bias, tiers = make(case, dtype)
+    y, expected = stacked_lora_linear(x, weight, bias, tiers), dense(x, weight, bias, tiers)
+    assert y.dtype == dtype
+    pairs = [(y, expected), *zip(gradients(y, x, tiers), gradients(expected, x, tiers), strict=True)]
+    for got, want in pairs:
+        assert got.dtype == dtype
+        assert (got.double() - want.double()).norm() <= 4 * torch.finfo(dtype).eps * want.double().norm()
+
+
+def test_fp32_adapters_beside_a_bf16_layer_have_fp32_gradients() -> None:
+    x, weight, bias, tiers = make(CASES["a shared tier, one by cluster, one by client"])
+    x = x.detach().bfloat16().requires_grad_()
+    weight, bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
+    wide = [t._replace(A=t.A.detach().float().requires_grad_(), B=t.B.detach().float().requires_grad_()) for t in tiers]
+    y, expected = stacked_lora_linear(x, weight, bias, wide), dense(x, weight, bias, wide)
+    assert y.dtype == torch.bfloat16
+    assert (y.double() - expected).norm() < 0.02 * expected.norm()
+    for index, (got, want) in enumerate(zip(gradients(y, x, wide), gradients(expected, x, wide), strict=True)):
+        assert got.dtype == (torch.float32 if index else torch.bfloat16)
+        assert (got.double() - want.double()).norm() < 0.02 * want.double().norm()
+
+
+def test_the_gradient_is_that_of_finite_differences() -> None:
+    x, weight, bias, tiers = make(CASES["slots that repeat or are none"])
+    leaves = [x, *(factor for tier in tiers for factor in (tier.A, tier.B))]
+
+    def function(x: Tensor, *factors: Tensor) -> Tensor:
+        own = [t._replace(A=factors[2 * i], B=factors[2 * i + 1]) for i, t in enumerate(tiers)]
+        return stacked_lora_linear(x, weight, bias, own)
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+def test_inputs_need_not_be_contiguous() -> None:
+    x, weight, bias, tiers = make(CASES["a shared tier, one by cluster, one by client"])
+    strided = [
+        t._replace(A=t.A.detach().mT.contiguous().mT, B=t.B.detach().transpose(0, 2).contiguous().transpose(0, 2))
+        for t in tiers
+    ]
+    other = x.detach().permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    assert not any(value.is_contiguous() for value in (other, strided[0].A, strided[1].B))
+    y = stacked_lora_linear(other, weight.T.contiguous().T, bias, strided)
+    torch.testing.assert_close(y, stacked_lora_linear(x, weight, bias, tiers), rtol=1e-12, atol=1e-12)
+
+
+def test_adapters_with_zero_b_change_no_bit() -> None:
+    for name in ("q and v of qkv", "a shared tier, one by cluster, one by client", "overlapping columns"):
+        for dtype in (torch.float32, torch.bfloat16):
+            x, weight, bias, tiers = make(CASES[name], dtype)
+            zero = [tier._replace(B=torch.zeros_like(tier.B)) for tier in tiers]
+            assert torch.equal(stacked_lora_linear(x, weight, bias, zero), torch.nn.functional.linear(x, weight, bias))
+
+
+def test_an_adapter_that_no_group_uses_cannot_spoil_the_others() -> None:
+    x, weight, bias, tiers = make(Case((2, 3, 7), 5, [Adapters(2, 3, [1, -1])]))
+    with torch.no_grad():
+        tiers[0].B[0], tiers[0].A[2] = torch.nan, torch.nan
+    y = stacked_lora_linear(x, weight, bias, tiers)
+    assert torch.equal(y, dense(x, weight, bias, tiers)) or (y - dense(x, weight, bias, tiers)).abs().max() < 1e-12
+    assert torch.equal(y[1], torch.nn.functional.linear(x[1], weight, bias))
+
+
+def test_dropout_is_on_the_adapters_alone() -> None:
+    torch.manual_seed(0)
+    x, weight, bias, tiers = make(Case((50, 7), 15, [Adapters(2, columns=Q), Adapters(2, columns=V)]))
+    base = torch.nn.functional.linear(x, weight, bias)
+    full = stacked_lora_linear(x, weight, bias, tiers)
+    draws = torch.stack([stacked_lora_linear(x, weight, bias, tiers, dropout=0.25) for _ in range(2000)]).detach()
+    ones, no_weight = torch.ones(400, 50, dtype=torch.float64), torch.zeros(50, 50, dtype=torch.float64)
+    identity = Tier(torch.eye(50).double()[None], torch.eye(50).double()[None], 1.0)
+    dropped = stacked_lora_linear(ones, no_weight, None, [identity], dropout=0.25)
+    assert dropped.unique().tolist() == [0, pytest.approx(4 / 3)]
+    assert (dropped == 0).double().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert torch.equal(draws[0][:, 5:10], base[:, 5:10])
+    assert not torch.equal(draws[0], draws[1])
+    deviation = (draws - base).std(0) / 2000**0.5
+    assert ((draws.mean(0) - full).abs() <= 6 * deviation + 1e-9).all()
+
+
+WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "x of another width": ({"x": random(2, 3, 6)}, ValueError, r"x \(2, 3, 6\), weight \(5, 7\)"),
+    "a vector of no width": ({"x": random(1).squeeze()}, ValueError, r"x \(\)"),
+    "weight of one dimension": ({"weight": random(7)}, ValueError, r"weight \(7,\)"),
+    "bias of another width": ({"bias": random(4)}, ValueError, r"bias \(4,\)"),
+    "A of another width": (
+        {"A": random(2, 3, 6)},
+        ValueError,
+        r"A \(2, 3, 6\) and B \(2, 5, 3\) do not fit: expected A ",
+    ),
+    "B of another width": ({"B": random(2, 4, 3)}, ValueError, r"B \[S, 5, r\]"),
+    "ranks that differ": ({"B": random(2, 5, 2)}, ValueError, r"B \(2, 5, 2\) do not fit"),
+    "tables that differ": ({"B": random(3, 5, 3)}, ValueError, r"B \(3, 5, 3\) do not fit"),
+    "A without slots": ({"A": random(3, 7), "B": random(5, 3)}, ValueError, r"A \(3, 7\) and B \(5, 3\)"),
+    "columns beyond the outputs": (
+        {"columns": (1, 5)},
+        ValueError,
+        r"start 1, width 5\) reach outside of the 5 outputs",
+    ),
+    "negative columns": ({"columns": (-1, 5)}, ValueError, "reach outside"),
+    "columns narrower than B": ({"columns": (0, 4)}, ValueError, "and 4 columns"),
+    "slots of floats": ({"slot": torch.zeros(2)}, ValueError, r"integers \[G\], got torch.float32 \(2,\)"),
+    "slots that are bool": ({"slot": torch.zeros(2, dtype=torch.bool)}, ValueError, "got torch.bool"),
+    "slots of two dimensions": (
+        {"slot": torch.zeros(2, 1, dtype=torch.int32)},
+        ValueError,
+        r"got torch.int32 \(2, 1\)",
+    ),
+    "slots for other groups": ({"slot": torch.zeros(3, dtype=torch.int32)}, ValueError, r"G = 3"),
+    "x without groups": ({"x": random(6, 7)}, ValueError, r"x \(6, 7\) must be \[G, M, in\] with G = 2"),
+    "a slot that is not there": ({"slot": torch.tensor([0, 2])}, IndexError, "index 2 is out of bounds"),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "message"), WRONG.values(), ids=WRONG.keys())
+def test_wrong_shapes_are_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    given: dict[str, Any] = {"x": random(2, 3, 7), "weight": random(5, 7), "bias": random(5), "slot": None}
+    given |= {"A": random(2, 3, 7), "B": random(2, 5, 3), "columns": None} | change
+    tier = Tier(given["A"], given["B"], 1.0, given["slot"], given["columns"])
+    with pytest.raises(error, match=message):
+        stacked_lora_linear(given["x"], given["weight"], given["bias"], [tier])
+
+
+PENALTIES = {
+    "nothing frozen": ((2, 3, 7, 2), []),
+    "one tier": ((3, 1, 7, 2), [(3, 1, 7, 4)]),
+    "root for all, cluster for each": ((2, 3, 7, 2), [(2, 1, 7, 3), (2, 3, 7, 1)]),
+    "one active against several": ((2, 1, 7, 2), [(2, 3, 7, 2), (2, 1, 7, 2)]),
+    "rank above the width": ((1, 2, 3, 5), [(1, 2, 3, 4)]),
+}
+
+
+@pytest.mark.parametrize(("active_shape", "frozen_shapes"), PENALTIES.values(), ids=PENALTIES.keys())
+def test_gram_penalty_is_the_dense_one(active_shape: tuple[int, ...], frozen_shapes: list[tuple[int, ...]]) -> None:
+    active = random(*active_shape, seed=1).requires_grad_()
+    frozen = [random(*shape, seed=2 + i) for i, shape in enumerate(frozen_shapes)]
+    gammas = [0.5, 2.0][: len(frozen)]
+    slots = max([active_shape[1], *(shape[1] for shape in frozen_shapes)])
+    expected = [torch.zeros((), dtype=torch.float64) for _ in range(slots)]
+    for B, gamma in zip(frozen, gammas, strict=True):
+        for slot in range(slots):
+            for p in range(active_shape[0]):
+                one, other = active[p, slot % active_shape[1]], B[p, slot % B.shape[1]]
+                expected[slot] = expected[slot] + gamma * torch.trace(other @ other.T @ one @ one.T)
+    each = gram_penalty(active, frozen, gammas, per_slot=True)
+    torch.testing.assert_close(each, torch.stack(expected), rtol=1e-12, atol=1e-12)
+    total = gram_penalty(active, frozen, gammas)
+    torch.testing.assert_close(total, each.sum(), rtol=1e-12, atol=1e-12)
+    if frozen:
+        (got,) = torch.autograd.grad(total, active)
+        (want,) = torch.autograd.grad(torch.stack(expected).sum(), active)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_gram_penalty_is_fp32_for_narrow_factors_and_under_autocast() -> None:
+    active, frozen = random(1, 1, 64, 4, seed=1), random(1, 1, 64, 4, seed=2)
+    narrow = gram_penalty(active.bfloat16(), [frozen.bfloat16()], [1.0])
+    exact = gram_penalty(active.bfloat16().double(), [frozen.bfloat16().double()], [1.0])
+    assert narrow.dtype == torch.float32
+    torch.testing.assert_close(narrow.double(), exact, rtol=1e-6, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = gram_penalty(active.float(), [frozen.float()], [1.0])
+    torch.testing.assert_close(cast.double(), gram_penalty(active, [frozen], [1.0]), rtol=1e-6, atol=0)
+    assert gram_penalty(active.float().to("meta"), [frozen.float().to("meta")], [1.0]).shape == ()
+
+
+@pytest.mark.parametrize(
+    ("active", "frozen", "gammas", "message"),
+    [
+        (random(2, 3, 7, 2), [random(2, 1, 7, 2)], [], "1 frozen tiers need as many gammas, got 0"),
+        (random(3, 7, 2), [], [], r"expected active \[P, S, out, r\], got \(3, 7, 2\)"),
+        (random(2, 3, 7, 2), [random(2, 7, 2)], [1.0], r"frozen \(2, 7, 2\) does not fit active \(2, 3, 7, 2\)"),
+        (random(2, 3, 7, 2), [random(1, 3, 7, 2)], [1.0], "does not fit"),
+        (random(2, 3, 7, 2), [random(2, 3, 6, 2)], [1.0], "does not fit"),
+        (random(2, 3, 7, 2), [random(2, 2, 7, 2)], [1.0], "does not fit"),
+    ],
+)
+def test_gram_penalty_refuses_shapes_that_do_not_fit(
+    active: Tensor, frozen: list[Tensor], gammas: list[float], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        gram_penalty(active, frozen, gammas)
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (2, 4, 7, 3), (3, 3), (3, 7, 1), (2, 5)])
+def test_orthonormal_basis_spans_what_the_columns_span(shape: tuple[int, ...]) -> None:
+    B = random(*shape)
+    U = orthonormal_basis(B)
+    rank = min(shape[-2:])
+    assert U.shape == B.shape
+    gram = torch.diag_embed((torch.arange(shape[-1]) < rank).double()).expand(*shape[:-2], -1, -1)
+    torch.testing.assert_close(U.mT @ U, gram, rtol=0, atol=1e-12)
+    torch.testing.assert_close(U @ U.mT @ B, B, rtol=0, atol=1e-12)
+    sizes = (U.mT @ B).norm(dim=-1)
+    assert (sizes.diff() <= 1e-12).all(), "columns are ordered by singular value"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_orthonormal_basis_has_zero_columns_where_the_rank_is_short(dtype: torch.dtype) -> None:
+    B = torch.stack([torch.zeros(9, 4, dtype=torch.float64), 1e-4 * random(9, 1) @ random(1, 4, seed=1)])
+    B = torch.cat([B, 1e-30 * random(1, 9, 4, seed=2)]).to(dtype)
+    if dtype == torch.bfloat16:
+        B[1] = B[1, :, :1].expand(-1, 4)  # rounding must not raise the rank
+    U = orthonormal_basis(B)
+    assert U.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert U.norm(dim=-2).round().tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
+    assert not U[0].any()
+
+
+def dense_distances(U: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """1 − the mean squared cosine of the principal angles, averaged over projections, by scipy."""
+    clients, projections = U.shape[:2]
+    found = np.zeros((clients, clients))
+    for i in range(clients):
+        for j in range(clients):
+            angles = [subspace_angles(U[i, p].numpy(), U[j, p].numpy()) for p in range(projections)]
+            found[i, j] = np.mean([1 - np.mean(np.cos(a) ** 2) for a in angles])
+    return found
+
+
+def test_subspace_distances_are_those_of_principal_angles() -> None:
+    U = orthonormal_basis(random(6, 3, 8, 2))
+    U[4] = U[1]
+    distances = subspace_distances(U)
+    np.testing.assert_allclose(distances.numpy(), dense_distances(U), atol=1e-12)
+    assert distances[4, 1] < 1e-12
+    eye = torch.eye(8, dtype=torch.float64)
+    orthogonal = torch.stack([eye[:, :2], eye[:, 2:4], eye[:, [0, 3]]])[:, None]
+    expected = torch.tensor([[0, 1, 0.5], [1, 0, 0.5], [0.5, 0.5, 0]], dtype=torch.float64)
+    torch.testing.assert_close(subspace_distances(orthogonal), expected)
+
+
+def test_subspace_distances_do_not_depend_on_bases_or_order() -> None:
+    U = orthonormal_basis(random(7, 3, 8, 3))
+    distances = subspace_distances(U)
+    turns = torch.linalg.qr(random(7, 3, 3, 3, seed=1))[0]
+    torch.testing.assert_close(subspace_distances(U @ turns), distances, rtol=0, atol=1e-12)
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(subspace_distances(U[order]), distances[order][:, order], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_subspace_distances_are_symmetric_to_the_bit_with_a_zero_diagonal(dtype: torch.dtype) -> None:
+    U = orthonormal_basis(random(20, 4, 31, 3)).to(dtype)
+    U[3] = 0
+    with torch.autocast("cpu", torch.bfloat16):
+        distances = subspace_distances(U)
+    assert distances.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.equal(distances, distances.T)
+    assert not distances.diagonal().any()
+    assert ((distances >= 0) & (distances <= 1)).all()
+    assert (distances[3, :3] == 1).all(), "a client without directions is far from all others"
+    if dtype == torch.float32:
+        torch.testing.assert_close(distances.double(), subspace_distances(U.double()), rtol=0, atol=1e-5)
+
+
+def test_missing_directions_count_as_orthogonal() -> None:
+    U = orthonormal_basis(random(1, 1, 8, 2)).expand(2, 1, 8, 2).clone()
+    U[1, :, :, 1] = 0
+    assert subspace_distances(U)[0, 1] == pytest.approx(0.5)
+
+
+def test_subspace_distances_refuse_another_shape() -> None:
+    with pytest.raises(ValueError, match=r"bases \[N, P, out, r\], got \(3, 8, 2\)"):
+        subspace_distances(random(3, 8, 2))
