@@ -26,10 +26,10 @@ def test_a_local_epoch_of_ten_clients(benchmark) -> None:
     ids = torch.arange(CLIENTS)
 
     def epoch(cohort: Cohort) -> None:
-        adapters = Table(cohort.fresh("root", 1, stream(0)), torch.zeros(CLIENTS, dtype=torch.long))
+        adapters = Table(cohort.fresh("root", 1, stream(0, "fresh adapters")), torch.zeros(CLIENTS, dtype=torch.long))
         head = {"weight": torch.zeros(1, 50, cohort.backbone.features), "bias": torch.zeros(1, 50)}
         models = Models({"root": adapters}, Table(head, adapters.slot))
-        cohort.train(images, shares, models, "root", 1, ids, 0)
+        cohort.train(images, shares, models, "root", 1, ids, "training")
 
     cohorts = {
         size: Cohort(load_backbone("glyph_vit"), ("root",), RunConfig(cohort_size=size), device, torch.float32)

@@ -1,6 +1,6 @@
 """Adapters in your own model: one layer by hand, or a whole ViT, trained tier by tier and merged into plain weights.
 
-    python examples/drop_in_layers.py
+python examples/drop_in_layers.py
 """
 
 from __future__ import annotations

@@ -98,6 +98,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     train.add_argument(
         "--participation", type=float, default=run.participation, help="share of clients in a round (%(default)s)"
     )
+    train.add_argument("--k-min", type=int, default=run.k_min, help="clusters, at least; 1: there may be no groups (1)")
+    train.add_argument("--k-max", type=int, help="clusters, at most (half as many as clients, at least 10)")
     train.add_argument("--seed", type=int, default=run.seed, help="of the partition and the training (%(default)s)")
     machine = parser.add_argument_group("machine and results")
     machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -113,6 +115,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name, (embedded, real) in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, embedded if args.data_dir is None else real)
+    if len(set(args.strategy)) < len(args.strategy):
+        parser.error("--strategy names one twice")
     if args.download and args.data_dir is None:
         parser.error("--download needs a --data-dir to put CIFAR-100 into")
     return args
@@ -130,6 +134,7 @@ def load_data(args: argparse.Namespace, size: int) -> tuple[ImageSet, ImageSet]:
 
 def run_strategies(args: argparse.Namespace, summaries: list[dict[str, Any]]) -> None:
     """Run every strategy on the same population. Results of the first are in `--out`, of others in folders inside."""
+    args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
     if device.type == "cpu":
         tune_for_cpu()
@@ -147,6 +152,7 @@ def run_strategies(args: argparse.Namespace, summaries: list[dict[str, Any]]) ->
         clients=args.clients,
         unseen=args.unseen,
         images_per_client=args.images_per_client,
+        min_images=min(2, args.images_per_client or 2),
         seed=args.seed,
     )
     print(
@@ -154,13 +160,25 @@ def run_strategies(args: argparse.Namespace, summaries: list[dict[str, Any]]) ->
         f"({len(train)} images, {len(train.classes)} classes), {backbone.name} at {backbone.size} px, {device}",
         flush=True,
     )
+    asked_for = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    if not args.resume:
+        for folder in (args.out, *(args.out / name for name in STRATEGIES)):
+            set_aside(folder)
     for name in args.strategy:
         out = args.out if name == args.strategy[0] else args.out / name
         resume = args.resume and (name == args.strategy[0] or (out / "checkpoint.pt").exists())
-        if not resume:
-            set_aside(out)
         simulation = Simulation(
-            name, config, backbone, train, test, population, out, device, getattr(torch, args.dtype), resume
+            name,
+            config,
+            backbone,
+            train,
+            test,
+            population,
+            out,
+            device,
+            getattr(torch, args.dtype),
+            resume,
+            asked_for,
         )
         try:
             simulation.run()
@@ -175,9 +193,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run_strategies(args, summaries)
     except KeyboardInterrupt:
-        print("\ninterrupted; these are the results so far, and --resume goes on from here", file=sys.stderr)
+        print("\ninterrupted" + ("; --resume goes on from here" if summaries else ""), file=sys.stderr)
         code = 130
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     if summaries:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 GLYPH_VIT = "glyph_vit"
@@ -72,7 +73,8 @@ def _timm_model(name: str, weights: Path | None, size: int | None) -> Any:
     if weights is not None and not weights.is_file():
         raise FileNotFoundError(f"there is no file of weights at {weights}")
     extra = {} if size is None else {"img_size": size}
-    overlay = {} if weights is None else {"pretrained_cfg_overlay": {"file": str(weights)}}
+    overlay = {} if weights is None else {"pretrained_cfg_overlay": {"state_dict": _read_weights(weights)}}
+    timm.create_model(name, num_classes=0, **extra)  # whatever is wrong with the name or the size is not the weights
     try:
         # With its own classifier, since timm would otherwise load whatever fits and leave the rest random.
         model = timm.create_model(name, pretrained=True, **extra, **overlay)
@@ -84,6 +86,17 @@ def _timm_model(name: str, weights: Path | None, size: int | None) -> Any:
         ) from error
     model.reset_classifier(0)
     return model
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict, read without running anything that the file might say."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return state.get("model", state.get("state_dict", state))
+    except Exception as error:  # a damaged file makes the readers raise nearly anything
+        raise ValueError(f"the weights in {path} cannot be read: {error}") from error
 
 
 def tune_for_cpu() -> None:

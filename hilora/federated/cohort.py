@@ -59,7 +59,15 @@ class Cohort:
         return state
 
     def train(
-        self, images: ImageSet, shares: list[Tensor], models: Models, tier: str, epochs: int, ids: Tensor, round: int
+        self,
+        images: ImageSet,
+        shares: list[Tensor],
+        models: Models,
+        tier: str,
+        epochs: int,
+        ids: Tensor,
+        purpose: str,
+        round: int = 0,
     ) -> Trained:
         """Local training of n clients, one tier and the head of each.
 
@@ -70,15 +78,17 @@ class Cohort:
             tier: to train; its adapters and the heads are copied for each client.
             epochs: passes over a client's images.
             ids: `[n]`, which clients these are, for their random streams.
-            round: likewise.
+            purpose: of the training, and `round`: likewise.
         """
         order = sorted(range(len(shares)), key=lambda i: -len(shares[i]))  # alike sizes together: fewer idle rows
         parts = []
         for start in range(0, len(order), self.run.cohort_size):
             members = order[start : start + self.run.cohort_size]
             picked = models.rows(torch.tensor(members))
-            streams = [stream(self.run.seed, round, int(ids[i])) for i in members]
-            parts.append(self._train(images, [shares[i] for i in members], picked, tier, epochs, streams))
+            streams = [stream(self.run.seed, purpose, round, int(ids[i])) for i in members]
+            with torch.random.fork_rng():  # of the dropout's draws
+                torch.manual_seed(streams[0].initial_seed())
+                parts.append(self._train(images, [shares[i] for i in members], picked, tier, epochs, streams))
         return join(parts).rows(torch.tensor(order).argsort())
 
     def _train(

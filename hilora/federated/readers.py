@@ -71,7 +71,8 @@ def read_image_folder(path: str | Path, size: int, seed: int) -> tuple[ImageSet,
             tests = rng.permutation(len(files)) < min(max(1, round(len(files) / 5)), len(files) - 1)
             train[name] = [file for file, is_test in zip(files, tests, strict=True) if not is_test]
             test[name] = [file for file, is_test in zip(files, tests, strict=True) if is_test]
-    return _load_classes(train, size, root.name), _load_classes(test, size, root.name)
+    name = f"{root.name} (image folder)"
+    return _load_classes(train, size, name), _load_classes(test, size, name)
 
 
 def _list_classes(folder: Path) -> dict[str, list[Path]]:
@@ -98,7 +99,9 @@ def _load_classes(classes: dict[str, list[Path]], size: int, name: str) -> Image
     for row, file in zip(images, (file for files in classes.values() for file in files), strict=True):
         try:
             with Image.open(file) as image:
-                row[:] = np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC))
+                row[:] = np.asarray(
+                    ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+                )
         except Exception as error:  # a damaged file makes Pillow raise nearly anything
             raise ValueError(f"{file} cannot be read as an image ({error}): remove or replace it") from error
     return ImageSet(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels, tuple(classes), name)

@@ -39,7 +39,7 @@ class RunConfig:
         participation: share of the seen clients that train in a round of a tier that is aggregated.
         tau_rel: the root tier stops when the aggregate's relative change ρ falls to it.
         k_min: lowest number of clusters. 1 lets the clustering find that there are no groups.
-        k_max: highest number of clusters.
+        k_max: highest number of clusters; None: half as many as there are clients, and at least 10.
         subspace_decay: λ of the moving average of a client's subspace over the root rounds.
         published: the clustering and routing of the paper to the letter, in place of the forms that work
             (`hilora.federated.strategies.hilora` says how they differ).
@@ -48,7 +48,8 @@ class RunConfig:
         unseen_epochs: local epochs of an unseen client's own adapter.
         augment: random crops, and flips where a mirrored image keeps its label.
         seed: of everything random in the training.
-        cohort_size: clients trained in one forward pass; changes speed and memory, and results only by rounding.
+        cohort_size: clients trained in one forward pass; changes speed and memory, and results only by rounding (and by
+            the draws of `lora_dropout`, where there is any).
     """
 
     rounds: Any = field(default_factory=lambda: per_tier([15, 20, 15]))
@@ -66,7 +67,7 @@ class RunConfig:
     participation: float = 1.0
     tau_rel: float = 0.01
     k_min: int = 1
-    k_max: int = 10
+    k_max: int | None = None
     subspace_decay: float = 0.5
     published: bool = False
     head: str = "follow"
@@ -87,10 +88,15 @@ class RunConfig:
                     raise ValueError(
                         f"{name} of {tier} is {value}: it must be a {'whole' if whole else 'finite'} number ≥ 0"
                     )
-        for name, low in {"local_epochs": 1, "batch_size": 1, "cohort_size": 1, "k_min": 1, "unseen_epochs": 0}.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        if self.k_max < self.k_min:
+        lowest = {"local_epochs": 1, "batch_size": 1, "cohort_size": 1, "k_min": 1, "unseen_epochs": 0, "seed": 0}
+        for name, low in lowest.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or value != int(value) or value < low:
+                raise ValueError(f"{name} must be a whole number of at least {low}, got {value}")
+        for name in ("weight_decay", "gamma_root", "gamma_cluster", "tau_rel"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a finite number ≥ 0, got {getattr(self, name)}")
+        if self.k_max is not None and self.k_max < self.k_min:
             raise ValueError(f"k_max ({self.k_max}) is below k_min ({self.k_min})")
         if not 0 < self.participation <= 1:
             raise ValueError(f"participation is a share of the clients in (0, 1], got {self.participation}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..saving import save_adapters, write_tensors
 from .backbone import Backbone
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, save_checkpoint, uninterrupted
 from .cohort import Cohort
 from .data import ImageSet
 from .metrics import MetricsLog, summarise, write_json
@@ -26,8 +27,6 @@ from .strategies import STRATEGIES, Strategy
 PICTURES = ("accuracy.png", "clusters.png", "classes.png")
 RESULTS = ("summary.json", "metrics.jsonl", "checkpoint.pt", "adapters.safetensors", "heads.safetensors", *PICTURES)
 PROGRESS = ("round", "stage", "round_in_stage", "seconds", "images", "tiers", "unseen", "finished")
-UNSEEN_ROUND = 1_000_000  # names the random streams of unseen clients, far from any round's
-PROBE_ROUND = 2_000_000
 
 
 class Simulation:
@@ -43,6 +42,11 @@ class Simulation:
         device: where to compute.
         dtype: of the backbone.
         resume: go on from the checkpoint in `out`.
+        arguments: how the run was asked for, to stand in the summary.
+
+    Raises:
+        ValueError: for an unknown strategy, a population that has nothing to train on, or a checkpoint of another run.
+        FileNotFoundError: if there is no checkpoint to resume from.
     """
 
     def __init__(
@@ -57,14 +61,18 @@ class Simulation:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         resume: bool = False,
+        arguments: Mapping[str, Any] | None = None,
     ) -> None:
         if strategy not in STRATEGIES:
             raise ValueError(f"unknown strategy {strategy!r}: there are {', '.join(STRATEGIES)}")
+        if not any(len(client.train) for client in population.clients if client.seen):
+            raise ValueError("no seen client has an image to train on")
         self.name, self.run_config, self.backbone, self.out = strategy, run, backbone, out
         self.train_images = replace(train, images=train.images.to(device))
         self.test_images = replace(test, images=test.images.to(device))
-        self.population = population
+        self.population, self.arguments = population, dict(arguments or {})
         kind = STRATEGIES[strategy]
+        self.weights = sum(value.detach().double().abs().sum().item() for value in backbone.model.parameters())
         self.cohort = Cohort(backbone, kind.tiers, run, device, dtype)
         head = {
             "weight": torch.zeros(1, len(train.classes), backbone.features),
@@ -79,6 +87,8 @@ class Simulation:
         out.mkdir(parents=True, exist_ok=True)
         if resume:
             self._resume()
+        else:
+            self._save_checkpoint()
         self.log = MetricsLog(out / "metrics.jsonl", keep=self.round)
 
     def run(self) -> dict[str, Any]:
@@ -88,18 +98,21 @@ class Simulation:
             KeyboardInterrupt: after the results so far have been written.
         """
         stages = self.strategy.stages()
-        finished = self.finished
         try:
             with Progress(sum(stage.rounds for stage in stages), self.name) as progress:
                 while self.stage < len(stages):
                     self._stage(stages[self.stage].tier, stages[self.stage].rounds, progress)
-                if not finished and len(self.population.unseen):
+                if not self.finished:
                     self._arrive(progress)
-            self.finished = True
-            self._save_checkpoint()
+                    self.finished = True
+                    self._save_checkpoint()
+        except BaseException:
+            self._resume()  # back to the last round that was finished
+            raise
         finally:
             self.log.close()
-            summary = self._leave_results()
+            with uninterrupted():
+                summary = self._leave_results()
         return summary
 
     def _stage(self, tier: str, rounds: int, progress: Progress) -> None:
@@ -107,27 +120,26 @@ class Simulation:
         seen = self.population.seen
         if self.round_in_stage == 0:
             started = time.perf_counter()
-            self.strategy.begin(tier, seen, self._probe)
+            self.strategy.begin(tier, seen, self._fit)
             self.seconds += time.perf_counter() - started
             found = self.strategy.clustering()
             if tier == "cluster" and found is not None:
                 progress.note(f"{self.name}: {len(seen)} clients in {found.k} cluster{'s' if found.k > 1 else ''}")
-        while self.round_in_stage < rounds:
+        stage = self.stage
+        if rounds == 0:
+            self.stage += 1
+            self._save_checkpoint()
+        while self.stage == stage:
             started = time.perf_counter()
-            clients = self._sample(seen, tier)
-            trained = self._fit(
-                clients, self.strategy.models(clients), tier, self.run_config.local_epochs, self.round + 1
-            )
+            clients, epochs = self._sample(seen, tier), self.run_config.local_epochs
+            trained = self._fit(clients, self.strategy.models(clients), tier, epochs, "training", self.round + 1)
             noted = self.strategy.aggregate(tier, clients, trained)
-            self.round, self.round_in_stage = self.round + 1, self.round_in_stage + 1
             accuracy = self._accuracy(seen, self.strategy.models(seen))
             images, seconds = int(trained.images.sum()), time.perf_counter() - started
-            self.images, self.seconds = self.images + images, self.seconds + seconds
-            self.tiers[tier] = accuracy["test"]
             record = {
-                "round": self.round,
+                "round": self.round + 1,
                 "stage": tier,
-                "round_in_stage": self.round_in_stage,
+                "round_in_stage": self.round_in_stage + 1,
                 "loss": _mean(trained.loss),
                 **accuracy,
                 "clients": len(clients),
@@ -135,30 +147,41 @@ class Simulation:
                 "seconds": seconds,
                 **{key: value for key, value in noted.items() if key != "stop"},
             }
-            self.log.append(record)
+            with uninterrupted():
+                self.round, self.round_in_stage = self.round + 1, self.round_in_stage + 1
+                if self.round_in_stage == rounds or noted.get("stop"):
+                    self.stage, self.round_in_stage = stage + 1, 0
+                self.images, self.seconds = self.images + images, self.seconds + seconds
+                self.tiers[tier] = accuracy["test"]
+                self.log.append(record)
+                self._save_checkpoint()
             progress.round(record)
             if noted.get("stop"):
                 progress.note(f"{self.name}: {tier} stops early, ρ = {noted['rho']:.2g}")
-                break
-            if self.round_in_stage < rounds:
-                self._save_checkpoint()
-        self.stage, self.round_in_stage = self.stage + 1, 0
-        self._save_checkpoint()
 
     def _sample(self, seen: Tensor, tier: str) -> Tensor:
         """The clients of the next round: a share of them, or all where each trains its own adapter."""
         count = max(1, round(self.run_config.participation * len(seen)))
         if tier == "leaf" or count == len(seen):
             return seen
-        order = torch.randperm(len(seen), generator=stream(self.run_config.seed, self.round + 1))
+        order = torch.randperm(len(seen), generator=stream(self.run_config.seed, "sampling", self.round + 1))
         return seen[order[:count].sort().values]
 
-    def _fit(self, clients: Tensor, models: Models, tier: str, epochs: int, round: int) -> Trained:
-        shares = [self.population.clients[int(client)].train for client in clients]
-        return self.cohort.train(self.train_images, shares, models, tier, epochs, clients, round)
+    def _fit(
+        self, clients: Tensor, models: Models, tier: str, epochs: int, purpose: str = "probe", round: int = 0
+    ) -> Trained:
+        """Local training; by default the probe that a strategy may ask for.
 
-    def _probe(self, clients: Tensor, models: Models, tier: str, epochs: int) -> Trained:
-        return self._fit(clients, models, tier, epochs, PROBE_ROUND)
+        Raises:
+            ValueError: if an update is not finite; names the clients.
+        """
+        shares = [self.population.clients[int(client)].train for client in clients]
+        trained = self.cohort.train(self.train_images, shares, models, tier, epochs, clients, purpose, round)
+        tensors = (*trained.adapters.values(), *trained.head.values())
+        finite = torch.stack([value.isfinite().flatten(1).all(1) for value in tensors]).all(0)
+        if not finite.all():
+            raise ValueError(f"updates of clients {clients[~finite].tolist()} are not finite: lower the learning rate")
+        return trained
 
     def _accuracy(self, clients: Tensor, models: Models) -> dict[str, dict[str, float | None]]:
         """Personalised accuracy on the clients' validation and test images."""
@@ -170,12 +193,14 @@ class Simulation:
     def _arrive(self, progress: Progress) -> None:
         """Unseen clients join, predict with what is there, and then train an adapter of their own."""
         unseen, started = self.population.unseen, time.perf_counter()
-        self.strategy.admit(unseen, self._probe)
+        if not len(unseen):
+            return
+        self.strategy.admit(unseen, self._fit)
         models, tier = self.strategy.models(unseen), self.strategy.own_tier
         if self.strategy.predicts_unseen:
             self.unseen["zero_leaf"] = self._accuracy(unseen, models)["test"]["mean"]
         if self.run_config.unseen_epochs:
-            trained = self._fit(unseen, models, tier, self.run_config.unseen_epochs, UNSEEN_ROUND)
+            trained = self._fit(unseen, models, tier, self.run_config.unseen_epochs, "unseen")
             self.unseen["leaf"] = self._accuracy(unseen, models.replaced(tier, trained))["test"]["mean"]
         self.seconds += time.perf_counter() - started
         figures = ", ".join(f"{name} {value:.1%}" for name, value in self.unseen.items() if value is not None)
@@ -199,6 +224,7 @@ class Simulation:
             "interrupted": not self.finished,
             "rounds": self.round,
             "config": self.run_config.to_dict(),
+            "arguments": self.arguments,
         }
 
     def _leave_results(self) -> dict[str, Any]:
@@ -242,11 +268,13 @@ class Simulation:
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be of this run."""
         clients = self.population.clients
+        settings = self.run_config.to_dict()
+        settings.pop("cohort_size")
         return {
-            **self.run_config.to_dict(),
+            **settings,
             "strategy": self.name,
             "data": self.train_images.name,
-            "backbone": self.backbone.name,
+            "backbone": (self.backbone.name, self.backbone.size, self.weights, str(self.cohort.dtype)),
             "partition": self.population.scheme,
             "clients": [(len(client.train), int(client.train.sum())) for client in clients],
         }

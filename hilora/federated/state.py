@@ -89,7 +89,8 @@ def mean(state: State, weights: Tensor) -> State:
     }
 
 
-def stream(seed: int, *ids: int) -> torch.Generator:
-    """A random stream of its own for each combination of ids, such as (round, client)."""
-    entropy = np.random.SeedSequence([seed, *ids]).generate_state(1, np.uint64)
+def stream(seed: int, purpose: str, *ids: int) -> torch.Generator:
+    """A random stream of its own for each purpose and combination of ids, such as ("training", round, client)."""
+    key = (*purpose.encode(), 256, *ids)  # 256 is no byte: no purpose runs into the ids
+    entropy = np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(entropy[0]))

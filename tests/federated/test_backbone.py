@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,16 @@ def test_a_timm_model_from_a_local_file_at_another_size(tmp_path: Path) -> None:
     assert backbone.model(torch.zeros(1, 3, 64, 64)).shape == (1, 192)
 
 
+class Evil:
+    """What a pickle could do that is loaded without care."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.proof,)
+
+
 def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no model 'no_such_model'"):
         load_backbone("no_such_model")
@@ -38,8 +49,13 @@ def test_mistakes(tmp_path: Path) -> None:
         load_backbone("vit_tiny_patch16_224", tmp_path / "nowhere.safetensors")
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"not weights")
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="cannot be read"):
         load_backbone("vit_tiny_patch16_224", broken)
+    evil, proof = tmp_path / "evil.pth", tmp_path / "proof"
+    evil.write_bytes(pickle.dumps({"model": Evil(proof)}))
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_backbone("vit_tiny_patch16_224", evil)
+    assert not proof.exists()
     foreign = tmp_path / "foreign.safetensors"
     save_file({"a": torch.zeros(2)}, foreign)
     with pytest.raises(ValueError, match="do not fit"):

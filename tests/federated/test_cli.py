@@ -78,6 +78,10 @@ def test_values_per_tier_and_their_mistakes(example: ModuleType, tmp_path: Path)
         (["--batch-size", "0"], "batch_size"),
         (["--device", "quantum"], "quantum"),
         (["--resume"], "--resume"),
+        (["--data-dir", __file__], "test_cli.py"),
+        (["--seed", "-1"], "seed"),
+        (["--gamma", "nan"], "gamma_root"),
+        (["--rank", "200"], "rank"),
     ],
 )
 def test_mistakes_end_in_one_clear_line(
@@ -89,6 +93,16 @@ def test_mistakes_end_in_one_clear_line(
     assert said in error
 
 
+def test_an_out_that_is_a_file_ends_in_one_clear_line(
+    example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    assert example.main([*SMALL, "--out", str(taken)]) == 2
+    assert str(taken) in capsys.readouterr().err
+    assert taken.read_text() == "mine"
+
+
 def test_a_second_run_in_the_same_folder_loses_nothing(example: ModuleType, tmp_path: Path) -> None:
     arguments = [*SMALL, "--strategy", "fedit", "--out", str(tmp_path)]
     assert example.main([*arguments, "--seed", "1"]) == 0
@@ -97,8 +111,8 @@ def test_a_second_run_in_the_same_folder_loses_nothing(example: ModuleType, tmp_
     assert summary(tmp_path)["seed"] == 2
 
 
-def test_ctrl_c_ends_cleanly_with_what_was_reached_and_resume_goes_on(example: ModuleType, tmp_path: Path) -> None:
-    arguments = [*SMALL, "--strategy", "hilora", "--rounds", "500,1,1", "--out", str(tmp_path)]
+def interrupt(arguments: list[str], log: Path, rounds: int) -> tuple[str, str]:
+    """Press Ctrl-C when the log has so many rounds; returns what was printed."""
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *arguments],
         stdout=subprocess.PIPE,
@@ -106,25 +120,36 @@ def test_ctrl_c_ends_cleanly_with_what_was_reached_and_resume_goes_on(example: M
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    log = tmp_path / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") >= 2):
-        time.sleep(0.1)  # no event tells a test that a file has grown
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") >= rounds):
+        time.sleep(0.05)  # no event tells a test that a file has grown
     process.send_signal(signal.SIGINT)
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
+    return printed, errors
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_ctrl_c_ends_cleanly_with_what_was_reached_and_resume_goes_on(
+    example: ModuleType, tmp_path: Path, rounds: int
+) -> None:
+    arguments = [*SMALL, "--strategy", "hilora", "--rounds", "40,1,1"]
+    out = tmp_path / "stopped"
+    printed, errors = interrupt([*arguments, "--out", str(out)], out / "metrics.jsonl", rounds)
     assert "Traceback" not in errors
-    assert "interrupted" in errors
+    assert "--resume goes on from here" in errors
     assert "hilora" in printed.lower()
-    found = summary(tmp_path)
+    found = summary(out)
     assert found["interrupted"] is True
-    assert found["final"]["mean"] is not None
-    for name in ("metrics.jsonl", "accuracy.png", "clusters.png", "adapters.safetensors"):
-        assert (tmp_path / name).stat().st_size > 0
-    reached = found["rounds"]
-    resumed = example.Simulation  # resumes with the same settings only
-    assert resumed is not None
-    assert reached >= 2
+    assert found["rounds"] >= rounds
+    for name in ("accuracy.png", "clusters.png", "adapters.safetensors"):
+        assert (out / name).stat().st_size > 0
+    assert example.main([*arguments, "--out", str(out), "--resume"]) == 0
+    assert example.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
+    resumed, whole = summary(out), summary(tmp_path / "whole")
+    assert resumed["interrupted"] is False
+    for key in ("tiers", "final", "unseen", "clusters", "rounds"):
+        assert resumed[key] == whole[key], key
 
 
 def test_real_images_and_a_pretrained_vit(example: ModuleType, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def some_models(cohort: Cohort) -> Models:
     """Four clients on one root, two clusters and leaves of their own, none of them zero."""
     tiers = {}
     for tier, slots, slot in (("root", 1, [0, 0, 0, 0]), ("cluster", 2, [1, 0, 1, 1]), ("leaf", 4, [0, 1, 2, 3])):
-        state = cohort.fresh(tier, slots, stream(3, slots))
+        state = cohort.fresh(tier, slots, stream(3, "fresh adapters", slots))
         state = {name: value if name[0] == "A" else torch.randn(value.shape) * 0.1 for name, value in state.items()}
         tiers[tier] = Table(state, torch.tensor(slot))
     head = {"weight": torch.randn(1, CLASSES, 24) * 0.1, "bias": torch.zeros(1, CLASSES)}
@@ -39,7 +39,7 @@ def some_models(cohort: Cohort) -> Models:
 def train(cohort: Cohort, tier: str, models: Models, order: list[int] | None = None) -> Trained:
     order = order or [0, 1, 2, 3]
     shares = [SHARES[i] for i in order]
-    return cohort.train(IMAGES, shares, models.rows(torch.tensor(order)), tier, 2, IDS[order], round=1)
+    return cohort.train(IMAGES, shares, models.rows(torch.tensor(order)), tier, 2, IDS[order], "training", 1)
 
 
 @pytest.mark.parametrize("tier", ["root", "cluster", "leaf"])
@@ -85,8 +85,8 @@ def test_orthogonality_pulls_the_trained_tier_away_from_frozen_ones(backbone: Ba
         torch.manual_seed(0)
         run = RunConfig(batch_size=4, rank=2, gamma_root=gamma, gamma_cluster=gamma, lr=1e-2)
         cohort = Cohort(backbone, ("root", "cluster", "leaf"), run, torch.device("cpu"), torch.float32)
-        models = some_models(cohort_with_rank_2 := cohort)
-        trained = cohort_with_rank_2.train(IMAGES, SHARES, models, "cluster", 10, IDS, 1)
+        models = some_models(cohort)
+        trained = cohort.train(IMAGES, SHARES, models, "cluster", 10, IDS, "training", 1)
         root = models.tiers["root"].taken()["B0"]
         return float((root.mT @ trained.adapters["B0"]).square().sum())
 

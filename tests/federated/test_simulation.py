@@ -102,9 +102,7 @@ def test_a_stopped_run_leaves_its_results_and_resumes_where_it_was(
     summary = json.loads((out / "summary.json").read_text())
     assert summary["interrupted"] is True
     assert summary["rounds"] == rounds == len((out / "metrics.jsonl").read_text().splitlines())
-    if rounds == 0:
-        assert summary["final"]["mean"] is None
-        return
+    assert (summary["final"]["mean"] is None) == (rounds == 0)
     resumed = simulate(participation=participation, resume=True)
     assert figures(resumed.run()) == expected
     strip = [{k: v for k, v in record.items() if k != "seconds"} for record in resumed.log.records]

@@ -32,8 +32,10 @@ def run(**options: Any) -> RunConfig:
 def train(clients: Tensor, models: Models, tier: str, epochs: int = 1, seed: int = 0) -> Trained:
     """Local training that pulls B into directions of the client's group, and the head to the client's number."""
     start, head = models.tiers[tier].taken(), models.head.taken()
-    directions = torch.linalg.qr(torch.randn(2, PROJECTIONS, WIDTH, RANK, generator=stream(0)))[0]
-    noise = torch.stack([torch.randn(PROJECTIONS, WIDTH, RANK, generator=stream(seed, int(c))) for c in clients])
+    directions = torch.linalg.qr(torch.randn(2, PROJECTIONS, WIDTH, RANK, generator=stream(0, "directions")))[0]
+    noise = torch.stack(
+        [torch.randn(PROJECTIONS, WIDTH, RANK, generator=stream(seed, "noise", int(c))) for c in clients]
+    )
     adapters = {"A0": start["A0"], "B0": start["B0"] + directions[GROUPS[clients]] + 0.1 * noise}
     number = clients.float()
     head = {"weight": head["weight"] + number.view(-1, 1, 1), "bias": head["bias"] + number.view(-1, 1)}

@@ -19,7 +19,7 @@ class FedIT(Strategy):
     kept = ("root", "head")
 
     def start(self, head: State) -> None:
-        self.root = self.fresh("root", 1, stream(self.run.seed, 0))
+        self.root = self.fresh("root", 1, stream(self.run.seed, "fresh adapters"))
         self.head = head
 
     def stages(self) -> list[Stage]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import kernels
-from ...aggregation import check_finite, product_space_mean, relative_change
+from ...aggregation import product_space_mean, relative_change
 from ...clustering import Clustering, cluster_bases, cluster_clients, ema_columns, ema_subspace, route_client
 from ..state import Fit, Models, State, Table, Trained, mean, stream
 from .base import Stage, Strategy
@@ -46,7 +46,7 @@ class HiLoRA(Strategy):
 
     def start(self, head: State) -> None:
         self.stage = "root"
-        self.root = self.fresh("root", 1, stream(self.run.seed, 0))
+        self.root = self.fresh("root", 1, stream(self.run.seed, "fresh adapters", 0))
         self.cluster: State = {}
         self.leaf: State = {}
         self.heads = {"root": head}
@@ -72,15 +72,14 @@ class HiLoRA(Strategy):
         if tier == "cluster":
             self._form_clusters(seen, fit)
             count = int(self.member.max()) + 1
-            self.cluster = self.fresh("cluster", count, stream(self.run.seed, 1))
+            self.cluster = self.fresh("cluster", count, stream(self.run.seed, "fresh adapters", 1))
             self.heads["cluster"] = Table(self.heads["root"], torch.zeros(count, dtype=torch.long)).taken()
         elif tier == "leaf":
-            self.leaf = self.fresh("leaf", self.clients, stream(self.run.seed, 2))
+            self.leaf = self.fresh("leaf", self.clients, stream(self.run.seed, "fresh adapters", 2))
             self.heads["leaf"] = Table(self.heads["cluster"], self.member.clamp_min(0)).taken()
         self.stage = tier
 
     def aggregate(self, tier: str, clients: Tensor, trained: Trained) -> dict[str, Any]:
-        check_finite(*trained.adapters.values(), *trained.head.values())
         if tier == "root":
             return self._aggregate_root(clients, trained)
         if tier == "leaf":
@@ -129,7 +128,6 @@ class HiLoRA(Strategy):
     def _probe(self, clients: Tensor, fit: Fit) -> Tensor:
         """Train the root for an epoch on clients that never did; returns those that had images to train on."""
         trained = fit(clients, self.models(clients), "root", 1)
-        check_finite(*trained.adapters.values())
         worked = trained.images > 0
         if worked.any():
             self._remember(clients[worked], trained.rows(worked))
@@ -146,11 +144,14 @@ class HiLoRA(Strategy):
             sampled = seen[self.trained_root[seen]] if started else seen
             self.trained_root[sampled] = False
             self._probe(sampled, fit)
-        sampled, missing = seen[self.trained_root[seen]], seen[~self.trained_root[seen]]
-        if not len(sampled):
+        known = self.trained_root[seen]
+        if not known.any():
             raise ValueError("no client has an image to train on")
+        moved = self._bases(seen).flatten(1).any(1)
+        known = known & moved if moved.any() else known  # a client that nothing moved has no subspace to compare
+        sampled, missing = seen[known], seen[~known]
         low = max(2, self.run.k_min) if self.run.published else self.run.k_min
-        most = min(self.run.k_max, len(sampled))
+        most = min(self.run.k_max or max(10, len(sampled) // 2), len(sampled))
         found = cluster_clients(self._bases(sampled), min(low, most), most)
         self.member[sampled] = found.labels
         self.centres = cluster_bases(self._bases(sampled), found.labels)

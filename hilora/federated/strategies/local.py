@@ -19,7 +19,7 @@ class LocalLoRA(Strategy):
     kept = ("leaf", "head")
 
     def start(self, head: State) -> None:
-        self.leaf = self.fresh("leaf", self.clients, stream(self.run.seed, 0))
+        self.leaf = self.fresh("leaf", self.clients, stream(self.run.seed, "fresh adapters"))
         self.head = Table(head, torch.zeros(self.clients, dtype=torch.long)).taken()
 
     def stages(self) -> list[Stage]:
