@@ -1,5 +1,6 @@
 """Hierarchical low-rank adaptation (HiLoRA) of Vision Transformers for many clients at once."""
 
+from . import aggregation, clustering, kernels
 from .bank import AdapterBank
 from .callcheck import UncalledLayerError
 from .config import HiLoRAConfig
@@ -14,7 +15,10 @@ __all__ = [
     "HiLoRAConfig",
     "TieredLoRALinear",
     "UncalledLayerError",
+    "aggregation",
+    "clustering",
     "inject",
+    "kernels",
     "load_adapters",
     "merge",
     "orthogonality_penalty",

@@ -47,7 +47,8 @@ class AdapterBank(nn.Module):
     @property
     def active(self) -> str | None:
         """The tier in training, if one is."""
-        return next((tier for tier in self.tiers if self.A[tier].requires_grad), None)
+        trained = (tier for tier in self.tiers if self.A[tier].requires_grad or self.B[tier].requires_grad)
+        return next(trained, None)
 
     def activate(self, tier: str | None) -> None:
         """Let this tier require gradients, and no other."""

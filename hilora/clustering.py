@@ -14,7 +14,6 @@ from . import kernels
 
 Array = npt.NDArray[Any]
 ROUNDING = 64  # distances of so many times the epsilon of their dtype are noise
-SILHOUETTE = 0.02  # below it, groups do not stand out
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def cluster_clients(U: Tensor, k_min: int, k_max: int) -> Clustering:
 
     With `k_min` 1 the largest gap is always the trivial one. Ours: there K is the one whose groups stand out most, by
     their mean silhouette, and 1 if none do (0.1 was seen where clients have latent groups, below 0.01 where they have
-    none; the threshold is 0.02).
+    none; the threshold is 0.02 + 0.4 / N, since few clients stand apart by chance).
 
     Args:
         U: orthonormal bases `[N, P, out, r]`; zero columns where a rank is short.
@@ -110,7 +109,7 @@ def cluster_clients(U: Tensor, k_min: int, k_max: int) -> Clustering:
     if k_min > 1:
         k = _first_largest(gaps[k_min - 1 : k_max], k_min)
     else:
-        k = _first_largest(silhouettes, 2) if silhouettes.max(initial=0) >= SILHOUETTE else 1
+        k = _first_largest(silhouettes, 2) if silhouettes.max(initial=0) >= 0.02 + 0.4 / clients else 1
     labels = torch.from_numpy(_labels(eigenvectors[:, :k]))
     return Clustering(labels, int(labels.max()) + 1, distances, torch.from_numpy(gaps), torch.from_numpy(silhouettes))
 
@@ -122,7 +121,7 @@ def _spectrum(distances: Array, noise: float) -> tuple[Array, Array]:
     others = distances[~np.eye(len(distances), dtype=bool)]
     differing = others[others > noise]
     sigma = np.median(others) if 2 * len(differing) > len(others) else np.median(differing) if len(differing) else 1.0
-    affinity = np.exp(-((np.where(distances > noise, distances, 0) / sigma) ** 2) / 2)
+    affinity = np.exp(-((distances / sigma) ** 2) / 2)
     eigenvalues, eigenvectors = np.linalg.eigh(laplacian(affinity, normed=True))
     return eigenvalues, eigenvectors
 
@@ -181,12 +180,15 @@ def route_client(U: Tensor, U_clusters: Tensor) -> tuple[int, Tensor]:
         The group, and all similarities `[K]`, 1 for the same subspace and 0 for orthogonal ones.
 
     Raises:
-        ValueError: for shapes that do not fit, or a client without any direction (all zero): it has not trained.
+        ValueError: for shapes that do not fit, bases that are not finite, or a client without any direction (all zero):
+            it has not trained.
     """
     if U.dim() != 3 or U_clusters.dim() != 4 or U_clusters.shape[1:-1] != U.shape[:-1]:
         raise ValueError(
             f"bases {tuple(U.shape)} and {tuple(U_clusters.shape)}: expected [P, out, r] and [K, P, out, r]"
         )
+    if not (U.isfinite().all() and U_clusters.isfinite().all()):
+        raise ValueError("the bases are not finite")
     if not U.any():
         raise ValueError("the client's basis is zero: probe it by some local steps first")
     rank = min(U.shape[-1], U_clusters.shape[-1])

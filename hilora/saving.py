@@ -36,7 +36,11 @@ def save_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
     head = head_parameters(model)
     if any(name not in fresh or not torch.equal(value.cpu(), fresh[name].cpu()) for name, value in head.items()):
         tensors |= {f"head.{name}": value for name, value in head.items()}
-    write_tensors(path, tensors, {"config": found[0].config.to_dict(), "projections": [bank.names for bank in found]})
+    configs = [bank.config.to_dict() for bank in found]
+    described = {"config": configs[0], "projections": [bank.names for bank in found]}
+    if any(config != configs[0] for config in configs):  # single layers, each with its own
+        described["configs"] = configs
+    write_tensors(path, tensors, described)
 
 
 def load_adapters(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -55,8 +59,9 @@ def load_adapters(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """
     tensors, described = read_tensors(path)
     try:
-        config = HiLoRAConfig.from_dict(described["config"])
-        projections = [tuple(names) for names in described["projections"]]
+        projections = [tuple(str(name) for name in names) for names in described["projections"]]
+        each = described.get("configs", [described["config"]] * len(projections))
+        configs = [HiLoRAConfig.from_dict(config) for config in each]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} does not describe adapters: {error!r}") from error
     head = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
@@ -67,8 +72,10 @@ def load_adapters(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     plain = not has_adapters(model)
     with restored_on_error(model) if plain else nullcontext():
         if plain:
-            inject(model, config)
-        tables = _tables(banks(model), config, projections, tensors, path)
+            if ("",) in projections:
+                raise ValueError(f"{path} is of single layers: wrap these in hilora.TieredLoRALinear, then load it")
+            inject(model, configs[0])
+        tables = _tables(banks(model), configs, projections, tensors, path)
     for bank, tier, A, B in tables:
         bank.assign(tier, A, B)
     with torch.no_grad():
@@ -78,14 +85,19 @@ def load_adapters(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
 
 def _tables(
-    found: list[AdapterBank], config: HiLoRAConfig, names: list[tuple[str, ...]], tensors: dict[str, Tensor], path: Any
+    found: list[AdapterBank],
+    configs: list[HiLoRAConfig],
+    names: list[tuple[str, ...]],
+    tensors: dict[str, Tensor],
+    path: Any,
 ) -> list[tuple[AdapterBank, str, Tensor, Tensor]]:
     """What to put into which bank and tier, once all of it is seen to fit."""
     own = [bank.names for bank in found]
     if own != names:
         raise ValueError(f"{path} adapts other projections than the model: {_some(names)}, not {_some(own)}")
-    if _shape(config) != _shape(found[0].config):
-        raise ValueError(f"{path} has tiers (rank, scale) {_shape(config)}, the model {_shape(found[0].config)}")
+    for config, bank in zip(configs, found, strict=True):
+        if _shape(config) != _shape(bank.config):
+            raise ValueError(f"{path} has tiers (rank, scale) {_shape(config)}, the model {_shape(bank.config)}")
     tables = []
     for index, bank in enumerate(found):
         for tier in bank.tiers:

@@ -15,7 +15,7 @@ ALIASES = {
     "v": ("v", "value", "v_proj", "to_v"),
     "proj": ("proj", "o_proj", "out_proj", "attention.output.dense"),
     "fc1": ("fc1", "intermediate.dense", "mlp.0"),
-    "fc2": ("fc2", "[0-9].output.dense", "mlp.3"),
+    "fc2": ("fc2", "[0-9].output.dense", "[0-9][0-9].output.dense", "mlp.3"),
 }
 
 

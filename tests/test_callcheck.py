@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from torch import Tensor, nn
@@ -90,6 +91,17 @@ def test_a_check_that_waits_ends_when_the_adapters_are_taken_out() -> None:
         hilora.unload(model)
         assert snapshot(model)["hooks"] == before["hooks"]
         model(random(1, 7))
+
+
+def test_a_check_that_waits_ends_when_loading_fails(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    wide = hilora.inject(nn.Sequential(nn.Linear(8, 24)), HiLoRAConfig(target_modules=("0",)))
+    hilora.save_adapters(wide, path)
+    model = nn.Sequential(nn.Linear(7, 24))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="do not fit tier 'root'"):
+        hilora.load_adapters(model, path)
+    assert same(snapshot(model), before)
 
 
 def test_an_example_that_the_model_refuses_leaves_it_as_it_was() -> None:

@@ -34,6 +34,9 @@ class Cohort:
         run: how to train.
         device: where to compute. Tables of adapters stay where the strategy keeps them.
         dtype: of the backbone; adapters, heads and losses are fp32.
+
+    Raises:
+        ValueError: if a rank exceeds the sides of an adapted projection: aggregates could not have it.
     """
 
     def __init__(
@@ -49,6 +52,13 @@ class Cohort:
         )
         self.model = inject(copy.deepcopy(backbone.model).to(device, dtype), self.config)
         self.banks = banks(self.model)
+        for bank in self.banks:
+            for tier in tiers:
+                if run.rank[tier] > min(bank.in_features, bank.out_features):
+                    raise ValueError(
+                        f"rank {run.rank[tier]} of tier {tier!r} exceeds the sides of the projections, "
+                        f"{bank.in_features} → {bank.out_features}: choose a lower one"
+                    )
 
     def fresh(self, tier: str, slots: int, generator: torch.Generator) -> State:
         """New adapters of a tier, `[slots, ...]`, without effect as yet."""
