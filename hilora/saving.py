@@ -37,7 +37,7 @@ def save_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if any(name not in fresh or not torch.equal(value.cpu(), fresh[name].cpu()) for name, value in head.items()):
         tensors |= {f"head.{name}": value for name, value in head.items()}
     configs = [bank.config.to_dict() for bank in found]
-    described = {"config": configs[0], "projections": [bank.names for bank in found]}
+    described: dict[str, Any] = {"config": configs[0], "projections": [bank.names for bank in found]}
     if any(config != configs[0] for config in configs):  # single layers, each with its own
         described["configs"] = configs
     write_tensors(path, tensors, described)
@@ -64,6 +64,8 @@ def load_adapters(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         configs = [HiLoRAConfig.from_dict(config) for config in each]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} does not describe adapters: {error!r}") from error
+    if not 0 < len(projections) == len(configs):
+        raise ValueError(f"{path} does not describe adapters: {len(configs)} configs for {len(projections)} banks")
     head = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
     own_head = head_parameters(model)
     shapes, own_shapes = ({name: tuple(p.shape) for name, p in some.items()} for some in (head, own_head))

@@ -29,6 +29,8 @@ def gradient(bank: AdapterBank, tier: str, used: list[int]) -> tuple[Tensor, Ten
     loss: Tensor = torch.zeros(())
     for index in used:
         A, B = bank.part(tier, index)
+        assert torch.equal(A, bank.A[tier][index])
+        assert torch.equal(B, bank.B[tier][index])
         loss = loss + (index + 1) * A.sum() + (index + 2) * B.square().sum()
     loss.backward()
     return bank.A[tier].grad, bank.B[tier].grad
@@ -83,6 +85,8 @@ def test_one_tier_is_active() -> None:
     bank.activate("leaf")
     assert bank.active == "leaf"
     assert [name for name, p in bank.named_parameters() if p.requires_grad] == ["A.leaf", "B.leaf"]
+    bank.A["leaf"].requires_grad_(False)  # FFA-LoRA trains B alone
+    assert bank.active == "leaf"
     bank.activate(None)
     assert bank.active is None
 
@@ -207,14 +211,8 @@ def test_parts_follow_every_change_of_the_parameters() -> None:
         bank.part("root", 0)
         change()
         try:
-            for index in (1, 2, 0):
-                A, B = bank.part("root", index)
-                assert torch.equal(A, bank.A["root"][index])
-                assert torch.equal(B, bank.B["root"][index])
-                assert A.requires_grad
-            bank.part("root", 0)
             assert_right(bank, used=(1, 2, 0))
-        except AssertionError as error:
+        except (AssertionError, RuntimeError) as error:
             raise AssertionError(f"after {name}: {error}") from error
 
 

@@ -228,6 +228,8 @@ def test_similarities_range_from_orthogonal_to_equal() -> None:
         (random(3, 8, 2), random(3, 8, 2), r"\(3, 8, 2\) and \(3, 8, 2\).*expected \[P, out, r\] and \[K, P, out, r\]"),
         (random(3, 8, 2), random(4, 2, 8, 2), "expected"),
         (random(3, 8, 2), random(4, 3, 9, 2), "expected"),
+        (random(3, 8, 2) * torch.nan, random(4, 3, 8, 2), "the bases are not finite"),
+        (random(3, 8, 2), random(4, 3, 8, 2) * torch.inf, "the bases are not finite"),
         (torch.zeros(3, 8, 2), random(4, 3, 8, 2), "the client's basis is zero: probe it by some local steps first"),
     ],
 )

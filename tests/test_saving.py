@@ -117,6 +117,34 @@ def test_the_file_says_what_it_holds(path: Path) -> None:
     assert shapes["0.a.lora_A"] == (2, 0, 3, 24)
 
 
+class Layers(nn.Module):
+    """Two layers that a user wrapped by hand, each with a config of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = hilora.TieredLoRALinear(nn.Linear(7, 24), r=2)
+        self.two = hilora.TieredLoRALinear(nn.Linear(24, 5), r=3, lora_alpha=1, tiers=("shared", "own"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(self.one(x))  # type: ignore[no-any-return]
+
+
+def test_single_layers_come_back(path: Path) -> None:
+    model, other = Layers(), Layers()
+    randomise(model)
+    hilora.save_adapters(model, path)
+    hilora.load_adapters(other, path)
+    assert same(adapters(other), adapters(model))
+    plain = nn.Sequential(nn.Linear(7, 24))
+    with pytest.raises(ValueError, match=r"is of single layers: wrap these in hilora\.TieredLoRALinear, then load it"):
+        hilora.load_adapters(plain, path)
+    other.two = hilora.TieredLoRALinear(nn.Linear(24, 5), r=2, lora_alpha=1, tiers=("shared", "own"))
+    before = snapshot(other)
+    with pytest.raises(ValueError, match=r"has tiers \(rank, scale\) \{'shared': \(3, .*the model \{'shared': \(2, "):
+        hilora.load_adapters(other, path)
+    assert same(snapshot(other), before)
+
+
 def test_folders_are_made_and_nothing_else(tmp_path: Path) -> None:
     hilora.save_adapters(injected(), tmp_path / "new" / "folder" / "a.safetensors")
     assert [path.name for path in tmp_path.rglob("*")] == ["new", "folder", "a.safetensors"]
@@ -218,6 +246,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a config of a newer version": (described(config={"r": 8, "gate": 1}), r"unknown fields \['gate'\]"),
     "a config out of range": (described(config={"r": 0}), "r must be a whole number"),
     "projections that are none": (described(projections=[3]), "does not describe adapters"),
+    "no projections": (described(projections=[]), "does not describe adapters: 0 configs for 0 banks"),
+    "too many configs": (
+        described(configs=[CONFIG.to_dict()] * 2),
+        "does not describe adapters: 2 configs for 1 banks",
+    ),
     "other projections": (
         described(projections=[["blocks.0.attn.q"]]),
         r"adapts other projections than the model: blocks.0",

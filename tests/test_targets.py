@@ -73,6 +73,14 @@ LIBRARIES = {
             "vit.layers.0.mlp.fc2",
         ],
     ),
+    "transformers 4, a late layer": (
+        ["proj", "fc1", "fc2"],
+        [
+            "vit.encoder.layer.11.attention.output.dense",
+            "vit.encoder.layer.11.intermediate.dense",
+            "vit.encoder.layer.11.output.dense",
+        ],
+    ),
     "CLIP": (["q", "proj"], ["layers.0.self_attn.q_proj", "layers.0.self_attn.out_proj"]),
     "torchvision": (["fc1", "fc2"], ["encoder.layers.encoder_layer_0.mlp.0", "encoder.layers.encoder_layer_0.mlp.3"]),
     "diffusers": (["q", "k", "v"], ["attn.to_q", "attn.to_k", "attn.to_v"]),

@@ -92,9 +92,10 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     """A state dict, read without running anything that the file might say."""
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return state.get("model", state.get("state_dict", state))
+            state: dict[str, Tensor] = load_file(path)
+            return state
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        return dict(loaded.get("model", loaded.get("state_dict", loaded)))
     except Exception as error:  # a damaged file makes the readers raise nearly anything
         raise ValueError(f"the weights in {path} cannot be read: {error}") from error
 

@@ -281,7 +281,7 @@ def test_a_folder_with_its_own_split_is_read_in_order(tmp_path):
     (root / "train" / "cat" / ".hidden.png").write_text("no image")
     (root / "train" / ".cache").mkdir()
     for images, shade in zip(read_images(root, 8, seed=0), (100, 200), strict=True):
-        assert images.name == "pets"
+        assert images.name == "pets (image folder)"
         assert images.classes == ("cat", "dog")
         assert images.groups is None
         assert images.images.shape == (12, 3, 8, 8)
@@ -387,7 +387,7 @@ def test_a_linked_folder_keeps_the_name_of_its_link(tmp_path, monkeypatch):
     for i in range(2):
         save(tmp_path / "x1" / "a" / f"{i}.png")
     (tmp_path / "pets").symlink_to(tmp_path / "x1")
-    assert read_images(tmp_path / "pets", 4, 0)[0].name == "pets"
+    assert read_images(tmp_path / "pets", 4, 0)[0].name == "pets (image folder)"
     monkeypatch.chdir(tmp_path / "x1")
     assert read_images(".", 4, 0)[0].name == "x1"
 
