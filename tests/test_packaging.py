@@ -1,0 +1,63 @@
+"""The wheel has all of the library, and works without the source tree."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+USE = """
+import torch, hilora, hilora.kernels
+from hilora.federated.backbone import load_backbone
+from torch import nn
+assert hilora.__file__.startswith({site!r}), hilora.__file__
+assert hilora.kernels.__file__.startswith({site!r}), hilora.kernels.__file__
+base = nn.Linear(16, 8)
+layer = hilora.TieredLoRALinear(base, r=4, lora_alpha=8)
+x = torch.randn(3, 16)
+assert torch.equal(layer(x), base(x))
+hilora.set_active_tier(layer, "leaf")
+layer(x).sum().backward()
+assert layer.lora_B["leaf"].shape == (8, 4)
+assert load_backbone("glyph_vit").features == 96
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    for name in filter(None, names):  # a copy, so that the build leaves nothing in the tree
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(source))
+    return next(folder.glob("hilora-*.whl"))
+
+
+def pip(*arguments: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "pip", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_wheel_has_every_module_and_no_more(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if name.startswith("hilora/")}
+    modules = {f"hilora/{path.relative_to(ROOT / 'hilora')}" for path in (ROOT / "hilora").rglob("*.py")}
+    modules |= {f"hilora/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    extra = {"hilora/py.typed", "hilora/kernels/py.typed", "hilora/federated/assets/glyph_vit.safetensors"}
+    assert packed == modules | extra
+
+
+def test_the_installed_wheel_runs_the_layer_without_the_source_tree(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    pip("install", "--no-deps", "--target", str(site), str(wheel))
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    code = USE.format(site=str(site))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
