@@ -78,6 +78,7 @@ class Cohort:
         ids: Tensor,
         purpose: str,
         round: int = 0,
+        rates: str | None = None,
     ) -> Trained:
         """Local training of n clients, one tier and the head of each.
 
@@ -89,6 +90,7 @@ class Cohort:
             epochs: passes over a client's images.
             ids: `[n]`, which clients these are, for their random streams.
             purpose: of the training, and `round`: likewise.
+            rates: the tier whose learning rates to use; the one that is trained by default.
         """
         order = sorted(range(len(shares)), key=lambda i: -len(shares[i]))  # alike sizes together: fewer idle rows
         parts = []
@@ -98,7 +100,9 @@ class Cohort:
             streams = [stream(self.run.seed, purpose, round, int(ids[i])) for i in members]
             with torch.random.fork_rng():  # of the dropout's draws
                 torch.manual_seed(streams[0].initial_seed())
-                parts.append(self._train(images, [shares[i] for i in members], picked, tier, epochs, streams))
+                parts.append(
+                    self._train(images, [shares[i] for i in members], picked, tier, epochs, streams, rates or tier)
+                )
         return join(parts).rows(torch.tensor(order).argsort())
 
     def _train(
@@ -109,6 +113,7 @@ class Cohort:
         tier: str,
         epochs: int,
         streams: list[torch.Generator],
+        rates: str,
     ) -> Trained:
         clients, batch = len(shares), self.run.batch_size
         counts = torch.tensor([len(share) for share in shares])
@@ -117,9 +122,9 @@ class Cohort:
         self.model.train()
         trained = [parameter for bank in self.banks for parameter in (bank.A[tier], bank.B[tier])]
         trains_head = self.run.head == "follow" or tier == self.config.tiers[0]
-        slotted = [Slotted(parameter, 1, self.run.lr[tier]) for parameter in trained]
+        slotted = [Slotted(parameter, 1, self.run.lr[rates]) for parameter in trained]
         if trains_head:
-            slotted += [Slotted(value, 0, self.run.head_lr[tier]) for value in head.values()]
+            slotted += [Slotted(value, 0, self.run.head_lr[rates]) for value in head.values()]
         for value in head.values():
             value.requires_grad_(trains_head)
         optimiser = SlotAdamW(slotted, clients, self.run.weight_decay)

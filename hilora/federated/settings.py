@@ -25,7 +25,8 @@ class RunConfig:
 
     Attributes:
         rounds: per tier. A strategy of one tier trains it for all of them.
-        lr: of AdamW for the adapters, per tier.
+        lr: of AdamW for the adapters, per tier. A strategy that trains its one tier from nothing takes the root's; an
+            unseen client that goes on from what others trained takes the leaf's.
         head_lr: of AdamW for the classifier head, per tier.
         rank: of the adapters, per tier.
         lora_alpha: a tier's product is scaled by `lora_alpha / rank`, per tier.

@@ -22,7 +22,7 @@ from .partition import Population
 from .report import Progress, write_report
 from .settings import RunConfig
 from .state import Models, Trained, stream
-from .strategies import STRATEGIES, Strategy
+from .strategies import STRATEGIES, Stage, Strategy
 
 PICTURES = ("accuracy.png", "clusters.png", "classes.png")
 RESULTS = ("summary.json", "metrics.jsonl", "checkpoint.pt", "adapters.safetensors", "heads.safetensors", *PICTURES)
@@ -101,7 +101,7 @@ class Simulation:
         try:
             with Progress(sum(stage.rounds for stage in stages), self.name) as progress:
                 while self.stage < len(stages):
-                    self._stage(stages[self.stage].tier, stages[self.stage].rounds, progress)
+                    self._stage(stages[self.stage], progress)
                 if not self.finished:
                     self._arrive(progress)
                     self.finished = True
@@ -115,9 +115,9 @@ class Simulation:
                 summary = self._leave_results()
         return summary
 
-    def _stage(self, tier: str, rounds: int, progress: Progress) -> None:
+    def _stage(self, stage: Stage, progress: Progress) -> None:
         """The rounds of a stage, or what is left of them."""
-        seen = self.population.seen
+        (tier, rounds, rates), seen, number = stage, self.population.seen, self.stage
         if self.round_in_stage == 0:
             started = time.perf_counter()
             self.strategy.begin(tier, seen, self._fit)
@@ -125,14 +125,13 @@ class Simulation:
             found = self.strategy.clustering()
             if tier == "cluster" and found is not None:
                 progress.note(f"{self.name}: {len(seen)} clients in {found.k} cluster{'s' if found.k > 1 else ''}")
-        stage = self.stage
         if rounds == 0:
             self.stage += 1
             self._save_checkpoint()
-        while self.stage == stage:
+        while self.stage == number:
             started = time.perf_counter()
             clients, epochs = self._sample(seen, tier), self.run_config.local_epochs
-            trained = self._fit(clients, self.strategy.models(clients), tier, epochs, "training", self.round + 1)
+            trained = self._fit(clients, self.strategy.models(clients), tier, epochs, rates, "training", self.round + 1)
             noted = self.strategy.aggregate(tier, clients, trained)
             accuracy = self._accuracy(seen, self.strategy.models(seen))
             images, seconds = int(trained.images.sum()), time.perf_counter() - started
@@ -150,7 +149,7 @@ class Simulation:
             with uninterrupted():
                 self.round, self.round_in_stage = self.round + 1, self.round_in_stage + 1
                 if self.round_in_stage == rounds or noted.get("stop"):
-                    self.stage, self.round_in_stage = stage + 1, 0
+                    self.stage, self.round_in_stage = number + 1, 0
                 self.images, self.seconds = self.images + images, self.seconds + seconds
                 self.tiers[tier] = accuracy["test"]
                 self.log.append(record)
@@ -168,7 +167,14 @@ class Simulation:
         return seen[order[:count].sort().values]
 
     def _fit(
-        self, clients: Tensor, models: Models, tier: str, epochs: int, purpose: str = "probe", round: int = 0
+        self,
+        clients: Tensor,
+        models: Models,
+        tier: str,
+        epochs: int,
+        rates: str | None = None,
+        purpose: str = "probe",
+        round: int = 0,
     ) -> Trained:
         """Local training; by default the probe that a strategy may ask for.
 
@@ -176,7 +182,7 @@ class Simulation:
             ValueError: if an update is not finite; names the clients.
         """
         shares = [self.population.clients[int(client)].train for client in clients]
-        trained = self.cohort.train(self.train_images, shares, models, tier, epochs, clients, purpose, round)
+        trained = self.cohort.train(self.train_images, shares, models, tier, epochs, clients, purpose, round, rates)
         tensors = (*trained.adapters.values(), *trained.head.values())
         finite = torch.stack([value.isfinite().flatten(1).all(1) for value in tensors]).all(0)
         if not finite.all():
@@ -200,7 +206,7 @@ class Simulation:
         if self.strategy.predicts_unseen:
             self.unseen["zero_leaf"] = self._accuracy(unseen, models)["test"]["mean"]
         if self.run_config.unseen_epochs:
-            trained = self._fit(unseen, models, tier, self.run_config.unseen_epochs, "unseen")
+            trained = self._fit(unseen, models, tier, self.run_config.unseen_epochs, self.strategy.own_rates, "unseen")
             self.unseen["leaf"] = self._accuracy(unseen, models.replaced(tier, trained))["test"]["mean"]
         self.seconds += time.perf_counter() - started
         figures = ", ".join(f"{name} {value:.1%}" for name, value in self.unseen.items() if value is not None)

@@ -18,10 +18,11 @@ Fresh = Callable[[str, int, torch.Generator], State]
 
 
 class Stage(NamedTuple):
-    """Rounds in which one tier is trained."""
+    """Rounds in which one tier is trained, with the learning rates of that tier or of another."""
 
     tier: str
     rounds: int
+    rates: str
 
 
 class Strategy(ABC):
@@ -32,12 +33,14 @@ class Strategy(ABC):
     Attributes:
         tiers: which adapters its models have.
         own_tier: what an unseen client trains by itself in the end.
+        own_rates: the tier whose learning rates it takes: the leaf's, which suit a start from what others trained.
         predicts_unseen: whether an unseen client can predict before it trains.
         kept: attributes that make up the state, for checkpoints: tensors, numbers, or dicts and lists of these.
     """
 
     tiers: ClassVar[tuple[str, ...]]
     own_tier: ClassVar[str] = "leaf"
+    own_rates: ClassVar[str] = "leaf"
     predicts_unseen: ClassVar[bool] = True
     kept: ClassVar[tuple[str, ...]]
 

@@ -23,7 +23,7 @@ class FedIT(Strategy):
         self.head = head
 
     def stages(self) -> list[Stage]:
-        return [Stage("root", self.total_rounds())]
+        return [Stage("root", self.total_rounds(), rates="root")]
 
     def models(self, clients: Tensor) -> Models:
         only = torch.zeros(len(clients), dtype=torch.long)

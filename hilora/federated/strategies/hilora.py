@@ -57,7 +57,7 @@ class HiLoRA(Strategy):
         self.centres = torch.empty(0)  # [K, P, out, r]
 
     def stages(self) -> list[Stage]:
-        return [Stage(tier, self.run.rounds[tier]) for tier in self.tiers]
+        return [Stage(tier, self.run.rounds[tier], rates=tier) for tier in self.tiers]
 
     def models(self, clients: Tensor) -> Models:
         slots = {"root": torch.zeros(len(clients), dtype=torch.long), "cluster": self.member[clients], "leaf": clients}

@@ -12,9 +12,10 @@ from .base import Stage, Strategy
 
 
 class LocalLoRA(Strategy):
-    """Training without a federation."""
+    """Training without a federation, at the rates that suit a start from nothing: the root's."""
 
     tiers = ("leaf",)
+    own_rates = "root"
     predicts_unseen = False
     kept = ("leaf", "head")
 
@@ -23,7 +24,7 @@ class LocalLoRA(Strategy):
         self.head = Table(head, torch.zeros(self.clients, dtype=torch.long)).taken()
 
     def stages(self) -> list[Stage]:
-        return [Stage("leaf", self.total_rounds())]
+        return [Stage("leaf", self.total_rounds(), rates="root")]
 
     def models(self, clients: Tensor) -> Models:
         return Models({"leaf": Table(self.leaf, clients)}, Table(self.head, clients))
