@@ -132,6 +132,8 @@ def plot_class_distribution(
         seen: bool `[n]`, False for the clients held out of the training; None if none are.
         title: stands above the figure.
     """
+    used = np.flatnonzero(counts.any(axis=0) | ~counts.any())  # classes that no client has are left out
+    counts = counts[:, used]
     n, classes = counts.shape
     seen = np.ones(n, dtype=bool) if seen is None else seen.astype(bool)
     groups = np.zeros(n, dtype=int) if true_groups is None else true_groups
@@ -158,7 +160,7 @@ def plot_class_distribution(
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("clients by true group" if names else "client")
     if classes <= 25:
-        axes.set_xticks(range(classes), [str(c) for c in order], fontsize=8)
+        axes.set_xticks(range(classes), [str(used[c]) for c in order], fontsize=8)
     elif names:
         axes.set_xticks([])
     axes.set_xlabel("class, ordered by the group that has most of it" if names else "class")
