@@ -106,7 +106,8 @@ def _percent(*keys: str) -> Callable[[Summary], str]:
 
 
 def _strategy(summary: Summary) -> str:
-    return f"{summary['strategy']}{'*' if summary.get('interrupted') else ''}"
+    published = ", published" if summary.get("config", {}).get("published") else ""
+    return f"{summary['strategy']}{published}{'*' if summary.get('interrupted') else ''}"
 
 
 STRATEGY = Column("strategy", _strategy)
