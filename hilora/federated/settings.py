@@ -21,7 +21,7 @@ def per_tier(value: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A federated training. Values marked "per tier" are one value, three, or a mapping; kept as mappings.
+    """A federated training. What is "per tier" may also be given as one value for all tiers, or as a list of three.
 
     Attributes:
         rounds: per tier. A strategy of one tier trains it for all of them.
@@ -53,11 +53,11 @@ class RunConfig:
             the draws of `lora_dropout`, where there is any).
     """
 
-    rounds: Any = field(default_factory=lambda: per_tier([15, 20, 15]))
-    lr: Any = field(default_factory=lambda: per_tier([3e-3, 3e-3, 3e-4]))
-    head_lr: Any = field(default_factory=lambda: per_tier([1e-2, 1e-2, 1e-3]))
-    rank: Any = field(default_factory=lambda: per_tier(8))
-    lora_alpha: Any = field(default_factory=lambda: per_tier(16))
+    rounds: Mapping[str, int] = field(default_factory=lambda: per_tier([15, 20, 15]))
+    lr: Mapping[str, float] = field(default_factory=lambda: per_tier([3e-3, 3e-3, 3e-4]))
+    head_lr: Mapping[str, float] = field(default_factory=lambda: per_tier([1e-2, 1e-2, 1e-3]))
+    rank: Mapping[str, int] = field(default_factory=lambda: per_tier(8))
+    lora_alpha: Mapping[str, float] = field(default_factory=lambda: per_tier(16))
     target_modules: tuple[str, ...] = ("q", "v")
     lora_dropout: float = 0.0
     local_epochs: int = 1

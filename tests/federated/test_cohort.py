@@ -9,7 +9,7 @@ import torch
 
 from hilora.federated.backbone import Backbone
 from hilora.federated.cohort import Cohort
-from hilora.federated.settings import RunConfig
+from hilora.federated.settings import RunConfig, per_tier
 from hilora.federated.state import Models, Table, Trained, stream
 from tests.federated.conftest import CLASSES, same, squares
 
@@ -83,7 +83,7 @@ def test_training_changes_neither_its_start_nor_the_backbone(backbone: Backbone)
 def test_orthogonality_pulls_the_trained_tier_away_from_frozen_ones(backbone: Backbone) -> None:
     def overlap(gamma: float) -> float:
         torch.manual_seed(0)
-        run = RunConfig(batch_size=4, rank=2, gamma_root=gamma, gamma_cluster=gamma, lr=1e-2)
+        run = RunConfig(batch_size=4, rank=per_tier(2), gamma_root=gamma, gamma_cluster=gamma, lr=per_tier(1e-2))
         cohort = Cohort(backbone, ("root", "cluster", "leaf"), run, torch.device("cpu"), torch.float32)
         models = some_models(cohort)
         trained = cohort.train(IMAGES, SHARES, models, "cluster", 10, IDS, "training", 1)
