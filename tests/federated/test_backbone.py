@@ -52,7 +52,7 @@ def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be read"):
         load_backbone("vit_tiny_patch16_224", broken)
     evil, proof = tmp_path / "evil.pth", tmp_path / "proof"
-    evil.write_bytes(pickle.dumps({"model": Evil(proof)}))
+    evil.write_bytes(pickle.dumps({"model": Evil(proof)}, protocol=2))
     with pytest.raises(ValueError, match="cannot be read"):
         load_backbone("vit_tiny_patch16_224", evil)
     assert not proof.exists()

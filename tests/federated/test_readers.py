@@ -389,7 +389,7 @@ def test_a_linked_folder_keeps_the_name_of_its_link(tmp_path, monkeypatch):
     (tmp_path / "pets").symlink_to(tmp_path / "x1")
     assert read_images(tmp_path / "pets", 4, 0)[0].name == "pets (image folder)"
     monkeypatch.chdir(tmp_path / "x1")
-    assert read_images(".", 4, 0)[0].name == "x1"
+    assert read_images(".", 4, 0)[0].name == "x1 (image folder)"
 
 
 @pytest.fixture(scope="module")
