@@ -134,7 +134,8 @@ def load_data(args: argparse.Namespace, size: int) -> tuple[ImageSet, ImageSet]:
 
 def run_strategies(args: argparse.Namespace, summaries: list[dict[str, Any]]) -> None:
     """Run every strategy on the same population. Results of the first are in `--out`, of others in folders inside."""
-    args.out.mkdir(parents=True, exist_ok=True)
+    if args.out.exists() and not args.out.is_dir():
+        raise NotADirectoryError(f"--out {args.out} is a file: choose a folder")
     if args.data_dir is not None and not args.download and not args.data_dir.is_dir():
         raise FileNotFoundError(f"there is no folder {args.data_dir}: give one with CIFAR-100 or images, or --download")
     device = torch.device(args.device)

@@ -91,6 +91,7 @@ def test_mistakes_end_in_one_clear_line(
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ")
     assert said in error
+    assert not (tmp_path / "out" / "summary.json").exists()
 
 
 def test_an_out_that_is_a_file_ends_in_one_clear_line(
