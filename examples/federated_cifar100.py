@@ -1,7 +1,7 @@
 """Train root, cluster and leaf adapters of a ViT across federated clients, and measure them as the HiLoRA paper does.
 
-With no arguments this runs on what comes with the package: generated glyph images and a small ViT, about a minute on two
-cores. On real data, as in the paper:
+With no arguments this runs on what comes with the package: generated glyph images and a small ViT, about a minute on
+two cores. On real data, as in the paper:
 
     python examples/federated_cifar100.py --data-dir DIR --download --partition sc-dir --device cuda --dtype bfloat16
 """
