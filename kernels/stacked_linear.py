@@ -1,0 +1,339 @@
+"""A frozen linear layer with stacked low-rank tiers, in Triton: the kernels. `launch` calls them.
+
+G groups of M rows each; a program works on rows of one group only, with that group's adapters. Adapters come packed as
+`layout.Layout` says. Products are accumulated in fp32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """`acc + a b`. Triton's interpreter multiplies 16-bit numbers wrongly, and is told to "upcast" them."""
+    if PRECISION == "upcast":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def pack(
+    As,
+    Bs,
+    slots,
+    scales,
+    A,  # [G, RANKS, IN]
+    B,  # [G, WIDTH, R]
+    IN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RANKS: tl.constexpr,
+    R: tl.constexpr,
+    TABLES: tl.constexpr,  # of each tier: number of adapters, rank, and its place (see layout.Entry)
+    TIER_RANKS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    FILLED: tl.constexpr,
+    PADDED: tl.constexpr,  # FILLED, to the next power of two
+    WIDTHS: tl.constexpr,  # of each tier: rows of its B, and the first one of them in the packed B
+    FIRST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The adapters that each group uses, side by side, in the dtype of x; B times its scale.
+
+    Zeros where a group uses none, NaN where its slot is outside of the table: to tell, the device would have to be
+    waited for.
+    """
+    group = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    for t in tl.static_range(len(As)):
+        if slots[t] is not None:
+            slot = tl.load(slots[t] + group).to(tl.int64)
+        elif TABLES[t] > 1:
+            slot = group
+        else:
+            slot = group * 0
+        i = tl.arange(0, PADDED[t])
+        rank = tl.where((slot >= 0) & (slot < TABLES[t]), TIER_RANKS[t], 0)
+        wanted = (i < rank)[:, None] & (block < IN)[None, :]
+        a = tl.load(As[t] + (slot * TIER_RANKS[t] + i[:, None]) * IN + block[None, :], wanted, other=0.0)
+        a = tl.where(slot < TABLES[t], a.to(tl.float32), float("nan"))
+        row = group * RANKS + SEGMENTS[t] * R + OFFSETS[t] + i
+        tl.store(
+            A + row[:, None] * IN + block[None, :],
+            a.to(A.dtype.element_ty),
+            (i < FILLED[t])[:, None] & (block < IN)[None, :],
+        )
+        wanted = (block < WIDTHS[t])[:, None] & (i < rank)[None, :]
+        source = (slot * WIDTHS[t] + block[:, None]) * TIER_RANKS[t] + i[None, :]
+        b = tl.load(Bs[t] + source, wanted, other=0.0).to(tl.float32) * scales[t]
+        b = tl.where(slot < TABLES[t], b, float("nan"))
+        column = OFFSETS[t] + i
+        tl.store(
+            B + (group * WIDTH + FIRST[t] + block[:, None]) * R + column[None, :],
+            b.to(B.dtype.element_ty),
+            (block < WIDTHS[t])[:, None] & ((i < FILLED[t]) & (column < R))[None, :],
+        )
+
+
+@triton.jit
+def shrink_expand(
+    x,  # [G, M, IN], any strides
+    A,
+    B,
+    S,  # [G M, RANKS]
+    y,  # [G M, OUT]
+    M,
+    stride_xg,
+    stride_xm,
+    stride_xk,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RANKS: tl.constexpr,
+    R: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STARTS: tl.constexpr,  # of each segment: its columns of y, and its first row in B
+    WIDTHS: tl.constexpr,
+    FIRST: tl.constexpr,
+    EXPAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """`S = x Aᵀ`, and with EXPAND also `y += S Bᵀ` in place."""
+    blocks = tl.cdiv(M, BM)
+    group = (tl.program_id(0) // blocks).to(tl.int64)
+    m = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)
+    here = (m < M)[:, None]
+    row = (group * M + m)[:, None]
+    x += group * stride_xg + m[:, None].to(tl.int64) * stride_xm
+    for j in tl.static_range(0, RANKS, CHUNK):
+        r = j + tl.arange(0, CHUNK)
+        acc = tl.zeros([BM, CHUNK], tl.float32)
+        for k0 in range(0, IN, BK):
+            k = k0 + tl.arange(0, BK)
+            left = tl.load(x + k[None, :] * stride_xk, here & (k < IN)[None, :], other=0.0)
+            right = tl.load(A + (group * RANKS + r[None, :]) * IN + k[:, None], (k < IN)[:, None], other=0.0)
+            acc = dot(left, right, acc, PRECISION)
+        s = acc.to(S.dtype.element_ty)
+        tl.store(S + row * RANKS + r[None, :], s, here)
+        if EXPAND:
+            for c in tl.static_range(len(STARTS)):
+                if c * R < j + CHUNK and c * R + R > j:
+                    in_segment = ((r >= c * R) & (r < c * R + R))[:, None]
+                    for n0 in range(0, WIDTHS[c], BN):
+                        n = (n0 + tl.arange(0, BN))[None, :]
+                        source = (group * WIDTH + FIRST[c] + n) * R + (r - c * R)[:, None]
+                        right = tl.load(B + source, in_segment & (n < WIDTHS[c]), other=0.0)
+                        target = y + row * OUT + STARTS[c] + n
+                        tile = tl.load(target, here & (n < WIDTHS[c]), other=0.0).to(tl.float32)
+                        tile = dot(s, right, tile, PRECISION)
+                        tl.store(target, tile.to(y.dtype.element_ty), here & (n < WIDTHS[c]))
+                    tl.debug_barrier()  # the next segment may add to the same columns
+
+
+@triton.jit
+def backward_rows(
+    dy,  # [G, M, OUT], any strides
+    x,  # [G, M, IN], any strides
+    A,
+    B,
+    S,  # [G M, RANKS]
+    dx,  # [G M, IN]
+    dS,  # [G M, RANKS]
+    dA,  # [programs, segments, TRAINED, IN] fp32
+    dB,  # [programs, WIDTH, TRAINED] fp32
+    M,
+    stride_yg,
+    stride_ym,
+    stride_yn,
+    stride_xg,
+    stride_xm,
+    stride_xk,
+    IN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RANKS: tl.constexpr,
+    R: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TRAINED: tl.constexpr,
+    STARTS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    FIRST: tl.constexpr,
+    KEEP: tl.constexpr,
+    EXPAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """In one pass over dY: `dS = dY B`, and of the ranks in training `dYᵀ S` and `dSᵀ x`, a part for each program.
+
+    With KEEP it writes dS, with EXPAND it adds `dS A` to dX in place.
+    """
+    blocks = tl.cdiv(M, BM)
+    program = tl.program_id(0).to(tl.int64)
+    group = program // blocks
+    m = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)
+    here = (m < M)[:, None]
+    row = (group * M + m)[:, None]
+    dy += group * stride_yg + m[:, None].to(tl.int64) * stride_ym
+    x += group * stride_xg + m[:, None].to(tl.int64) * stride_xm
+    for j in tl.static_range(0, RANKS, CHUNK):
+        r = j + tl.arange(0, CHUNK)
+        acc = tl.zeros([BM, CHUNK], tl.float32)
+        if TRAINED > 0:
+            s = tl.load(S + row * RANKS + r[None, :], here, other=0.0)
+        for c in tl.static_range(len(STARTS)):
+            if c * R < j + CHUNK and c * R + R > j:
+                i = (r - c * R)[None, :]
+                for n0 in range(0, WIDTHS[c], BN):
+                    n = n0 + tl.arange(0, BN)
+                    inside = n < WIDTHS[c]
+                    left = tl.load(dy + (STARTS[c] + n)[None, :] * stride_yn, here & inside[None, :], other=0.0)
+                    source = (group * WIDTH + FIRST[c] + n[:, None]) * R + i
+                    right = tl.load(B + source, inside[:, None] & (i >= 0) & (i < R), other=0.0)
+                    acc = dot(left, right, acc, PRECISION)
+                    if c * R < j + CHUNK and c * R + TRAINED > j:
+                        part = dot(tl.trans(left), s, tl.zeros([BN, CHUNK], tl.float32), PRECISION)
+                        target = (program * WIDTH + FIRST[c] + n[:, None]) * TRAINED + i
+                        tl.store(dB + target, part, inside[:, None] & (i >= 0) & (i < TRAINED))
+        ds = acc.to(dy.dtype.element_ty)
+        if KEEP:
+            tl.store(dS + row * RANKS + r[None, :], ds, here)
+        if EXPAND or TRAINED > 0:
+            for k0 in range(0, IN, BK):
+                k = k0 + tl.arange(0, BK)
+                if EXPAND:
+                    right = tl.load(A + (group * RANKS + r[:, None]) * IN + k[None, :], (k < IN)[None, :], other=0.0)
+                    target = dx + row * IN + k[None, :]
+                    tile = tl.load(target, here & (k < IN)[None, :], other=0.0).to(tl.float32)
+                    tile = dot(ds, right, tile, PRECISION)
+                    tl.store(target, tile.to(dx.dtype.element_ty), here & (k < IN)[None, :])
+                if TRAINED > 0:
+                    left = tl.load(x + k[None, :] * stride_xk, here & (k < IN)[None, :], other=0.0)
+                    part = dot(tl.trans(left), ds, tl.zeros([BK, CHUNK], tl.float32), PRECISION)
+                    own = (r % R < TRAINED) & (r // R < len(STARTS))
+                    target = ((program * len(STARTS) + r // R) * TRAINED + r % R)[None, :] * IN + k[:, None]
+                    tl.store(dA + target, part, own[None, :] & (k < IN)[:, None])
+
+
+@triton.jit
+def gemm(
+    x,  # [G, M, K], any strides
+    w,  # [N, K], any strides
+    bias,  # [N] or None
+    S,  # [G M, RANKS]
+    B,  # its columns n, ranks r, any strides
+    y,  # [G M, N]
+    M,
+    stride_xg,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_bg,
+    stride_bn,
+    stride_br,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    RANKS: tl.constexpr,
+    R: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STARTS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TALL: tl.constexpr,
+):
+    """`y = x Wᵀ + bias + S Bᵀ`: the low-rank part is one more step of the product's accumulator."""
+    blocks = tl.cdiv(M, BM)
+    tiles_n = tl.cdiv(N, BN)
+    tiles_m = tl.num_programs(0) // tiles_n
+    # Tiles near to each other in both directions run at the same time: they find x and w in the L2 cache.
+    band = tl.program_id(0) // (TALL * tiles_n)
+    height = tl.minimum(tiles_m - band * TALL, TALL)
+    tile_m = band * TALL + (tl.program_id(0) % (TALL * tiles_n)) % height
+    n0 = (tl.program_id(0) % (TALL * tiles_n)) // height * BN
+    group = (tile_m // blocks).to(tl.int64)
+    m = (tile_m % blocks) * BM + tl.arange(0, BM)
+    here = (m < M)[:, None]
+    row = (group * M + m)[:, None]
+    n = n0 + tl.arange(0, BN)
+    there = (n < N)[None, :]
+    x += group * stride_xg + m[:, None].to(tl.int64) * stride_xm
+    w += n[None, :].to(tl.int64) * stride_wn
+    acc = tl.zeros([BM, BN], tl.float32)
+    for k0 in range(0, K, BK):
+        k = k0 + tl.arange(0, BK)
+        if K % BK == 0:
+            left = tl.load(x + k[None, :] * stride_xk, here, other=0.0)
+            right = tl.load(w + k[:, None] * stride_wk, there, other=0.0)
+        else:
+            left = tl.load(x + k[None, :] * stride_xk, here & (k < K)[None, :], other=0.0)
+            right = tl.load(w + k[:, None] * stride_wk, there & (k < K)[:, None], other=0.0)
+        acc = dot(left, right, acc, PRECISION)
+    for c in tl.static_range(len(STARTS)):
+        if (n0 < STARTS[c] + WIDTHS[c]) & (n0 + BN > STARTS[c]):
+            column = (n - STARTS[c])[None, :]
+            inside = (column >= 0) & (column < WIDTHS[c])
+            for j in tl.static_range(0, R, CHUNK):
+                r = j + tl.arange(0, CHUNK)
+                left = tl.load(S + row * RANKS + (c * R + r)[None, :], here, other=0.0)
+                source = B + group * stride_bg + (FIRST[c] + column) * stride_bn + r[:, None] * stride_br
+                acc = dot(left, tl.load(source, inside, other=0.0), acc, PRECISION)
+    if bias is not None:
+        acc += tl.load(bias + n, n < N, other=0.0)[None, :].to(tl.float32)
+    tl.store(y + row * N + n[None, :], acc.to(y.dtype.element_ty), here & there)
+
+
+@triton.jit
+def sum_by_slot(
+    dA,  # [programs, A_SIZE] fp32
+    dB,  # [programs, B_SIZE] fp32
+    outs,
+    slots,
+    scales,
+    programs,
+    blocks,  # programs of a group
+    A_SIZE: tl.constexpr,
+    B_SIZE: tl.constexpr,
+    IS_A: tl.constexpr,
+    TABLES: tl.constexpr,
+    SIZES: tl.constexpr,  # of one adapter's gradient, and where it lies: runs of LENGTHS, STRIDES apart, from FIRST
+    LENGTHS: tl.constexpr,
+    STRIDES: tl.constexpr,
+    FIRST: tl.constexpr,
+    ROUNDED: tl.constexpr,  # programs, to the next power of two
+    BP: tl.constexpr,
+    BE: tl.constexpr,
+):
+    """The gradient of each adapter, `outs[t] [S, ...]`: the parts of those groups that use it, in a fixed order."""
+    e = tl.program_id(0) * BE + tl.arange(0, BE)
+    s = tl.program_id(1)
+    for t in tl.static_range(len(outs)):
+        if tl.program_id(2) == t:
+            total = tl.zeros([BE], tl.float32)
+            for p0 in range(0, ROUNDED, BP):
+                p = p0 + tl.arange(0, BP)
+                if slots[t] is not None:
+                    mine = tl.load(slots[t] + p // blocks, p < programs, other=-1) == s
+                elif TABLES[t] > 1:
+                    mine = (p // blocks == s) & (p < programs)
+                else:
+                    mine = p < programs
+                source = FIRST[t] + e // LENGTHS[t] * STRIDES[t] + e % LENGTHS[t]
+                wanted = mine[:, None] & (e < SIZES[t])[None, :]
+                if IS_A[t]:
+                    part = tl.load(dA + p[:, None].to(tl.int64) * A_SIZE + source[None, :], wanted, other=0.0)
+                else:
+                    part = tl.load(dB + p[:, None].to(tl.int64) * B_SIZE + source[None, :], wanted, other=0.0)
+                total += tl.sum(part, 0)
+            target = outs[t] + s.to(tl.int64) * SIZES[t] + e
+            tl.store(target, (total * scales[t]).to(outs[t].dtype.element_ty), e < tl.where(s < TABLES[t], SIZES[t], 0))

@@ -1,0 +1,171 @@
+"""The stacked linear layer by the kernels of `stacked_linear`, forward and backward, by either of two plans.
+
+"fused": one product whose accumulator takes the low-rank part as one more step. "split": the base product by cuBLAS,
+then one kernel that reads x and adds the low-rank part to y in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import stacked_linear as kernels
+from .launch import SMALL, Tile, architecture, cdiv, contiguous_slot, interpreting, launch, precision
+from .layout import Layout, power_of_two
+from .tier import Tier
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier], trained: Sequence[bool], plan: str
+) -> tuple[Tensor, Tensor]:
+    """y `[G, M, out]` of x `[G, M, in]`, and S = x Aᵀ for the backward pass.
+
+    Args:
+        tiers: some, none of them with an empty table.
+        trained: which of them need gradients.
+        plan: "fused" or "split".
+    """
+    groups, M, width = x.shape
+    out = weight.shape[0]
+    layout = Layout.of(tiers, trained, out)
+    A, B = _pack(x, tiers, layout)
+    S = x.new_empty(groups * M, layout.ranks)
+    y = F.linear(x, weight, bias) if plan == "split" else x.new_empty(groups, M, out)
+    if not len(S):
+        return y, S
+    tile = rows_tile(x.dtype)
+    launch(
+        kernels.shrink_expand, (groups * cdiv(M, tile.BM),), x, A, B, S, y, M, *x.stride(),
+        IN=width, OUT=out, EXPAND=plan == "split", WIDTH=layout.width, **_constants(layout), **_segments(layout),
+        PRECISION=precision(x.dtype), tile=tile,
+    )  # fmt: skip
+    if plan == "fused":
+        _gemm(x, weight, bias, S, B, (B.stride(0), B.stride(1), 1), y, layout.R, _segments(layout))
+    return y, S
+
+
+def backward(
+    dy: Tensor, S: Tensor, x: Tensor, weight: Tensor, tiers: Sequence[Tier], trained: Sequence[bool], plan: str,
+    needs_x: bool,
+) -> tuple[Tensor | None, list[Tensor]]:  # fmt: skip
+    """dx where it is needed, and dA, dB of each tier in training."""
+    groups, M, width = x.shape
+    layout = Layout.of(tiers, trained, weight.shape[0])
+    A, B = _pack(x, tiers, layout)
+    split = needs_x and plan == "split"
+    dx = (dy @ weight if split else torch.empty_like(x, memory_format=torch.contiguous_format)) if needs_x else None
+    tile = rows_tile(x.dtype)
+    programs = groups * cdiv(M, tile.BM)
+    dA = x.new_empty(programs, len(layout.columns), layout.trained, width, dtype=torch.float32)
+    dB = x.new_empty(programs, layout.width, layout.trained, dtype=torch.float32)
+    dS = torch.empty_like(S)
+    if programs:
+        launch(
+            kernels.backward_rows, (programs,), dy, x, A, B, S, dx if split else S, dS, dA, dB, M, *dy.stride(),
+            *x.stride(), IN=width, WIDTH=layout.width, TRAINED=layout.trained, KEEP=needs_x and not split,
+            EXPAND=split, **_constants(layout), **_segments(layout), PRECISION=precision(x.dtype), tile=tile,
+        )  # fmt: skip
+        if dx is not None and not split:
+            whole = {"STARTS": (0,), "WIDTHS": (width,), "FIRST": (0,)}
+            _gemm(dy, weight.T, None, dS, A, (A.stride(0), 1, A.stride(1)), dx, layout.ranks, whole)
+    return dx, _sum_by_slot(dA, dB, tiers, layout, programs, cdiv(M, tile.BM))
+
+
+def gemm_tile(dtype: torch.dtype, rows: int, columns: int) -> Tile:
+    """Tiles of the base product, for so many rows of a group."""
+    arch = architecture()
+    if not arch:
+        return SMALL
+    if dtype == torch.float32:
+        return Tile(64, 64, 32, 4, 3)
+    if rows <= 64:
+        return Tile(64, 128, 64, 4, 3)
+    if arch >= 90 and columns % 256 == 0:
+        return Tile(128, 256, 64, 8, 3)
+    return Tile(128, 128, 32, 4, 3) if arch == 89 else Tile(128, 128, 64, 4, 3)
+
+
+def rows_tile(dtype: torch.dtype) -> Tile:
+    """Tiles of the kernels that own some rows and go over all columns."""
+    if interpreting():
+        return SMALL
+    return Tile(32, 32, 32, 4, 2) if dtype == torch.float32 else Tile(64, 64, 64, 4, 2)
+
+
+def _pack(x: Tensor, tiers: Sequence[Tier], layout: Layout) -> tuple[Tensor, Tensor]:
+    """A `[G, ranks, in]` and B `[G, width, R]` of the adapters that the groups use, in the dtype of x."""
+    groups, _, width = x.shape
+    A = x.new_empty(groups, layout.ranks, width)
+    B = x.new_empty(groups, layout.width, layout.R)
+    places = [layout.columns[entry.segment] for entry in layout.entries]
+    block = 64
+    launch(
+        kernels.pack, (groups, cdiv(max(width, *(place[1] for place in places)), block)),
+        tuple(tier.A.contiguous() for tier in tiers), tuple(tier.B.contiguous() for tier in tiers),
+        tuple(contiguous_slot(tier.slot, x) for tier in tiers), tuple(tier.scale for tier in tiers), A, B,
+        IN=width, WIDTH=layout.width, RANKS=layout.ranks, R=layout.R,
+        TABLES=tuple(tier.A.shape[0] for tier in tiers), TIER_RANKS=tuple(tier.rank for tier in tiers),
+        SEGMENTS=tuple(entry.segment for entry in layout.entries),
+        OFFSETS=tuple(entry.offset for entry in layout.entries),
+        FILLED=tuple(entry.filled for entry in layout.entries),
+        PADDED=tuple(power_of_two(max(entry.filled, tier.rank)) for entry, tier in zip(layout.entries, tiers, strict=True)),
+        WIDTHS=tuple(place[1] for place in places), FIRST=tuple(place[2] for place in places), BLOCK=block,
+    )  # fmt: skip
+    return A, B
+
+
+def _gemm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, S: Tensor, B: Tensor, strides: tuple[int, int, int], y: Tensor,
+    R: int, segments: dict[str, Any],
+) -> None:  # fmt: skip
+    """`y = x weightᵀ + bias + S Bᵀ`, B with strides of its groups, columns and ranks."""
+    groups, M, K = x.shape
+    N = weight.shape[0]
+    tile = gemm_tile(x.dtype, M, N)
+    launch(
+        kernels.gemm, (groups * cdiv(M, tile.BM) * cdiv(N, tile.BN),), x, weight, bias, S, B, y, M, *x.stride(),
+        *weight.stride(), *strides, N=N, K=K, RANKS=S.shape[1], R=R, CHUNK=min(R, 64), **segments,
+        PRECISION=precision(x.dtype), TALL=8, tile=tile,
+    )  # fmt: skip
+
+
+def _sum_by_slot(
+    dA: Tensor, dB: Tensor, tiers: Sequence[Tier], layout: Layout, programs: int, blocks: int
+) -> list[Tensor]:
+    """The gradients of the tiers in training, in the dtype of their factors, from the parts of all programs."""
+    trained = [(tier, entry) for tier, entry in zip(tiers, layout.entries, strict=True) if entry.trained]
+    if not trained:
+        return []
+    width = dA.shape[-1]
+    outs, runs = [], []
+    for tier, entry in trained:
+        outs += torch.empty_like(tier.A, memory_format=torch.contiguous_format), torch.empty_like(tier.B, memory_format=torch.contiguous_format)
+        size = tier.rank * width
+        runs.append((size, size, size, (entry.segment * layout.trained + entry.offset) * width))
+        first = layout.columns[entry.segment][2] * layout.trained + entry.offset
+        runs.append((tier.B.shape[1] * tier.rank, tier.rank, layout.trained, first))
+    sizes, lengths, strides, first = zip(*runs, strict=True)
+    both = [tier for tier, _ in trained for _ in "AB"]
+    BP, BE = 32, 128
+    launch(
+        kernels.sum_by_slot, (cdiv(max(sizes), BE), max(tier.A.shape[0] for tier in both), len(outs)), dA, dB,
+        tuple(outs), tuple(contiguous_slot(tier.slot, dA) for tier in both),
+        tuple(1.0 if index % 2 == 0 else tier.scale for index, tier in enumerate(both)), programs, max(blocks, 1),
+        A_SIZE=dA[:1].numel() or 1, B_SIZE=dB.stride(0), IS_A=tuple(index % 2 == 0 for index in range(len(both))),
+        TABLES=tuple(tier.A.shape[0] for tier in both), SIZES=sizes, LENGTHS=lengths, STRIDES=strides, FIRST=first,
+        ROUNDED=max(power_of_two(programs), BP) if programs else 0, BP=BP, BE=BE,
+    )  # fmt: skip
+    return outs
+
+
+def _constants(layout: Layout) -> dict[str, Any]:
+    return {"RANKS": layout.ranks, "R": layout.R, "CHUNK": layout.chunk}
+
+
+def _segments(layout: Layout) -> dict[str, Any]:
+    starts, widths, first = zip(*layout.columns, strict=True)
+    return {"STARTS": starts, "WIDTHS": widths, "FIRST": first}
