@@ -62,7 +62,8 @@ def _linear_backend(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[
     kind = x.device.type
     autocast = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
-    if not tiers or dropout or trains_base or not (autocast or x.dtype == weight.dtype) or _in_transform():
+    only_plain = not tiers or dropout > 0 or trains_base or not (autocast or x.dtype == weight.dtype)
+    if only_plain or FORCED == "reference" or _in_transform():
         return "reference"
     rows = x.shape[1] if any(tier.tells_groups_apart for tier in tiers) else x.numel() // max(x.shape[-1], 1)
     out, width = weight.shape

@@ -134,7 +134,7 @@ def subspace_distances(U: Tensor) -> Tensor:
     overlaps = U.new_zeros(cdiv(projections, share), clients, clients)
     launch(
         pairwise_overlaps, (tiles, tiles, len(overlaps)), U.contiguous(), overlaps, clients, P=projections,
-        SHARE=share, OUT=out, RANK=rank, PADDED=padded, TILE=tile, BK=32, PRECISION=how,
+        SHARE=share, OUT=out, RANK=rank, PADDED=padded, TILE=tile, BK=32 if how == "tf32" else 16, PRECISION=how,
         num_warps=8 if how == "tf32" else 4,
     )  # fmt: skip
     distances = (1 - overlaps.sum(0) / (rank * projections)).clamp_(0, 1)

@@ -39,11 +39,18 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+def run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    kernel[grid](*args, **constants)
+
+
+launcher = run  # `precompile` puts another in its place
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, tile: Tile | None = None, **constants: Any) -> None:
     """Run a kernel on the current device; with a tile, its sizes are among the constants."""
     if tile is not None:
         constants |= {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "num_warps": tile.warps, "num_stages": tile.stages}
-    kernel[grid](*args, **constants)
+    launcher(kernel, grid, args, constants)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .tier import Tier
+import torch
 
-MAX_CHUNK = 64  # ranks in one step of a kernel
+from .tier import Tier
 
 
 class Entry(NamedTuple):
@@ -38,14 +38,14 @@ class Layout(NamedTuple):
         return sum(width for _, width, _ in self.columns)
 
     @classmethod
-    def of(cls, tiers: Sequence[Tier], trained: Sequence[bool], out: int) -> Layout:
-        """The layout of tiers that are not empty, given which of them are in training."""
+    def of(cls, tiers: Sequence[Tier], trained: Sequence[bool], out: int, dtype: torch.dtype) -> Layout:
+        """The layout of tiers that are not empty, given which of them are in training, and the dtype of x."""
         segments: dict[tuple[int, int], list[int]] = {}
         for index in sorted(range(len(tiers)), key=lambda index: not trained[index]):
             segments.setdefault(tiers[index].columns or (0, out), []).append(index)
         totals = [sum(tiers[index].rank for index in members) for members in segments.values()]
         R = power_of_two(max(totals), at_least=16)
-        chunk = min(power_of_two(len(segments) * R), MAX_CHUNK)
+        chunk = min(power_of_two(len(segments) * R), 128 // dtype.itemsize)
         ranks = -(-len(segments) * R // chunk) * chunk
         entries: dict[int, Entry] = {}
         most_trained = 0

@@ -36,7 +36,7 @@ def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Sequence[Tensor], B: Sequence[Tensor],
     slots: Sequence[Tensor | None], scales: Sequence[float], starts: Sequence[int], trained: Sequence[bool], plan: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    layout = Layout.of(_tiers(A, B, slots, scales, starts), trained, weight.shape[0])
+    layout = Layout.of(_tiers(A, B, slots, scales, starts), trained, weight.shape[0], x.dtype)
     groups, M, _ = x.shape
     return x.new_empty(groups, M, weight.shape[0]), x.new_empty(groups * M, layout.ranks)
 
@@ -107,7 +107,9 @@ def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
         for index in range(count):
             if trained[index]:
                 dA[index], dB[index] = next(remaining), next(remaining)
-    return dx, None, None, dA, dB, None, None, None, None, None
+    # A list of optional tensors counts as a list of tensors where none of them is missing.
+    no_slots = None if any(slot is None for slot in slots) else [None] * count
+    return dx, None, None, dA, dB, no_slots, None, None, None, None
 
 
 stacked_lora_linear.register_autograd(_backward, setup_context=_setup)
@@ -131,17 +133,20 @@ def _(active: Tensor, frozen: Sequence[Tensor], gammas: Sequence[float]) -> tupl
 
 def _setup_penalty(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1])
-    ctx.like = inputs[0].shape[1], inputs[0].dtype
+    ctx.like = inputs[0].shape[1], inputs[0].dtype, len(inputs[1])
     ctx.set_materialize_grads(False)
 
 
-def _penalty_backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, None, None]:
+def _penalty_backward(
+    ctx: Any, upstream: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, list[None], None]:
+    slots, dtype, frozen = ctx.like
+    nothing: list[None] = [None] * frozen
     if upstream is None:
-        return None, None, None
+        return None, nothing, None
     (gradient,) = ctx.saved_tensors
-    slots, dtype = ctx.like
     gradient = gradient * upstream[:, None, None]
-    return (gradient if slots == gradient.shape[1] else gradient.sum(1, keepdim=True)).to(dtype), None, None
+    return (gradient if slots == gradient.shape[1] else gradient.sum(1, keepdim=True)).to(dtype), nothing, None
 
 
 gram_penalty.register_autograd(_penalty_backward, setup_context=_setup_penalty)

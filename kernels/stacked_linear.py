@@ -20,6 +20,15 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def cast(value, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """`value`, fp32, in another dtype. Triton's interpreter cuts digits off where it should round them to bf16."""
+    if PRECISION == "upcast" and dtype == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True)
+        value = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return value.to(dtype)
+
+
+@triton.jit
 def pack(
     As,
     Bs,
@@ -39,6 +48,7 @@ def pack(
     PADDED: tl.constexpr,  # FILLED, to the next power of two
     WIDTHS: tl.constexpr,  # of each tier: rows of its B, and the first one of them in the packed B
     FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The adapters that each group uses, side by side, in the dtype of x; B times its scale.
@@ -63,7 +73,7 @@ def pack(
         row = group * RANKS + SEGMENTS[t] * R + OFFSETS[t] + i
         tl.store(
             A + row[:, None] * IN + block[None, :],
-            a.to(A.dtype.element_ty),
+            cast(a, A.dtype.element_ty, PRECISION),
             (i < FILLED[t])[:, None] & (block < IN)[None, :],
         )
         wanted = (block < WIDTHS[t])[:, None] & (i < rank)[None, :]
@@ -73,7 +83,7 @@ def pack(
         column = OFFSETS[t] + i
         tl.store(
             B + (group * WIDTH + FIRST[t] + block[:, None]) * R + column[None, :],
-            b.to(B.dtype.element_ty),
+            cast(b, B.dtype.element_ty, PRECISION),
             (block < WIDTHS[t])[:, None] & ((i < FILLED[t]) & (column < R))[None, :],
         )
 
@@ -111,7 +121,7 @@ def shrink_expand(
     here = (m < M)[:, None]
     row = (group * M + m)[:, None]
     x += group * stride_xg + m[:, None].to(tl.int64) * stride_xm
-    for j in tl.static_range(0, RANKS, CHUNK):
+    for j in range(0, RANKS, CHUNK):
         r = j + tl.arange(0, CHUNK)
         acc = tl.zeros([BM, CHUNK], tl.float32)
         for k0 in range(0, IN, BK):
@@ -119,11 +129,11 @@ def shrink_expand(
             left = tl.load(x + k[None, :] * stride_xk, here & (k < IN)[None, :], other=0.0)
             right = tl.load(A + (group * RANKS + r[None, :]) * IN + k[:, None], (k < IN)[:, None], other=0.0)
             acc = dot(left, right, acc, PRECISION)
-        s = acc.to(S.dtype.element_ty)
+        s = cast(acc, S.dtype.element_ty, PRECISION)
         tl.store(S + row * RANKS + r[None, :], s, here)
         if EXPAND:
             for c in tl.static_range(len(STARTS)):
-                if c * R < j + CHUNK and c * R + R > j:
+                if (c * R < j + CHUNK) & (c * R + R > j):
                     in_segment = ((r >= c * R) & (r < c * R + R))[:, None]
                     for n0 in range(0, WIDTHS[c], BN):
                         n = (n0 + tl.arange(0, BN))[None, :]
@@ -132,7 +142,7 @@ def shrink_expand(
                         target = y + row * OUT + STARTS[c] + n
                         tile = tl.load(target, here & (n < WIDTHS[c]), other=0.0).to(tl.float32)
                         tile = dot(s, right, tile, PRECISION)
-                        tl.store(target, tile.to(y.dtype.element_ty), here & (n < WIDTHS[c]))
+                        tl.store(target, cast(tile, y.dtype.element_ty, PRECISION), here & (n < WIDTHS[c]))
                     tl.debug_barrier()  # the next segment may add to the same columns
 
 
@@ -182,13 +192,13 @@ def backward_rows(
     row = (group * M + m)[:, None]
     dy += group * stride_yg + m[:, None].to(tl.int64) * stride_ym
     x += group * stride_xg + m[:, None].to(tl.int64) * stride_xm
-    for j in tl.static_range(0, RANKS, CHUNK):
+    for j in range(0, RANKS, CHUNK):
         r = j + tl.arange(0, CHUNK)
         acc = tl.zeros([BM, CHUNK], tl.float32)
         if TRAINED > 0:
             s = tl.load(S + row * RANKS + r[None, :], here, other=0.0)
         for c in tl.static_range(len(STARTS)):
-            if c * R < j + CHUNK and c * R + R > j:
+            if (c * R < j + CHUNK) & (c * R + R > j):
                 i = (r - c * R)[None, :]
                 for n0 in range(0, WIDTHS[c], BN):
                     n = n0 + tl.arange(0, BN)
@@ -197,11 +207,11 @@ def backward_rows(
                     source = (group * WIDTH + FIRST[c] + n[:, None]) * R + i
                     right = tl.load(B + source, inside[:, None] & (i >= 0) & (i < R), other=0.0)
                     acc = dot(left, right, acc, PRECISION)
-                    if c * R < j + CHUNK and c * R + TRAINED > j:
+                    if (c * R < j + CHUNK) & (c * R + TRAINED > j):
                         part = dot(tl.trans(left), s, tl.zeros([BN, CHUNK], tl.float32), PRECISION)
                         target = (program * WIDTH + FIRST[c] + n[:, None]) * TRAINED + i
                         tl.store(dB + target, part, inside[:, None] & (i >= 0) & (i < TRAINED))
-        ds = acc.to(dy.dtype.element_ty)
+        ds = cast(acc, dy.dtype.element_ty, PRECISION)
         if KEEP:
             tl.store(dS + row * RANKS + r[None, :], ds, here)
         if EXPAND or TRAINED > 0:
@@ -212,7 +222,7 @@ def backward_rows(
                     target = dx + row * IN + k[None, :]
                     tile = tl.load(target, here & (k < IN)[None, :], other=0.0).to(tl.float32)
                     tile = dot(ds, right, tile, PRECISION)
-                    tl.store(target, tile.to(dx.dtype.element_ty), here & (k < IN)[None, :])
+                    tl.store(target, cast(tile, dx.dtype.element_ty, PRECISION), here & (k < IN)[None, :])
                 if TRAINED > 0:
                     left = tl.load(x + k[None, :] * stride_xk, here & (k < IN)[None, :], other=0.0)
                     part = dot(tl.trans(left), ds, tl.zeros([BK, CHUNK], tl.float32), PRECISION)
@@ -283,14 +293,14 @@ def gemm(
         if (n0 < STARTS[c] + WIDTHS[c]) & (n0 + BN > STARTS[c]):
             column = (n - STARTS[c])[None, :]
             inside = (column >= 0) & (column < WIDTHS[c])
-            for j in tl.static_range(0, R, CHUNK):
+            for j in range(0, R, CHUNK):
                 r = j + tl.arange(0, CHUNK)
                 left = tl.load(S + row * RANKS + (c * R + r)[None, :], here, other=0.0)
                 source = B + group * stride_bg + (FIRST[c] + column) * stride_bn + r[:, None] * stride_br
                 acc = dot(left, tl.load(source, inside, other=0.0), acc, PRECISION)
     if bias is not None:
         acc += tl.load(bias + n, n < N, other=0.0)[None, :].to(tl.float32)
-    tl.store(y + row * N + n[None, :], acc.to(y.dtype.element_ty), here & there)
+    tl.store(y + row * N + n[None, :], cast(acc, y.dtype.element_ty, PRECISION), here & there)
 
 
 @triton.jit

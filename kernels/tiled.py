@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import stacked_linear as kernels
-from .launch import SMALL, Tile, architecture, cdiv, contiguous_slot, interpreting, launch, precision
+from .launch import SMALL, Tile, architecture, cdiv, contiguous_slot, launch, precision
 from .layout import Layout, power_of_two
 from .tier import Tier
 
@@ -31,7 +31,7 @@ def forward(
     """
     groups, M, width = x.shape
     out = weight.shape[0]
-    layout = Layout.of(tiers, trained, out)
+    layout = Layout.of(tiers, trained, out, x.dtype)
     A, B = _pack(x, tiers, layout)
     S = x.new_empty(groups * M, layout.ranks)
     y = F.linear(x, weight, bias) if plan == "split" else x.new_empty(groups, M, out)
@@ -54,7 +54,7 @@ def backward(
 ) -> tuple[Tensor | None, list[Tensor]]:  # fmt: skip
     """dx where it is needed, and dA, dB of each tier in training."""
     groups, M, width = x.shape
-    layout = Layout.of(tiers, trained, weight.shape[0])
+    layout = Layout.of(tiers, trained, weight.shape[0], x.dtype)
     A, B = _pack(x, tiers, layout)
     split = needs_x and plan == "split"
     dx = (dy @ weight if split else torch.empty_like(x, memory_format=torch.contiguous_format)) if needs_x else None
@@ -76,24 +76,27 @@ def backward(
 
 
 def gemm_tile(dtype: torch.dtype, rows: int, columns: int) -> Tile:
-    """Tiles of the base product, for so many rows of a group."""
+    """Tiles of the base product, for so many rows of a group. They fit the architectures that `precompile` looks at."""
     arch = architecture()
     if not arch:
         return SMALL
     if dtype == torch.float32:
-        return Tile(64, 64, 32, 4, 3)
+        return Tile(64, 32, 16, 4, 3)
     if rows <= 64:
         return Tile(64, 128, 64, 4, 3)
     if arch >= 90 and columns % 256 == 0:
         return Tile(128, 256, 64, 8, 3)
-    return Tile(128, 128, 32, 4, 3) if arch == 89 else Tile(128, 128, 64, 4, 3)
+    return Tile(128, 128, 32 if arch == 89 else 64, 8, 3)
 
 
 def rows_tile(dtype: torch.dtype) -> Tile:
     """Tiles of the kernels that own some rows and go over all columns."""
-    if interpreting():
+    arch = architecture()
+    if not arch:
         return SMALL
-    return Tile(32, 32, 32, 4, 2) if dtype == torch.float32 else Tile(64, 64, 64, 4, 2)
+    if dtype == torch.float32:
+        return Tile(32, 32, 16, 8, 2)
+    return Tile(64, 64, 64, 4 if arch >= 90 else 8, 2)
 
 
 def _pack(x: Tensor, tiers: Sequence[Tier], layout: Layout) -> tuple[Tensor, Tensor]:
@@ -113,7 +116,8 @@ def _pack(x: Tensor, tiers: Sequence[Tier], layout: Layout) -> tuple[Tensor, Ten
         OFFSETS=tuple(entry.offset for entry in layout.entries),
         FILLED=tuple(entry.filled for entry in layout.entries),
         PADDED=tuple(power_of_two(max(entry.filled, tier.rank)) for entry, tier in zip(layout.entries, tiers, strict=True)),
-        WIDTHS=tuple(place[1] for place in places), FIRST=tuple(place[2] for place in places), BLOCK=block,
+        WIDTHS=tuple(place[1] for place in places), FIRST=tuple(place[2] for place in places),
+        PRECISION=precision(x.dtype), BLOCK=block,
     )  # fmt: skip
     return A, B
 
@@ -128,7 +132,7 @@ def _gemm(
     tile = gemm_tile(x.dtype, M, N)
     launch(
         kernels.gemm, (groups * cdiv(M, tile.BM) * cdiv(N, tile.BN),), x, weight, bias, S, B, y, M, *x.stride(),
-        *weight.stride(), *strides, N=N, K=K, RANKS=S.shape[1], R=R, CHUNK=min(R, 64), **segments,
+        *weight.stride(), *strides, N=N, K=K, RANKS=S.shape[1], R=R, CHUNK=min(R, tile.BK), **segments,
         PRECISION=precision(x.dtype), TALL=8, tile=tile,
     )  # fmt: skip
 

@@ -1,0 +1,177 @@
+"""Compile every kernel for several GPUs on a machine without one, and look at what came out.
+
+`python -m hilora.kernels.precompile` goes the way that a call goes, with tensors that have no values, and compiles what
+would be launched. It prints registers, stack, shared memory and matrix instructions, and fails on a spill, on shared
+memory that the GPU does not have, and where a 16-bit product on Hopper misses its tensor cores' own instruction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from . import gram, launch, tiled
+from .tier import Tier
+
+SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}  # bytes a program may have
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+
+
+class Compiled(NamedTuple):
+    """A kernel for an architecture."""
+
+    arch: int
+    kernel: str
+    case: str
+    dtype: str
+    tile: str
+    registers: int
+    stack: int
+    shared: int
+    instructions: str
+
+    @property
+    def fault(self) -> str:
+        """What is wrong with it."""
+        product = self.kernel in ("gemm", "shrink_expand", "backward_rows")
+        if self.stack:
+            return f"spills: {self.stack} bytes of stack"
+        if self.shared > SHARED_MEMORY[self.arch]:
+            return f"{self.shared} bytes of shared memory, {SHARED_MEMORY[self.arch]} are there"
+        if self.arch == 90 and product and self.dtype in ("bf16", "fp16") and "HGMMA" not in self.instructions:
+            return "no HGMMA"
+        return ""
+
+
+class Pretended:
+    """Stands in for the driver of a GPU."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # what was compiled is remembered by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def linear(
+    dtype: torch.dtype, width: int, ranks: tuple[int, ...], *, groups: int = 1, rows: int = 12_608, fused_qkv: bool = True,
+    bias: bool = True, needs_x: bool = True,
+) -> None:  # fmt: skip
+    """Forward and backward of a layer by both plans, the last tier in training."""
+    out = 3 * width if fused_qkv else width
+    x, weight = empty(groups, rows, width, dtype=dtype), empty(out, width, dtype=dtype)
+    slot = empty(groups).int() if groups > 1 else None
+    columns = [(0, width), (2 * width, width)] if fused_qkv else [(0, width)]
+    tiers = [Tier(empty(4, r, width), empty(4, width, r), 2.0, slot, part) for part in columns for r in ranks]
+    trained = [index % len(ranks) == len(ranks) - 1 for index in range(len(tiers))]
+    for plan in ("fused", "split"):
+        y, S = tiled.forward(x, weight, empty(out, dtype=dtype) if bias else None, tiers, trained, plan)
+        tiled.backward(y, S, x, weight, tiers, trained, plan, needs_x)
+
+
+def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
+    """What to call for a dtype of x."""
+    yield "ViT-B qkv, r 8+8+8", lambda: linear(dtype, 768, (8, 8, 8))
+    if dtype == torch.float16:
+        return
+    yield "ViT-Ti q, r 16+8+4, 4 clients", lambda: linear(dtype, 192, (16, 8, 4), groups=4, rows=37, fused_qkv=False)
+    yield "width 200, r 64+64+64", lambda: linear(dtype, 200, (64, 64, 64), fused_qkv=False, bias=False)
+    if dtype == torch.bfloat16:
+        for name, width in (("ViT-S", 384), ("ViT-H", 1280)):
+            yield f"{name} qkv, r 8", lambda width=width: linear(dtype, width, (8,))  # type: ignore[misc]
+        yield "ViT-B qkv, first layer", lambda: linear(dtype, 768, (8, 8, 8), needs_x=False)
+    if dtype == torch.float32:
+        yield "r 8 against 8, 8", lambda: penalties(8)
+        yield "r 64 against 64, 64", lambda: penalties(64)
+        for rank in (8, 64):
+            yield f"r {rank}", lambda rank=rank: _distances(rank)  # type: ignore[misc]
+
+
+def penalties(rank: int) -> None:
+    gram.penalties(empty(24, 4, 768, rank), [empty(24, 1, 768, rank), empty(24, 4, 768, rank)], [0.1, 0.1])
+
+
+def _distances(rank: int) -> None:
+    gram.subspace_distances(empty(100, 24, 768, rank))
+
+
+def compile_all(arch: int) -> list[Compiled]:
+    """All kernels for an architecture, e.g. 90, in the configurations in which they are launched."""
+    triton.runtime.driver.set_active(Pretended(arch))
+    found: dict[tuple[str, str, str], Compiled] = {}
+    for dtype_name, dtype in DTYPES.items():
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype_name == "tf32" else "ieee"
+        for case, call in cases(dtype):
+
+            def compile_only(kernel: Any, grid: tuple[int, ...], args: Any, constants: dict[str, Any]) -> None:
+                compiled = kernel.warmup(*args, grid=grid, **constants)
+                key = kernel.__name__, compiled.hash, dtype_name  # noqa: B023
+                if key not in found:
+                    found[key] = _examine(compiled, arch, kernel.__name__, case, dtype_name, constants)  # noqa: B023
+
+            launch.launcher = compile_only
+            call()
+    return list(found.values())
+
+
+def _examine(compiled: Any, arch: int, kernel: str, case: str, dtype: str, constants: dict[str, Any]) -> Compiled:
+    tile = " ".join(f"{constants[name]}" for name in ("BM", "BN", "BK", "num_warps", "num_stages") if name in constants)
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder, "kernel.cubin")
+        binary.write_bytes(compiled.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(binary)]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    instructions = sorted(set(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA|FFMA2?)\b", report)))
+    registers, stack = (int(match) for match in re.findall(r"(?:REG|STACK):(\d+)", report))
+    shared = compiled.metadata.shared
+    return Compiled(arch, kernel, case, dtype, tile, registers, stack, shared, " ".join(instructions))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m hilora.kernels.precompile", description=__doc__)
+    parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_MEMORY, default=list(SHARED_MEMORY))
+    archs = parser.parse_args(arguments).arch
+    if launch.interpreting():
+        parser.error("nothing is compiled where TRITON_INTERPRET=1: unset it")
+    workers = min(len(archs), os.cpu_count() or 1)
+    print(f"{'sm':>3}  {'kernel':22}{'for':32}{'x':6}{'tile':20}{'regs':>5}{'stack':>6}{'shared':>8}  instructions")
+    faults = 0
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for table in pool.map(compile_all, archs):
+            for row in table:
+                faults += bool(row.fault)
+                print(
+                    f"{row.arch:>3}  {row.kernel:22}{row.case:32}{row.dtype:6}{row.tile:20}{row.registers:>5}"
+                    f"{row.stack:>6}{row.shared:>8}  {row.instructions}{'   ' * bool(row.fault)}{row.fault.upper()}",
+                    flush=True,
+                )
+    print(f"triton {triton.__version__}: {faults} faults")
+    return int(faults > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

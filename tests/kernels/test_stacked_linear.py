@@ -1,0 +1,163 @@
+"""The Triton kernels of the stacked linear layer against dense matrices in fp64: on a GPU, or in the interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hilora.kernels import Tier, dispatch, stacked_lora_linear
+from tests.kernels.cases import CASES, Adapters, Case, Q, V, dense, gradients, make, random
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+RANKS_1_TO_64 = {
+    "mixed ranks, many chunks": Case((2, 5, 40), 120, [Adapters(64, columns=(0, 40)), Adapters(1, columns=(0, 40)),
+                                                       Adapters(33, 2, [1, 0], (80, 40)), Adapters(7, columns=(80, 40))]),
+    "rows of several tiles": Case((2, 37, 33), 99, [Adapters(8, 2, [0, 1], (0, 33)), Adapters(8, columns=(66, 33))]),
+}  # fmt: skip
+
+
+@pytest.fixture(params=["fused", "split"], autouse=True)
+def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(dispatch, "FORCED", request.param)
+    torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
+    yield str(request.param)
+    torch.use_deterministic_algorithms(False)
+
+
+def moved(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier]) -> tuple[Tensor, Tensor, Tensor | None, list[Tier]]:
+    """The same on the GPU, if there is one."""
+    own = [
+        tier._replace(
+            A=tier.A.detach().to(DEVICE).requires_grad_(tier.A.requires_grad),
+            B=tier.B.detach().to(DEVICE).requires_grad_(tier.B.requires_grad),
+            slot=None if tier.slot is None else tier.slot.to(DEVICE),
+        )
+        for tier in tiers
+    ]
+    return x.detach().to(DEVICE).requires_grad_(x.requires_grad), weight.to(DEVICE), None if bias is None else bias.to(DEVICE), own
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """Relative, by norm; NaN and infinity are worse than any number."""
+    got, want = got.detach().cpu().double(), want.detach().double()
+    scale = want.norm()
+    difference = float((got - want).norm() / scale if scale > 0 else got.norm())
+    return difference if difference == difference else float("inf")
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier], tolerance: float) -> None:
+    """Forward, and every gradient."""
+    expected = dense(x, weight, bias, tiers)
+    own_x, own_weight, own_bias, own = moved(x, weight, bias, tiers)
+    y = stacked_lora_linear(own_x, own_weight, own_bias, own)
+    assert y.dtype == x.dtype
+    assert error(y, expected) <= tolerance
+    direction = random(*expected.shape, seed=4).to(x.dtype).double()
+    leaves = [leaf for leaf in (x, *(f for t in tiers for f in (t.A, t.B))) if leaf.requires_grad]
+    own_leaves = [leaf for leaf in (own_x, *(f for t in own for f in (t.A, t.B))) if leaf.requires_grad]
+    want = torch.autograd.grad((expected * direction).sum(), leaves, allow_unused=True)
+    got = torch.autograd.grad(y, own_leaves, direction.to(y), allow_unused=True)
+    for leaf, mine, theirs in zip(leaves, got, want, strict=True):
+        if not leaf.numel():
+            continue  # an adapter of an empty table
+        assert mine is not None
+        assert mine.dtype == leaf.dtype
+        assert mine.shape == leaf.shape
+        assert error(mine, torch.zeros_like(leaf) if theirs is None else theirs) <= tolerance
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", (CASES | RANKS_1_TO_64).values(), ids=(CASES | RANKS_1_TO_64).keys())
+def test_it_is_the_dense_product(case: Case, dtype: torch.dtype) -> None:
+    check(*make(case, dtype), TOLERANCE[dtype])
+
+
+sizes = st.integers(1, 40)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_it_is_the_dense_product_for_any_shape(data: st.DataObject) -> None:
+    groups, rows, width, part = (data.draw(sizes.map(lambda n, most=most: min(n, most))) for most in (3, 40, 40, 20))
+    tiers = []
+    for _ in range(data.draw(st.integers(1, 4))):
+        columns = data.draw(st.sampled_from([None, (0, part), (2 * part, part), (1, part)]))
+        slots = data.draw(st.integers(1, 3))
+        slot = data.draw(st.lists(st.integers(-1, slots - 1), min_size=groups, max_size=groups))
+        tiers.append(Adapters(data.draw(st.integers(1, 20)), slots, slot, columns))
+    case = Case((groups, rows, width), 3 * part, tiers, bias=data.draw(st.booleans()))
+    check(*make(case, torch.float32), TOLERANCE[torch.float32])
+
+
+def test_only_what_is_in_training_has_a_gradient() -> None:
+    x, weight, bias, tiers = moved(*make(CASES["a shared tier, one by cluster, one by client"], torch.float32))
+    frozen = [tier._replace(A=tier.A.detach(), B=tier.B.detach()) for tier in tiers]
+    for trained in range(3):
+        own = [tier if index == trained else frozen[index] for index, tier in enumerate(tiers)]
+        for first in (x, x.detach()):
+            check(first.cpu().detach().requires_grad_(first.requires_grad), weight.cpu(), None, [
+                tier._replace(A=tier.A.cpu().detach().requires_grad_(index == trained),
+                              B=tier.B.cpu().detach().requires_grad_(index == trained),
+                              slot=None if tier.slot is None else tier.slot.cpu())
+                for index, tier in enumerate(own)], 1e-5)  # fmt: skip
+    y = stacked_lora_linear(x, weight, bias, frozen)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert dx.isfinite().all()
+    assert not stacked_lora_linear(x.detach(), weight, bias, frozen).requires_grad
+
+
+def test_fp32_adapters_beside_a_bf16_layer() -> None:
+    x, weight, bias, tiers = make(CASES["slots that repeat or are none"], torch.bfloat16)
+    wide = [tier._replace(A=tier.A.detach().float().requires_grad_(), B=tier.B.detach().float().requires_grad_()) for tier in tiers]
+    check(x, weight, bias, wide, 1e-2)
+
+
+def test_strided_inputs() -> None:
+    x, weight, bias, tiers = make(CASES["a shared tier, one by cluster, one by client"], torch.float32)
+    strided = x.detach().permute(2, 0, 1).contiguous().permute(1, 2, 0).requires_grad_()
+    assert not strided.is_contiguous()
+    own = [
+        tier._replace(A=tier.A.detach().mT.contiguous().mT.requires_grad_(), slot=tier.slot if tier.slot is None else tier.slot.long())
+        for tier in tiers
+    ]
+    check(strided, weight.T.contiguous().T, bias, own, 1e-5)
+    check(x.detach()[:, ::2].requires_grad_(), weight, bias, tiers, 1e-5)
+
+
+def test_a_gradient_without_memory_of_its_own() -> None:
+    x, weight, bias, tiers = make(CASES["q and v of qkv"], torch.float32)
+    own_x, own_weight, own_bias, own = moved(x, weight, bias, tiers)
+    stacked_lora_linear(own_x, own_weight, own_bias, own).sum().backward()  # an expanded scalar
+    dense(x, weight, bias, tiers).sum().backward()
+    assert own_x.grad is not None
+    assert x.grad is not None
+    assert error(own_x.grad, x.grad) <= 1e-5
+    assert own[0].B.grad is not None
+    assert tiers[0].B.grad is not None
+    assert error(own[0].B.grad, tiers[0].B.grad) <= 1e-5
+
+
+def test_a_slot_outside_of_its_table_spoils_its_own_group_alone() -> None:
+    x, weight, bias, tiers = moved(*make(Case((3, 4, 7), 15, [Adapters(2, 2, [1, 2, -1], Q), Adapters(2, columns=V)]), torch.float32))
+    y = stacked_lora_linear(x, weight, bias, tiers)
+    assert y[1].isnan().any()
+    assert y[[0, 2]].isfinite().all()
+
+
+def test_gradients_of_clients_do_not_mix() -> None:
+    case = Case((3, 20, 24), 24, [Adapters(4, 3, [0, 1, 2])])
+    x, weight, bias, tiers = moved(*make(case, torch.float32))
+    together = gradients(stacked_lora_linear(x, weight, bias, tiers), x, tiers)
+    x = x.detach().clone()
+    x[1] = float("nan")
+    spoilt = gradients(stacked_lora_linear(x.requires_grad_(), weight, bias, tiers), x, tiers)
+    for one, other in zip(together, spoilt, strict=True):
+        assert torch.equal(one[[0, 2]], other[[0, 2]])
+    assert spoilt[1][1].isnan().any()
