@@ -37,7 +37,7 @@ def forward(
     y = F.linear(x, weight, bias) if plan == "split" else x.new_empty(groups, M, out)
     if not len(S):
         return y, S
-    tile = rows_tile(x.dtype)
+    tile = rows_tile(x.dtype, stages=3)
     launch(
         kernels.shrink_expand, (groups * cdiv(M, tile.BM),), x, A, B, S, y, M, *x.stride(),
         IN=width, OUT=out, EXPAND=plan == "split", WIDTH=layout.width, **_constants(layout), **_segments(layout),
@@ -58,7 +58,7 @@ def backward(
     A, B = _pack(x, tiers, layout)
     split = needs_x and plan == "split"
     dx = (dy @ weight if split else torch.empty_like(x, memory_format=torch.contiguous_format)) if needs_x else None
-    tile = rows_tile(x.dtype)
+    tile = rows_tile(x.dtype, stages=2)
     programs = groups * cdiv(M, tile.BM)
     dA = x.new_empty(programs, len(layout.columns), layout.trained, width, dtype=torch.float32)
     dB = x.new_empty(programs, layout.width, layout.trained, dtype=torch.float32)
@@ -89,14 +89,14 @@ def gemm_tile(dtype: torch.dtype, rows: int, columns: int) -> Tile:
     return Tile(128, 128, 32 if arch == 89 else 64, 8, 3)
 
 
-def rows_tile(dtype: torch.dtype) -> Tile:
+def rows_tile(dtype: torch.dtype, stages: int) -> Tile:
     """Tiles of the kernels that own some rows and go over all columns."""
     arch = architecture()
     if not arch:
         return SMALL
     if dtype == torch.float32:
         return Tile(32, 32, 16, 8, 2)
-    return Tile(64, 64, 64, 4 if arch >= 90 else 8, 2)
+    return Tile(64, 64, 64, 4 if arch >= 90 else 8, stages)
 
 
 def _pack(x: Tensor, tiers: Sequence[Tier], layout: Layout) -> tuple[Tensor, Tensor]:
