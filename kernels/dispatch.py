@@ -60,7 +60,7 @@ def stacked_lora_linear(
 def _linear_backend(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier], dropout: float) -> str:
     trains_base = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
     kind = x.device.type
-    autocast = torch.is_autocast_enabled(kind)
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
     only_plain = not tiers or dropout > 0 or trains_base or not (autocast or x.dtype == weight.dtype)
     if only_plain or FORCED == "reference" or _in_transform():

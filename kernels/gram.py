@@ -25,9 +25,9 @@ def penalty_and_gradient(
     gradient,  # [P, S, OUT, RANK]
     OUT: tl.constexpr,
     RANK: tl.constexpr,
-    PADDED: tl.constexpr,  # ranks, to the next power of two and at least 16
+    PADDED: tl.constexpr,  # RANK, to the next power of two and at least 16
     RANKS: tl.constexpr,
-    ALL_PADDED: tl.constexpr,
+    MOST: tl.constexpr,  # the largest of RANKS, padded likewise
     STEP: tl.constexpr,  # from one slot to the next: 0 where one serves all
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -39,11 +39,11 @@ def penalty_and_gradient(
     own = active + (p * (slots if STEP else 1) + s * STEP) * OUT * RANK
     gradient += (p * slots + s) * OUT * RANK
     i = tl.arange(0, PADDED)[None, :]
+    j = tl.arange(0, MOST)
     total = 0.0
     for f in tl.static_range(len(frozen)):
         other = frozen[f] + (p * (slots if STEPS[f] else 1) + s * STEPS[f]) * OUT * RANKS[f]
-        j = tl.arange(0, ALL_PADDED[f])
-        gram = tl.zeros([ALL_PADDED[f], PADDED], tl.float32)
+        gram = tl.zeros([MOST, PADDED], tl.float32)
         for n0 in range(0, OUT, BLOCK):
             n = n0 + tl.arange(0, BLOCK)
             left = tl.load(other + n[None, :] * RANKS[f] + j[:, None], (n < OUT)[None, :] & (j < RANKS[f])[:, None], other=0.0)
@@ -77,7 +77,7 @@ def pairwise_overlaps(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`Σ_p ‖U_ipᵀ U_jp‖²` for a tile of pairs i < j of clients, written to both of its places."""
+    """`Σ_p ‖U_ipᵀ U_jp‖²` for a tile of pairs i < j of clients; other places are left as they are."""
     if tl.program_id(1) >= tl.program_id(0):
         row = tl.arange(0, TILE * PADDED)
         rank = row % PADDED
@@ -103,7 +103,6 @@ def pairwise_overlaps(
         j = (tl.program_id(1) * TILE + tl.arange(0, TILE))[None, :]
         overlaps += tl.program_id(2).to(tl.int64) * N * N
         tl.store(overlaps + i.to(tl.int64) * N + j, total, (i < j) & (j < N))
-        tl.store(overlaps + j.to(tl.int64) * N + i, total, (i < j) & (j < N))
 
 
 def penalties(active: Tensor, frozen: Sequence[Tensor], gammas: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -117,7 +116,7 @@ def penalties(active: Tensor, frozen: Sequence[Tensor], gammas: Sequence[float])
         launch(
             penalty_and_gradient, (count, slots), active.contiguous(), tuple(B.contiguous() for B in frozen),
             tuple(gammas), value, gradient, OUT=out, RANK=rank, PADDED=power_of_two(rank, 16), RANKS=ranks,
-            ALL_PADDED=tuple(power_of_two(r, 16) for r in ranks), STEP=int(active.shape[1] > 1),
+            MOST=power_of_two(max(ranks), 16), STEP=int(active.shape[1] > 1),
             STEPS=tuple(int(B.shape[1] > 1) for B in frozen), BLOCK=128 if max(rank, *ranks) <= 16 else 32,
         )  # fmt: skip
     return value.sum(0), gradient
@@ -131,11 +130,11 @@ def subspace_distances(U: Tensor) -> Tensor:
     tile = max(1, (128 if how == "tf32" else 64 if architecture() else 16) // padded)
     tiles = cdiv(clients, tile)
     share = cdiv(projections, max(1, min(projections, 1024 // (tiles * tiles))))  # few clients: more programs
-    overlaps = U.new_zeros(cdiv(projections, share), clients, clients)
+    overlaps = U.new_empty(cdiv(projections, share), clients, clients)
     launch(
         pairwise_overlaps, (tiles, tiles, len(overlaps)), U.contiguous(), overlaps, clients, P=projections,
         SHARE=share, OUT=out, RANK=rank, PADDED=padded, TILE=tile, BK=32 if how == "tf32" else 16, PRECISION=how,
-        num_warps=8 if how == "tf32" else 4,
+        num_warps=8,
     )  # fmt: skip
-    distances = (1 - overlaps.sum(0) / (rank * projections)).clamp_(0, 1)
-    return distances.fill_diagonal_(0)
+    upper = (1 - overlaps.sum(0) / (rank * projections)).clamp_(0, 1).triu_(1)
+    return upper + upper.T

@@ -43,7 +43,8 @@ class Layout(NamedTuple):
         segments: dict[tuple[int, int], list[int]] = {}
         for index in sorted(range(len(tiers)), key=lambda index: not trained[index]):
             segments.setdefault(tiers[index].columns or (0, out), []).append(index)
-        totals = [sum(tiers[index].rank for index in members) for members in segments.values()]
+        ranks_of = [int(tier.rank) for tier in tiers]  # symbols, where torch.compile lets shapes vary
+        totals = [sum(ranks_of[index] for index in members) for members in segments.values()]
         R = power_of_two(max(totals), at_least=16)
         chunk = min(power_of_two(len(segments) * R), 128 // dtype.itemsize)
         ranks = -(-len(segments) * R // chunk) * chunk
@@ -53,7 +54,7 @@ class Layout(NamedTuple):
             end = R if number < len(segments) - 1 else ranks - number * R
             offset = 0
             for index in members:
-                rank = tiers[index].rank
+                rank = ranks_of[index]
                 filled = end - offset if index == members[-1] else rank
                 entries[index] = Entry(number, offset, filled, trained[index])
                 offset += rank

@@ -78,7 +78,7 @@ def _tiers(
     starts: Sequence[int],
 ) -> list[Tier]:  # fmt: skip
     return [
-        Tier(a, b, scale, slot, (start, b.shape[1]))
+        Tier(a, b, scale, slot, (start, int(b.shape[1])))
         for a, b, slot, scale, start in zip(A, B, slots, scales, starts, strict=True)
     ]
 

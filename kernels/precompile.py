@@ -101,7 +101,7 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
     yield "ViT-Ti q, r 16+8+4, 4 clients", lambda: linear(dtype, 192, (16, 8, 4), groups=4, rows=37, fused_qkv=False)
     yield "width 200, r 64+64+64", lambda: linear(dtype, 200, (64, 64, 64), fused_qkv=False, bias=False)
     if dtype == torch.bfloat16:
-        for name, width in (("ViT-S", 384), ("ViT-L", 1024), ("ViT-H", 1280)):
+        for name, width in (("ViT-S", 384), ("ViT-H", 1280)):
             yield f"{name} qkv, r 8", lambda width=width: linear(dtype, width, (8,))  # type: ignore[misc]
         yield "ViT-B qkv, first layer", lambda: linear(dtype, 768, (8, 8, 8), needs_x=False)
     if dtype == torch.float32:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from hilora.kernels import Tier
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 class Adapters(NamedTuple):
     """A tier to make: its rank, number of adapters, slots and columns."""
@@ -104,3 +106,11 @@ def gradients(y: Tensor, x: Tensor, tiers: Sequence[Tier]) -> list[Tensor]:
     direction = random(*y.shape, seed=4).to(y)
     found = torch.autograd.grad((y * direction).sum(), leaves, allow_unused=True)
     return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """Relative, by norm; NaN and infinity are worse than any number."""
+    got, want = got.detach().cpu().double(), want.detach().double()
+    scale = want.norm()
+    difference = float((got - want).norm() / scale if scale > 0 else got.norm())
+    return difference if difference == difference else float("inf")

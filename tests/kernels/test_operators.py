@@ -1,0 +1,146 @@
+"""The kernels as operators of torch: traced, recomputed, cast, captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import hilora
+from hilora.kernels import dispatch
+from tests.helpers import images, injected
+from tests.kernels.cases import CASES, DEVICE, Adapters, Case, make, random
+
+pytest.importorskip("triton")
+from hilora.kernels import operators
+
+
+@pytest.fixture(params=["reference", "eager", "fused", "split"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(dispatch, "FORCED", request.param)
+    torch._dynamo.reset()
+    yield str(request.param)
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    """A small ViT, its cluster tier in training for two clients."""
+    model = injected().to(DEVICE)
+    hilora.set_slots(model, cluster=torch.tensor([0, 1]), root=torch.tensor([0, -1]))
+    hilora.set_active_tier(model, "cluster")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * random(*parameter.shape, seed=5).to(parameter)
+    return model
+
+
+def step(model: nn.Module, call: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Output and all gradients of a training step."""
+    model.zero_grad()
+    y = call(images(4).to(DEVICE))
+    (y.square().sum() + hilora.orthogonality_penalty(model)).backward()
+    return [y.detach()] + [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def assert_same(got: list[Tensor], want: list[Tensor], tolerance: float = 1e-5) -> None:
+    assert len(got) == len(want) > 3
+    for mine, theirs in zip(got, want, strict=True):
+        assert (mine - theirs).norm() <= tolerance * theirs.norm()
+
+
+def arguments(case: Case, plan: str) -> tuple[object, ...]:
+    x, weight, bias, tiers = make(case, torch.float32)
+    starts = [tier.columns[0] if tier.columns else 0 for tier in tiers]
+    given = (x, weight, bias, [t.A for t in tiers], [t.B for t in tiers], [t.slot for t in tiers], [t.scale for t in tiers])
+    return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().to(DEVICE).requires_grad_(t.requires_grad), given) + (
+        starts, [True] * len(tiers), plan)  # fmt: skip
+
+
+@pytest.mark.parametrize("plan", ["fused", "split"])
+@pytest.mark.parametrize("name", ["a shared tier, one by cluster, one by client", "slots that repeat or are none"])
+def test_the_linear_operator_keeps_torchs_rules(name: str, plan: str) -> None:
+    torch.library.opcheck(operators.stacked_lora_linear, arguments(CASES[name], plan))
+
+
+def test_the_overlap_operators_keep_torchs_rules() -> None:
+    active, frozen = random(2, 3, 9, 2).float().to(DEVICE).requires_grad_(), random(2, 1, 9, 3, seed=1).float().to(DEVICE)
+    torch.library.opcheck(operators.gram_penalty, (active, [frozen, frozen], [0.5, 1.0]))
+    torch.library.opcheck(operators.subspace_distances, (random(5, 2, 9, 2).float().to(DEVICE),))
+
+
+def test_all_implementations_train_a_vit_alike(backend: str, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    got = step(model, model)
+    monkeypatch.setattr(dispatch, "FORCED", "reference")
+    assert_same(got, step(model, model))
+
+
+def test_a_compiled_vit_has_no_graph_break(backend: str, model: nn.Module) -> None:
+    want = step(model, model)
+    assert_same(step(model, torch.compile(model, fullgraph=True, backend="aot_eager")), want)
+    penalty = torch.compile(lambda: hilora.orthogonality_penalty(model), fullgraph=True, backend="aot_eager")
+    assert penalty().item() == pytest.approx(hilora.orthogonality_penalty(model).item())
+
+
+def test_activation_checkpoints(backend: str, model: nn.Module) -> None:
+    want = step(model, model)
+    assert_same(step(model, lambda x: checkpoint(model, x, use_reentrant=False)), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(backend: str, model: nn.Module, dtype: torch.dtype) -> None:
+    seen = []
+    qkv = model.get_submodule("blocks.0.attn.qkv")
+    qkv.register_forward_hook(lambda module, args, y: seen.append(y.dtype))
+    want = step(model, model)
+    with torch.autocast(DEVICE, dtype):
+        got = step(model, model)
+    assert seen == [torch.float32, dtype]
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters() if parameter.grad is not None)
+    assert_same([value.float() for value in got], want, tolerance=0.05)
+
+
+def test_torch_func_differentiates_and_maps(backend: str) -> None:
+    if DEVICE == "cuda" and backend == "eager":
+        pytest.skip("not where CUDA tensors go")
+    x, weight, bias, tiers = make(Case((3, 7), 5, [Adapters(2)]), torch.float32)
+    x, weight, A, B = (t.detach().to(DEVICE) for t in (x, weight, tiers[0].A, tiers[0].B))
+
+    def loss(A: Tensor) -> Tensor:
+        return hilora.kernels.stacked_lora_linear(x, weight, None, [hilora.kernels.Tier(A, B, 2.0)]).square().sum()
+
+    leaf = A.clone().requires_grad_()
+    (want,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(A), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.func.vmap(loss)(torch.stack([A, A])), loss(A).expand(2), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("plan", ["fused", "split"])
+def test_a_step_captured_in_a_cuda_graph(plan: str, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "FORCED", plan)
+    want = step(model, model)
+    x = images(4).to(DEVICE)
+
+    def train() -> None:
+        (model(x).square().sum() + hilora.orthogonality_penalty(model)).backward()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            model.zero_grad()
+            train()
+    torch.cuda.current_stream().wait_stream(stream)
+    model.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        train()
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.zero_()
+    graph.replay()
+    assert_same([p.grad for p in model.parameters() if p.grad is not None], want[1:])

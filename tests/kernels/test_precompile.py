@@ -1,0 +1,67 @@
+"""Every kernel compiles for every architecture, without a GPU."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+from triton.runtime.jit import KernelInterface
+
+from hilora.kernels import gram, launch, precompile, stacked_linear
+
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+HELPERS = {"dot", "cast"}  # of kernels, not launched themselves
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    given = [sys.executable, *command]
+    return subprocess.run(given, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+
+
+def test_every_kernel_compiles_without_a_spill_for_every_architecture() -> None:
+    done = run("-m", "hilora.kernels.precompile")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[1:-1]]
+    kernels = {
+        name for module in (gram, stacked_linear) for name, value in vars(module).items() if isinstance(value, KernelInterface)
+    }
+    assert {(row[0], row[1]) for row in rows} == {
+        (str(arch), name) for arch in precompile.SHARED_MEMORY for name in kernels - HELPERS
+    }
+    instructions = {(row[0], row[-1]) for row in rows if row[1] == "gemm" and "bf16" in row}
+    assert instructions == {("80", "HMMA"), ("89", "HMMA"), ("90", "HGMMA"), ("100", "UTCHMMA")}
+
+
+def test_a_tile_that_spills_is_found() -> None:
+    code = inspect.cleandoc("""
+        from hilora.kernels import launch, precompile, tiled
+        tiled.gemm_tile = lambda *shape: launch.Tile(128, 128, 32, 4, 1)
+        precompile.DTYPES = {"fp32": precompile.DTYPES["fp32"]}
+        precompile.cases = lambda dtype: [("small", lambda: precompile.linear(dtype, 64, (8,), fused_qkv=False))]
+        print([row.fault for row in precompile.compile_all(80) if row.kernel == "gemm"])
+    """)
+    done = run("-c", code)
+    assert "spills: " in done.stdout, done.stderr
+
+
+def test_faults() -> None:
+    good = precompile.Compiled(90, "gemm", "", "bf16", "", 186, 0, 147_456, "HGMMA")
+    assert good.fault == ""
+    assert good._replace(stack=8).fault == "spills: 8 bytes of stack"
+    assert good._replace(arch=89, shared=101_377).fault == "101377 bytes of shared memory, 101376 are there"
+    assert good._replace(instructions="HMMA").fault == "no HGMMA"
+    assert good._replace(instructions="HMMA", arch=80).fault == ""
+    assert good._replace(instructions="FFMA", dtype="fp32").fault == ""
+
+
+def test_nothing_is_compiled_where_kernels_are_interpreted(capsys: pytest.CaptureFixture[str]) -> None:
+    if not launch.interpreting():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit):
+        precompile.main([])
+    assert "unset it" in capsys.readouterr().err
