@@ -42,7 +42,7 @@ def stacked_lora_linear(
     from . import operators
 
     rows = x if any(tier.tells_groups_apart for tier in tiers) else x.reshape(1, -1, x.shape[-1])
-    y, _ = operators.stacked_lora_linear(
+    y: Tensor = operators.stacked_lora_linear(
         rows,
         weight,
         bias,
@@ -53,7 +53,7 @@ def stacked_lora_linear(
         [tier.columns[0] if tier.columns else 0 for tier in tiers],
         [tier.A.requires_grad or tier.B.requires_grad for tier in tiers],
         backend,
-    )
+    )[0]
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -84,7 +84,7 @@ def gram_penalty(active: Tensor, frozen: Sequence[Tensor], gammas: Sequence[floa
     if _triton_serves(active, active.dtype):
         from . import operators
 
-        penalties, _ = operators.gram_penalty(active, frozen, gammas)
+        penalties: Tensor = operators.gram_penalty(active, frozen, gammas)[0]
     else:
         wide = [reference.at_least_fp32(B) for B in (active, *frozen)]
         with reference.without_autocast(active):
@@ -99,7 +99,8 @@ def subspace_distances(U: Tensor) -> Tensor:
         return reference.subspace_distances(U)
     from . import operators
 
-    return operators.subspace_distances(U.float())
+    distances: Tensor = operators.subspace_distances(U.float())
+    return distances
 
 
 for function in (stacked_lora_linear, gram_penalty, subspace_distances):

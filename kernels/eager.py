@@ -1,8 +1,8 @@
 """The fast path without a GPU: plain PyTorch with gradients in closed form. It needs fp32 or fp64.
 
 For the linear layer, adapters are folded into the weight once a call. With more rows than the weight is wide,
-`W + Σ scale B A` costs next to nothing, and then the tiers cost nothing at all in the products with x and with dY, frozen
-ones not even in the gradients. (Narrower weights would round small adapters away.)
+`W + Σ scale B A` costs next to nothing, and then the tiers cost nothing at all in the products with x and with dY,
+frozen ones not even in the gradients. (Narrower weights would round small adapters away.)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _StackedLinear(torch.autograd.Function):
     """Matrices are `[rows, columns]`, or `[G, rows, columns]` where tiers tell groups apart."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, placement: list[Any], *factors: Tensor
     ) -> Tensor:
         tiers = [Tier(factors[2 * index], factors[2 * index + 1], *rest) for index, rest in enumerate(placement)]
@@ -58,7 +58,7 @@ class _StackedLinear(torch.autograd.Function):
         return F.linear(x, folded, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, folded, *factors = ctx.saved_tensors
         dx = dy @ folded if ctx.needs_input_grad[0] else None
@@ -97,7 +97,7 @@ def gram_penalty(active: Tensor, frozen: Sequence[Tensor], gammas: Sequence[floa
 
 class _GramPenalty(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, active: Tensor, gammas: Sequence[float], *frozen: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, active: Tensor, gammas: Sequence[float], *frozen: Tensor) -> Tensor:
         slots = max(B.shape[1] for B in (active, *frozen))
         count, _, out, rank = active.shape
         side_by_side = torch.cat([B.expand(-1, slots, -1, -1) for B in frozen], -1).flatten(0, 1)  # [P S, out, R]
@@ -110,7 +110,7 @@ class _GramPenalty(torch.autograd.Function):
         return (overlap * weighted).view(count, slots, -1).sum((0, 2))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (half_gradient,) = ctx.saved_tensors
         gradient = half_gradient * (2 * upstream)[:, None, None]

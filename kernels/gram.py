@@ -1,4 +1,4 @@
-"""Overlaps of adapters' column spaces, in Triton: the orthogonality penalty with its gradient, and distances of clients.
+"""Overlaps of adapters' column spaces, in Triton: the orthogonality penalty and its gradient, distances of clients.
 
 Both are sums of squared entries of small Gram matrices, which never leave the registers.
 """
@@ -46,13 +46,17 @@ def penalty_and_gradient(
         gram = tl.zeros([MOST, PADDED], tl.float32)
         for n0 in range(0, OUT, BLOCK):
             n = n0 + tl.arange(0, BLOCK)
-            left = tl.load(other + n[None, :] * RANKS[f] + j[:, None], (n < OUT)[None, :] & (j < RANKS[f])[:, None], other=0.0)
+            left = tl.load(
+                other + n[None, :] * RANKS[f] + j[:, None], (n < OUT)[None, :] & (j < RANKS[f])[:, None], other=0.0
+            )
             right = tl.load(own + n[:, None] * RANK + i, (n < OUT)[:, None] & (i < RANK), other=0.0)
             gram = tl.dot(left.to(tl.float32), right.to(tl.float32), gram, input_precision="ieee")
         total += gammas[f] * tl.sum(gram * gram)
         for n0 in range(0, OUT, BLOCK):
             n = n0 + tl.arange(0, BLOCK)
-            left = tl.load(other + n[:, None] * RANKS[f] + j[None, :], (n < OUT)[:, None] & (j < RANKS[f])[None, :], other=0.0)
+            left = tl.load(
+                other + n[:, None] * RANKS[f] + j[None, :], (n < OUT)[:, None] & (j < RANKS[f])[None, :], other=0.0
+            )
             tile = tl.dot(left.to(tl.float32), gram, input_precision="ieee") * (2 * gammas[f])
             target = gradient + n[:, None] * RANK + i
             inside = (n < OUT)[:, None] & (i < RANK)

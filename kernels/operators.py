@@ -1,5 +1,5 @@
-"""The Triton implementations as operators of torch: traced by torch.compile, recomputed by checkpoints, captured in CUDA
-graphs, differentiated, and cast under autocast."""
+"""The Triton implementations as operators of torch: traced by torch.compile, recomputed by checkpoints, captured in
+CUDA graphs, differentiated, and cast under autocast."""
 
 from __future__ import annotations
 
@@ -57,9 +57,7 @@ def stacked_lora_linear_backward(
     needs_x: bool,
 ) -> list[Tensor]:
     """dx if it is needed, and dA, dB of each tier in training."""
-    dx, factors = tiled.backward(
-        dy, S, x, weight, _tiers(A, B, slots, scales, starts), trained, plan, needs_x
-    )
+    dx, factors = tiled.backward(dy, S, x, weight, _tiers(A, B, slots, scales, starts), trained, plan, needs_x)
     return factors if dx is None else [dx, *factors]
 
 
@@ -99,9 +97,7 @@ def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     dB: list[Tensor | None] = [None] * count
     if dy is not None:
         needs_x = ctx.needs_input_grad[0]
-        found = stacked_lora_linear_backward(
-            dy, S, x, weight, A, B, slots, scales, starts, trained, plan, needs_x
-        )
+        found = stacked_lora_linear_backward(dy, S, x, weight, A, B, slots, scales, starts, trained, plan, needs_x)
         remaining = iter(found)
         dx = next(remaining) if needs_x else None
         for index in range(count):
@@ -137,9 +133,7 @@ def _setup_penalty(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _penalty_backward(
-    ctx: Any, upstream: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, list[None], None]:
+def _penalty_backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, list[None], None]:
     slots, dtype, frozen = ctx.like
     nothing: list[None] = [None] * frozen
     if upstream is None:
@@ -167,7 +161,7 @@ LIBRARY = torch.library.Library("hilora", "FRAGMENT")
 
 
 def _cast(operator: Callable[..., Any], device: str, narrow: int) -> Callable[..., Any]:
-    """The operator with its first arguments in the dtype of autocast, or where there are none to narrow, as they are."""
+    """The operator outside of autocast, its first few arguments in the dtype of autocast."""
 
     def under_autocast(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)

@@ -78,8 +78,8 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def linear(
-    dtype: torch.dtype, width: int, ranks: tuple[int, ...], *, groups: int = 1, rows: int = 12_608, fused_qkv: bool = True,
-    bias: bool = True, needs_x: bool = True,
+    dtype: torch.dtype, width: int, ranks: tuple[int, ...], *, groups: int = 1, rows: int = 12_608,
+    fused_qkv: bool = True, bias: bool = True, needs_x: bool = True,
 ) -> None:  # fmt: skip
     """Forward and backward of a layer by both plans, the last tier in training."""
     out = 3 * width if fused_qkv else width

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import stacked_linear as kernels
+from . import slots, stacked_linear
 from .launch import SMALL, Tile, architecture, cdiv, contiguous_slot, launch, precision
 from .layout import Layout, power_of_two
 from .tier import Tier
@@ -39,7 +39,7 @@ def forward(
         return y, S
     tile = rows_tile(x.dtype, stages=3)
     launch(
-        kernels.shrink_expand, (groups * cdiv(M, tile.BM),), x, A, B, S, y, M, *x.stride(),
+        stacked_linear.shrink_expand, (groups * cdiv(M, tile.BM),), x, A, B, S, y, M, *x.stride(),
         IN=width, OUT=out, EXPAND=plan == "split", WIDTH=layout.width, **_constants(layout), **_segments(layout),
         PRECISION=precision(x.dtype), tile=tile,
     )  # fmt: skip
@@ -65,7 +65,7 @@ def backward(
     dS = torch.empty_like(S)
     if programs:
         launch(
-            kernels.backward_rows, (programs,), dy, x, A, B, S, dx if split else S, dS, dA, dB, M, *dy.stride(),
+            stacked_linear.backward_rows, (programs,), dy, x, A, B, S, dx if split else S, dS, dA, dB, M, *dy.stride(),
             *x.stride(), IN=width, WIDTH=layout.width, TRAINED=layout.trained, KEEP=needs_x and not split,
             EXPAND=split, **_constants(layout), **_segments(layout), PRECISION=precision(x.dtype), tile=tile,
         )  # fmt: skip
@@ -107,7 +107,7 @@ def _pack(x: Tensor, tiers: Sequence[Tier], layout: Layout) -> tuple[Tensor, Ten
     places = [layout.columns[entry.segment] for entry in layout.entries]
     block = 64
     launch(
-        kernels.pack, (groups, cdiv(max(width, *(place[1] for place in places)), block)),
+        slots.pack, (groups, cdiv(max(width, *(place[1] for place in places)), block)),
         tuple(tier.A.contiguous() for tier in tiers), tuple(tier.B.contiguous() for tier in tiers),
         tuple(contiguous_slot(tier.slot, x) for tier in tiers), tuple(tier.scale for tier in tiers), A, B,
         IN=width, WIDTH=layout.width, RANKS=layout.ranks, R=layout.R,
@@ -115,7 +115,7 @@ def _pack(x: Tensor, tiers: Sequence[Tier], layout: Layout) -> tuple[Tensor, Ten
         SEGMENTS=tuple(entry.segment for entry in layout.entries),
         OFFSETS=tuple(entry.offset for entry in layout.entries),
         FILLED=tuple(entry.filled for entry in layout.entries),
-        PADDED=tuple(power_of_two(max(entry.filled, tier.rank)) for entry, tier in zip(layout.entries, tiers, strict=True)),
+        PADDED=tuple(power_of_two(entry.filled) for entry in layout.entries),
         WIDTHS=tuple(place[1] for place in places), FIRST=tuple(place[2] for place in places),
         PRECISION=precision(x.dtype), BLOCK=block,
     )  # fmt: skip
@@ -131,7 +131,7 @@ def _gemm(
     N = weight.shape[0]
     tile = gemm_tile(x.dtype, M, N)
     launch(
-        kernels.gemm, (groups * cdiv(M, tile.BM) * cdiv(N, tile.BN),), x, weight, bias, S, B, y, M, *x.stride(),
+        stacked_linear.gemm, (groups * cdiv(M, tile.BM) * cdiv(N, tile.BN),), x, weight, bias, S, B, y, M, *x.stride(),
         *weight.stride(), *strides, N=N, K=K, RANKS=S.shape[1], R=R, CHUNK=min(R, tile.BK), **segments,
         PRECISION=precision(x.dtype), TALL=8, tile=tile,
     )  # fmt: skip
@@ -145,22 +145,26 @@ def _sum_by_slot(
     if not trained:
         return []
     width = dA.shape[-1]
-    outs, runs = [], []
+    outs: list[Tensor] = []
+    runs = []
     for tier, entry in trained:
-        outs += torch.empty_like(tier.A, memory_format=torch.contiguous_format), torch.empty_like(tier.B, memory_format=torch.contiguous_format)
+        outs += (
+            torch.empty_like(tier.A, memory_format=torch.contiguous_format),
+            torch.empty_like(tier.B, memory_format=torch.contiguous_format),
+        )
         size = tier.rank * width
         runs.append((size, size, size, (entry.segment * layout.trained + entry.offset) * width))
         first = layout.columns[entry.segment][2] * layout.trained + entry.offset
         runs.append((tier.B.shape[1] * tier.rank, tier.rank, layout.trained, first))
-    sizes, lengths, strides, first = zip(*runs, strict=True)
+    sizes, lengths, strides, firsts = zip(*runs, strict=True)
     both = [tier for tier, _ in trained for _ in "AB"]
     BP, BE = 32, 128
     launch(
-        kernels.sum_by_slot, (cdiv(max(sizes), BE), max(tier.A.shape[0] for tier in both), len(outs)), dA, dB,
+        slots.sum_by_slot, (cdiv(max(sizes), BE), max(tier.A.shape[0] for tier in both), len(outs)), dA, dB,
         tuple(outs), tuple(contiguous_slot(tier.slot, dA) for tier in both),
         tuple(1.0 if index % 2 == 0 else tier.scale for index, tier in enumerate(both)), programs, max(blocks, 1),
         A_SIZE=dA[:1].numel() or 1, B_SIZE=dB.stride(0), IS_A=tuple(index % 2 == 0 for index in range(len(both))),
-        TABLES=tuple(tier.A.shape[0] for tier in both), SIZES=sizes, LENGTHS=lengths, STRIDES=strides, FIRST=first,
+        TABLES=tuple(tier.A.shape[0] for tier in both), SIZES=sizes, LENGTHS=lengths, STRIDES=strides, FIRST=firsts,
         ROUNDED=max(power_of_two(programs), BP) if programs else 0, BP=BP, BE=BE,
     )  # fmt: skip
     return outs

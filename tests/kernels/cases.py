@@ -108,6 +108,26 @@ def gradients(y: Tensor, x: Tensor, tiers: Sequence[Tier]) -> list[Tensor]:
     return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
 
 
+def moved(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier]
+) -> tuple[Tensor, Tensor, Tensor | None, list[Tier]]:
+    """The same on the GPU, if there is one."""
+    own = [
+        tier._replace(
+            A=tier.A.detach().to(DEVICE).requires_grad_(tier.A.requires_grad),
+            B=tier.B.detach().to(DEVICE).requires_grad_(tier.B.requires_grad),
+            slot=None if tier.slot is None else tier.slot.to(DEVICE),
+        )
+        for tier in tiers
+    ]
+    return (
+        x.detach().to(DEVICE).requires_grad_(x.requires_grad),
+        weight.to(DEVICE),
+        None if bias is None else bias.to(DEVICE),
+        own,
+    )
+
+
 def error(got: Tensor, want: Tensor) -> float:
     """Relative, by norm; NaN and infinity are worse than any number."""
     got, want = got.detach().cpu().double(), want.detach().double()

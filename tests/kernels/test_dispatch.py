@@ -71,7 +71,10 @@ def test_the_plan_on_a_gpu(
     rows: int, width: int, dtype: torch.dtype, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "_triton_serves", lambda x, dtype: True)
-    x, weight = torch.empty(1, rows, width, dtype=dtype, device="meta"), torch.empty(3 * width, width, dtype=dtype, device="meta")
+    x, weight = (
+        torch.empty(1, rows, width, dtype=dtype, device="meta"),
+        torch.empty(3 * width, width, dtype=dtype, device="meta"),
+    )
     assert backend(x, weight) == expected
     monkeypatch.setattr(dispatch, "FORCED", "fused")
     assert backend(x, weight) == "fused"

@@ -37,7 +37,9 @@ def check_penalty(active: Tensor, frozen: list[Tensor], tolerance: float = 1e-5)
     (gradient,) = torch.autograd.grad(got, own, weights.to(got))
     assert gradient.dtype == active.dtype
     assert gradient.shape == active.shape
-    assert error(gradient, torch.autograd.grad(want, exact, weights)[0]) <= max(tolerance, torch.finfo(active.dtype).eps)
+    assert error(gradient, torch.autograd.grad(want, exact, weights)[0]) <= max(
+        tolerance, torch.finfo(active.dtype).eps
+    )
     assert error(gram_penalty(own, [B.to(DEVICE) for B in frozen], gammas), want.sum()) <= tolerance
 
 
@@ -59,7 +61,9 @@ def test_penalty(active: tuple[int, ...], frozen: list[tuple[int, ...]], dtype: 
 @settings(max_examples=6, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 150), st.integers(1, 20), st.integers(1, 20), st.booleans())
 def test_penalty_of_any_shape(count: int, slots: int, out: int, rank: int, other: int, shared: bool) -> None:
-    check_penalty(random(count, slots, out, rank).float(), [random(count, 1 if shared else slots, out, other, seed=1).float()])
+    check_penalty(
+        random(count, slots, out, rank).float(), [random(count, 1 if shared else slots, out, other, seed=1).float()]
+    )
 
 
 def test_penalty_of_strided_factors() -> None:
@@ -69,7 +73,9 @@ def test_penalty_of_strided_factors() -> None:
     check_penalty(active, [frozen])
 
 
-@pytest.mark.parametrize("shape", [(5, 2, 40, 3), (1, 1, 4, 2), (20, 3, 33, 8), (3, 1, 70, 20), (9, 5, 8, 1), (40, 1, 9, 2)])
+@pytest.mark.parametrize(
+    "shape", [(5, 2, 40, 3), (1, 1, 4, 2), (20, 3, 33, 8), (3, 1, 70, 20), (9, 5, 8, 1), (40, 1, 9, 2)]
+)
 def test_distances(shape: tuple[int, ...]) -> None:
     U = orthonormal_basis(random(*shape)).float()
     if shape[0] > 3:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import hilora
 from hilora.kernels import dispatch
 from tests.helpers import images, injected
-from tests.kernels.cases import CASES, DEVICE, Adapters, Case, make, random
+from tests.kernels.cases import CASES, DEVICE, Adapters, Case, make, moved, random
 
 pytest.importorskip("triton")
 from hilora.kernels import operators
@@ -29,12 +29,12 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def model() -> nn.Module:
     """A small ViT, its cluster tier in training for two clients."""
-    model = injected().to(DEVICE)
+    model: nn.Module = injected().to(DEVICE)
     hilora.set_slots(model, cluster=torch.tensor([0, 1]), root=torch.tensor([0, -1]))
     hilora.set_active_tier(model, "cluster")
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.02 * random(*parameter.shape, seed=5).to(parameter)
+            parameter.add_(random(*parameter.shape, seed=5).to(parameter), alpha=0.02)
     return model
 
 
@@ -53,11 +53,10 @@ def assert_same(got: list[Tensor], want: list[Tensor], tolerance: float = 1e-5) 
 
 
 def arguments(case: Case, plan: str) -> tuple[object, ...]:
-    x, weight, bias, tiers = make(case, torch.float32)
+    x, weight, bias, tiers = moved(*make(case, torch.float32))
+    A, B, scales, slots, _ = zip(*tiers, strict=True)
     starts = [tier.columns[0] if tier.columns else 0 for tier in tiers]
-    given = (x, weight, bias, [t.A for t in tiers], [t.B for t in tiers], [t.slot for t in tiers], [t.scale for t in tiers])
-    return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().to(DEVICE).requires_grad_(t.requires_grad), given) + (
-        starts, [True] * len(tiers), plan)  # fmt: skip
+    return x, weight, bias, list(A), list(B), list(slots), list(scales), starts, [True] * len(tiers), plan
 
 
 @pytest.mark.parametrize("plan", ["fused", "split"])
@@ -67,7 +66,10 @@ def test_the_linear_operator_keeps_torchs_rules(name: str, plan: str) -> None:
 
 
 def test_the_overlap_operators_keep_torchs_rules() -> None:
-    active, frozen = random(2, 3, 9, 2).float().to(DEVICE).requires_grad_(), random(2, 1, 9, 3, seed=1).float().to(DEVICE)
+    active, frozen = (
+        random(2, 3, 9, 2).float().to(DEVICE).requires_grad_(),
+        random(2, 1, 9, 3, seed=1).float().to(DEVICE),
+    )
     torch.library.opcheck(operators.gram_penalty, (active, [frozen, frozen], [0.5, 1.0]))
     torch.library.opcheck(operators.subspace_distances, (random(5, 2, 9, 2).float().to(DEVICE),))
 
@@ -106,7 +108,7 @@ def test_autocast(backend: str, model: nn.Module, dtype: torch.dtype) -> None:
 def test_torch_func_differentiates_and_maps(backend: str) -> None:
     if DEVICE == "cuda" and backend == "eager":
         pytest.skip("not where CUDA tensors go")
-    x, weight, bias, tiers = make(Case((3, 7), 5, [Adapters(2)]), torch.float32)
+    x, weight, _, tiers = make(Case((3, 7), 5, [Adapters(2)]), torch.float32)
     x, weight, A, B = (t.detach().to(DEVICE) for t in (x, weight, tiers[0].A, tiers[0].B))
 
     def loss(A: Tensor) -> Tensor:

@@ -27,7 +27,6 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return str(request.param)
 
 
-
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_stacked_lora_linear_is_the_dense_product(case: Case) -> None:
     x, weight, bias, tiers = make(case)

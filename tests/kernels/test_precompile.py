@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton")
 from triton.runtime.jit import KernelInterface
 
-from hilora.kernels import gram, launch, precompile, stacked_linear
+from hilora.kernels import gram, launch, precompile, slots, stacked_linear
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 HELPERS = {"dot", "cast"}  # of kernels, not launched themselves
@@ -28,7 +28,10 @@ def test_every_kernel_compiles_without_a_spill_for_every_architecture() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split() for line in done.stdout.splitlines()[1:-1]]
     kernels = {
-        name for module in (gram, stacked_linear) for name, value in vars(module).items() if isinstance(value, KernelInterface)
+        name
+        for module in (gram, slots, stacked_linear)
+        for name, value in vars(module).items()
+        if isinstance(value, KernelInterface)
     }
     assert {(row[0], row[1]) for row in rows} == {
         (str(arch), name) for arch in precompile.SHARED_MEMORY for name in kernels - HELPERS
