@@ -4,7 +4,15 @@ from setuptools import setup
 
 CORE = ["torch>=2.11", "numpy>=1.26", "safetensors>=0.4.3", "scipy>=1.11", "scikit-learn>=1.4"]
 FEDERATED = ["timm>=1.0.15", "matplotlib>=3.8", "pillow>=10", "tqdm>=4.66"]
-DEV = ["setuptools>=64", "wheel", "transformers>=4.56", "pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100"]
+DEV = [
+    "setuptools>=64",
+    "wheel",
+    "transformers>=4.56",
+    "peft>=0.17",
+    "pytest>=8",
+    "pytest-benchmark>=5",
+    "hypothesis>=6.100",
+]
 CHECKS = ["ruff>=0.9", "mypy>=1.14"]
 
 setup(

@@ -1,54 +1,93 @@
-"""An adapted layer against the frozen layer alone and against a loop over adapters, side by side in one run."""
+"""Adapted q and v of an attention layer: ours, the frozen layers alone, and PEFT with three adapters.
+
+The frozen layers are the limit: adapters that cost nothing would be `PEFT / frozen` times faster than PEFT.
+"""
 
 from __future__ import annotations
+
+import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import hilora
-from benchmarks.timing import Step, interleaved
+from benchmarks.rivals import Projections, forced, reset, with_hilora, with_peft
+from benchmarks.timing import DEVICE, Step, compare
 
-ROWS = 8 * 197
-
-
-class LoopLoRA(nn.Module):
-    """What PEFT does with several active adapters: a loop of small products around a frozen layer."""
-
-    def __init__(self, base: nn.Linear, tiers: int, rank: int, scale: float) -> None:
-        super().__init__()
-        self.base, self.scale = base, scale
-        self.A = nn.ModuleList(nn.Linear(base.in_features, rank, bias=False) for _ in range(tiers))
-        self.B = nn.ModuleList(nn.Linear(rank, base.out_features, bias=False) for _ in range(tiers))
-        self.requires_grad_(False)
-        for factor in (self.A[-1], self.B[-1]):
-            factor.requires_grad_(True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
-        for A, B in zip(self.A, self.B, strict=True):
-            y = y + B(A(x)) * self.scale
-        return y
+TOKENS = 197
+IMAGES = 64 if DEVICE == "cuda" else 16
+DTYPES = [torch.bfloat16, torch.float32] if DEVICE == "cuda" else [torch.float32]
+BACKENDS = ["reference", "fused", "split"] if DEVICE == "cuda" else ["reference"]
 
 
-def training_step(layer: nn.Module, width: int) -> Step:
-    x = torch.randn(ROWS, width, requires_grad=True)
-    return lambda: layer(x).sum().backward()
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    found: torch.dtype = request.param
+    return found
 
 
-@pytest.mark.parametrize("width", [192, 384, 768])
-def test_training_step_of_a_layer(benchmark, width: int) -> None:
-    """`extra_info` has the ratios; the timed function is the adapted layer."""
+@pytest.fixture(params=[192, 384, 768])
+def width(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@pytest.fixture
+def rivals(width: int, dtype: torch.dtype) -> dict[str, nn.Module]:
     torch.manual_seed(0)
-    plain, loop_base, base = (nn.Linear(width, width).requires_grad_(False) for _ in range(3))
-    ours = hilora.TieredLoRALinear(base, r=8, lora_alpha=16)
-    hilora.set_active_tier(ours, "leaf")
-    steps = {
-        "frozen layer": training_step(plain, width),
-        "loop over three adapters": training_step(LoopLoRA(loop_base, 3, 8, 2.0), width),
-        "hilora, three tiers": training_step(ours, width),
-    }
-    seconds = interleaved(steps)
-    ours_seconds = seconds.pop("hilora, three tiers")
-    benchmark.extra_info.update({f"{name} / hilora": value / ours_seconds for name, value in seconds.items()})
-    benchmark.pedantic(steps["hilora, three tiers"], rounds=5, warmup_rounds=1)
+    frozen = Projections(width).to(DEVICE, dtype).requires_grad_(False)
+    ours = with_hilora(copy.deepcopy(frozen), width)
+    peft = with_peft(copy.deepcopy(frozen), ours)
+    return {"frozen layers": frozen, "PEFT": peft, "hilora": ours}
+
+
+@pytest.fixture
+def x(width: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(IMAGES, TOKENS, width, device=DEVICE, dtype=dtype, requires_grad=True)
+
+
+def training_step(model: nn.Module, x: Tensor, upstream: Tensor) -> Callable[[], Tensor]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def step() -> Tensor:
+        reset([x, *trained])
+        torch.autograd.backward(model(x), (upstream, upstream, upstream))
+        assert x.grad is not None
+        return x.grad
+
+    return step
+
+
+def with_backends(ours: Step) -> dict[str, Step]:
+    def by(backend: str) -> Step:
+        def step() -> object:
+            with forced(backend):
+                return ours()
+
+        return step
+
+    return {f"hilora, {backend}": by(backend) for backend in BACKENDS}
+
+
+def check_alike(one: Tensor, other: Tensor, dtype: torch.dtype) -> None:
+    """No figure without the right result."""
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    assert (one - other).norm() <= tolerance * other.norm()
+
+
+@torch.no_grad()
+def test_forward(benchmark, rivals: dict[str, nn.Module], x: Tensor, dtype: torch.dtype) -> None:
+    for mine, theirs in zip(rivals["hilora"](x), rivals["PEFT"](x), strict=True):
+        check_alike(mine, theirs, dtype)
+    steps: dict[str, Step] = {name: lambda model=model: model(x) for name, model in rivals.items()}  # type: ignore[misc]
+    compare(benchmark, steps | with_backends(steps["hilora"]), "hilora")
+
+
+def test_training_step(benchmark, rivals: dict[str, nn.Module], x: Tensor, dtype: torch.dtype) -> None:
+    upstream = torch.randn_like(x)
+    gradients = {name: training_step(model, x, upstream) for name, model in rivals.items()}
+    check_alike(gradients["hilora"](), gradients["PEFT"](), dtype)
+    steps: dict[str, Step] = {**gradients, **with_backends(gradients["hilora"])}
+    seconds = compare(benchmark, steps, "hilora")
+    benchmark.extra_info["limit: PEFT / frozen layers"] = round(seconds["PEFT"] / seconds["frozen layers"], 2)
+    benchmark.extra_info["share of the limit"] = round(seconds["frozen layers"] / seconds["hilora"], 2)

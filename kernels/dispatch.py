@@ -86,9 +86,9 @@ def gram_penalty(active: Tensor, frozen: Sequence[Tensor], gammas: Sequence[floa
 
         penalties: Tensor = operators.gram_penalty(active, frozen, gammas)[0]
     else:
-        wide = [reference.at_least_fp32(B) for B in (active, *frozen)]
+        active = reference.at_least_fp32(active)
         with reference.without_autocast(active):
-            penalties = eager.gram_penalty(wide[0], [B.to(wide[0].dtype) for B in wide[1:]], gammas)
+            penalties = eager.gram_penalty(active, [B.to(active.dtype) for B in frozen], gammas)
     return penalties if per_slot else penalties.sum()
 
 

@@ -101,7 +101,7 @@ class _GramPenalty(torch.autograd.Function):
         slots = max(B.shape[1] for B in (active, *frozen))
         count, _, out, rank = active.shape
         side_by_side = torch.cat([B.expand(-1, slots, -1, -1) for B in frozen], -1).flatten(0, 1)  # [P S, out, R]
-        weights = torch.cat([B.new_full(B.shape[-1:], gamma) for B, gamma in zip(frozen, gammas, strict=True)])
+        weights = active.new_tensor([gamma for B, gamma in zip(frozen, gammas, strict=True) for _ in range(B.shape[3])])
         overlap = torch.bmm(active.expand(-1, slots, -1, -1).reshape(-1, out, rank).mT, side_by_side)  # [P S, r, R]
         weighted = overlap * weights
         half_gradient = torch.bmm(weighted, side_by_side.mT).view(count, slots, rank, out)

@@ -28,7 +28,8 @@ def stacked_lora_linear(
     plan: str,
 ) -> tuple[Tensor, Tensor]:
     """y `[G, M, out]`, and what its backward pass needs of the adapters' inner product."""
-    return tiled.forward(x, weight, bias, _tiers(A, B, slots, scales, starts), trained, plan)
+    with torch.cuda.device_of(x):
+        return tiled.forward(x, weight, bias, _tiers(A, B, slots, scales, starts), trained, plan)
 
 
 @stacked_lora_linear.register_fake
@@ -57,7 +58,9 @@ def stacked_lora_linear_backward(
     needs_x: bool,
 ) -> list[Tensor]:
     """dx if it is needed, and dA, dB of each tier in training."""
-    dx, factors = tiled.backward(dy, S, x, weight, _tiers(A, B, slots, scales, starts), trained, plan, needs_x)
+    with torch.cuda.device_of(x):
+        tiers = _tiers(A, B, slots, scales, starts)
+        dx, factors = tiled.backward(dy, S, x, weight, tiers, trained, plan, needs_x)
     return factors if dx is None else [dx, *factors]
 
 
@@ -114,7 +117,8 @@ stacked_lora_linear.register_autograd(_backward, setup_context=_setup)
 @torch.library.custom_op("hilora::gram_penalty", mutates_args=())
 def gram_penalty(active: Tensor, frozen: Sequence[Tensor], gammas: Sequence[float]) -> tuple[Tensor, Tensor]:
     """The penalty of each slot `[S]`, and its gradient `[P, S, out, r]`."""
-    return gram.penalties(active, frozen, gammas)
+    with torch.cuda.device_of(active):
+        return gram.penalties(active, frozen, gammas)
 
 
 @gram_penalty.register_fake
@@ -149,7 +153,8 @@ gram_penalty.register_autograd(_penalty_backward, setup_context=_setup_penalty)
 @torch.library.custom_op("hilora::subspace_distances", mutates_args=())
 def subspace_distances(U: Tensor) -> Tensor:
     """`[N, N]` of bases `[N, P, out, r]` in fp32."""
-    return gram.subspace_distances(U)
+    with torch.cuda.device_of(U):
+        return gram.subspace_distances(U)
 
 
 @subspace_distances.register_fake

@@ -28,6 +28,7 @@ from . import gram, launch, tiled
 from .tier import Tier
 
 SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}  # bytes a program may have
+PRODUCTS = ("gemm", "shrink_expand", "backward_rows", "pairwise_overlaps")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 
 
@@ -47,12 +48,16 @@ class Compiled(NamedTuple):
     @property
     def fault(self) -> str:
         """What is wrong with it."""
-        product = self.kernel in ("gemm", "shrink_expand", "backward_rows")
         if self.stack:
             return f"spills: {self.stack} bytes of stack"
         if self.shared > SHARED_MEMORY[self.arch]:
             return f"{self.shared} bytes of shared memory, {SHARED_MEMORY[self.arch]} are there"
-        if self.arch == 90 and product and self.dtype in ("bf16", "fp16") and "HGMMA" not in self.instructions:
+        if (
+            self.arch == 90
+            and self.kernel in PRODUCTS
+            and self.dtype in ("bf16", "fp16")
+            and "HGMMA" not in self.instructions
+        ):
             return "no HGMMA"
         return ""
 
@@ -143,7 +148,9 @@ def _examine(compiled: Any, arch: int, kernel: str, case: str, dtype: str, const
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "kernel.cubin")
         binary.write_bytes(compiled.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(binary)]
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(binary)]
+        if kernel in PRODUCTS:
+            command.append("-sass")  # which takes long
         report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     instructions = sorted(set(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA|FFMA2?)\b", report)))
     registers, stack = (int(match) for match in re.findall(r"(?:REG|STACK):(\d+)", report))

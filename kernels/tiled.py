@@ -81,7 +81,7 @@ def gemm_tile(dtype: torch.dtype, rows: int, columns: int) -> Tile:
     if not arch:
         return SMALL
     if dtype == torch.float32:
-        return Tile(64, 32, 16, 4, 2)
+        return Tile(32, 32, 32, 4, 2)
     if rows <= 64:
         return Tile(64, 128, 64, 4, 3)
     if arch >= 90 and columns % 256 == 0:
