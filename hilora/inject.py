@@ -25,7 +25,8 @@ def banks(model: nn.Module) -> list[AdapterBank]:
     Raises:
         ValueError: if the model has none, or they are merged.
     """
-    found, walk = [], [model]
+    found: list[AdapterBank] = []
+    walk = [model]
     while walk:  # as model.modules(), in a fifth of its time: a training step asks for the banks
         module = walk.pop()
         if isinstance(module, AdapterBank):

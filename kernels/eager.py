@@ -104,15 +104,16 @@ class _GramPenalty(torch.autograd.Function):
         weights = active.new_tensor([gamma for B, gamma in zip(frozen, gammas, strict=True) for _ in range(B.shape[3])])
         overlap = torch.bmm(active.expand(-1, slots, -1, -1).reshape(-1, out, rank).mT, side_by_side)  # [P S, r, R]
         weighted = overlap * weights
-        half_gradient = torch.bmm(weighted, side_by_side.mT).view(count, slots, rank, out)
-        ctx.save_for_backward(half_gradient)
-        ctx.slots = active.shape[1]
+        ctx.save_for_backward(weighted, side_by_side)
+        ctx.shape = active.shape
         return (overlap * weighted).view(count, slots, -1).sum((0, 2))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (half_gradient,) = ctx.saved_tensors
-        gradient = half_gradient * (2 * upstream)[:, None, None]
-        gradient = gradient if ctx.slots == gradient.shape[1] else gradient.sum(1, keepdim=True)
+        weighted, side_by_side = ctx.saved_tensors
+        count, slots, out, rank = ctx.shape
+        scaled = weighted.view(count, -1, *weighted.shape[1:]) * (2 * upstream)[:, None, None]
+        gradient = torch.bmm(scaled.flatten(0, 1), side_by_side.mT).view(count, -1, rank, out)
+        gradient = gradient if slots == gradient.shape[1] else gradient.sum(1, keepdim=True)
         return gradient.mT, None, *[None] * (len(ctx.needs_input_grad) - 2)
