@@ -169,6 +169,7 @@ def backward_rows(
                     own = (r % R < TRAINED) & (r // R < len(STARTS))
                     target = ((program * len(STARTS) + r // R) * TRAINED + r % R)[None, :] * IN + k[:, None]
                     tl.store(dA + target, part, own[None, :] & (k < IN)[:, None])
+            tl.debug_barrier()  # the next chunk of ranks adds to the same dX
 
 
 @triton.jit

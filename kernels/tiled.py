@@ -84,9 +84,9 @@ def gemm_tile(dtype: torch.dtype, rows: int, columns: int) -> Tile:
         return Tile(32, 32, 32, 4, 2)
     if rows <= 64:
         return Tile(64, 128, 64, 4, 3)
-    if arch >= 90 and columns % 256 == 0:
+    if 90 <= arch < 120 and columns % 256 == 0:  # sm_120 has the shared memory of sm_89
         return Tile(128, 256, 64, 8, 3)
-    return Tile(128, 128, 32 if arch == 89 else 64, 8, 3)
+    return Tile(128, 128, 64, 8, 3)
 
 
 def rows_tile(dtype: torch.dtype, stages: int) -> Tile:
