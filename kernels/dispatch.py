@@ -27,13 +27,14 @@ HAS_TRITON = find_spec("triton") is not None and torch.version.hip is None
 # bytes an element). There cuBLAS is reported ahead of Triton's products by more than the pass over y that "split" adds;
 # below, both are bound by memory and "fused" saves that pass. Reasoned from published figures, not measured yet.
 ARITHMETIC_BOUND = 470
+MAX_RANK = 64  # of penalties and distances: their Gram matrices stay in registers
 
 
 def stacked_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier], dropout: float = 0.0
 ) -> Tensor:
     check(x, weight, bias, tiers)
-    tiers = [tier for tier in tiers if tier.A.shape[0]]
+    tiers = [tier for tier in tiers if tier.A.numel()]
     backend = _linear_backend(x, weight, bias, tiers, dropout)
     if backend == "reference":
         return reference.stacked_lora_linear(x, weight, bias, tiers, dropout)
@@ -61,6 +62,7 @@ def _linear_backend(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[
     trains_base = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
     kind = x.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    autocast = autocast and x.dtype != torch.float64  # which autocast leaves alone
     dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
     only_plain = not tiers or dropout > 0 or trains_base or not (autocast or x.dtype == weight.dtype)
     if only_plain or FORCED == "reference" or _in_transform():
@@ -79,9 +81,10 @@ def _linear_backend(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[
 def gram_penalty(active: Tensor, frozen: Sequence[Tensor], gammas: Sequence[float], per_slot: bool = False) -> Tensor:
     reference.check_penalty(active, frozen, gammas)
     differentiable = torch.is_grad_enabled() and any(B.requires_grad for B in frozen)
-    if FORCED == "reference" or not frozen or differentiable or not active.numel() or _in_transform():
+    empty = not frozen or not all(B.numel() for B in (active, *frozen))
+    if FORCED == "reference" or empty or differentiable or _in_transform():
         return reference.gram_penalty(active, frozen, gammas, per_slot)
-    if _triton_serves(active, active.dtype):
+    if max(B.shape[3] for B in (active, *frozen)) <= MAX_RANK and _triton_serves(active, active.dtype):
         from . import operators
 
         penalties: Tensor = operators.gram_penalty(active, frozen, gammas)[0]
@@ -93,7 +96,7 @@ def gram_penalty(active: Tensor, frozen: Sequence[Tensor], gammas: Sequence[floa
 
 
 def subspace_distances(U: Tensor) -> Tensor:
-    narrow = U.dim() == 4 and U.dtype != torch.float64 and U.shape[3] <= 64 and U.numel()
+    narrow = U.dim() == 4 and U.dtype != torch.float64 and U.shape[3] <= MAX_RANK and U.numel()
     differentiable = torch.is_grad_enabled() and U.requires_grad
     if not narrow or differentiable or _in_transform() or not _triton_serves(U, torch.float32):
         return reference.subspace_distances(U)

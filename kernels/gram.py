@@ -33,9 +33,9 @@ def penalty_and_gradient(
     BLOCK: tl.constexpr,
 ):
     """`Σ_f γ_f ‖B_fᵀ B‖²` of one projection and slot, and `2 Σ_f γ_f B_f (B_fᵀ B)`."""
-    p = tl.program_id(0).to(tl.int64)
-    s = tl.program_id(1)
-    slots = tl.num_programs(1)
+    s = tl.program_id(0)
+    p = tl.program_id(1).to(tl.int64)
+    slots = tl.num_programs(0)
     own = active + (p * (slots if STEP else 1) + s * STEP) * OUT * RANK
     gradient += (p * slots + s) * OUT * RANK
     i = tl.arange(0, PADDED)[None, :]
@@ -118,7 +118,7 @@ def penalties(active: Tensor, frozen: Sequence[Tensor], gammas: Sequence[float])
     if value.numel():
         ranks = tuple(B.shape[3] for B in frozen)
         launch(
-            penalty_and_gradient, (count, slots), active.contiguous(), tuple(B.contiguous() for B in frozen),
+            penalty_and_gradient, (slots, count), active.contiguous(), tuple(B.contiguous() for B in frozen),
             tuple(gammas), value, gradient, OUT=out, RANK=rank, PADDED=power_of_two(rank, 16), RANKS=ranks,
             MOST=power_of_two(max(ranks), 16), STEP=int(active.shape[1] > 1),
             STEPS=tuple(int(B.shape[1] > 1) for B in frozen), BLOCK=128 if max(rank, *ranks) <= 16 else 32,

@@ -58,4 +58,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 def contiguous_slot(slot: Tensor | None, like: Tensor) -> Tensor | None:
+    """Slots for a kernel: int32, on the device of `like`."""
+    if slot is not None and slot.dtype != torch.int32:
+        slot = slot.clamp(-1, torch.iinfo(torch.int32).max)  # too large stays too large
     return None if slot is None else slot.to(like.device, torch.int32).contiguous()

@@ -137,9 +137,13 @@ def _setup_penalty(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _penalty_backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, list[None], None]:
+def _penalty_backward(
+    ctx: Any, upstream: Tensor | None, second: Tensor | None
+) -> tuple[Tensor | None, list[None], None]:
     slots, dtype, frozen = ctx.like
     nothing: list[None] = [None] * frozen
+    if second is not None:
+        raise RuntimeError("gram_penalty is differentiable once: HILORA_BACKEND=reference has second derivatives")
     if upstream is None:
         return None, nothing, None
     (gradient,) = ctx.saved_tensors

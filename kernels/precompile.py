@@ -27,7 +27,8 @@ from triton.backends.compiler import GPUTarget
 from . import gram, launch, tiled
 from .tier import Tier
 
-SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}  # bytes a program may have
+SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes of a program
+ARCHITECTURES = [80, 89, 90, 100]  # that are compiled for unless told otherwise
 PRODUCTS = ("gemm", "shrink_expand", "backward_rows", "pairwise_overlaps")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 
@@ -160,7 +161,7 @@ def _examine(compiled: Any, arch: int, kernel: str, case: str, dtype: str, const
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m hilora.kernels.precompile", description=__doc__)
-    parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_MEMORY, default=list(SHARED_MEMORY))
+    parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_MEMORY, default=ARCHITECTURES)
     archs = parser.parse_args(arguments).arch
     if launch.interpreting():
         parser.error("nothing is compiled where TRITON_INTERPRET=1: unset it")

@@ -34,7 +34,8 @@ def stacked_lora_linear(
 
     Raises:
         ValueError: if shapes do not fit together.
-        IndexError: if a slot lies outside of its table.
+        IndexError: if a slot lies outside of its table, on a CPU. On a GPU an error would have to wait for the device:
+            there the outputs of that group, in the tier's columns at least, are NaN.
     """
     check(x, weight, bias, tiers)
     y = F.linear(x, weight, bias)

@@ -88,8 +88,8 @@ def sum_by_slot(
     BE: tl.constexpr,
 ):
     """The gradient of each adapter, `outs[t] [S, ...]`: the parts of those groups that use it, in a fixed order."""
-    e = tl.program_id(0) * BE + tl.arange(0, BE)
-    s = tl.program_id(1)
+    s = tl.program_id(0)
+    e = tl.program_id(1) * BE + tl.arange(0, BE)
     for t in tl.static_range(len(outs)):
         if tl.program_id(2) == t:
             total = tl.zeros([BE], tl.float32)

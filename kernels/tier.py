@@ -16,8 +16,9 @@ class Tier(NamedTuple):
         A: `[S, r, in]`, how much to adapt.
         B: `[S, width, r]`, in which directions.
         scale: lora_alpha / r.
-        slot: integer `[G]`, which of the S adapters each group of rows uses; -1 for none. Without it, all groups use
-            the only adapter (S = 1), or group g uses adapter g (S = G). A table may be empty (S = 0): no effect.
+        slot: integer `[G]` on the device of x, which of the S adapters each group of rows uses; -1 for none. Without
+            it, all groups use the only adapter (S = 1), or group g uses adapter g (S = G). A table may be empty
+            (S = 0): no effect.
         columns: `(start, width)` of the layer's output that the tier adds to; all of it by default.
     """
 

@@ -29,6 +29,7 @@ def forward(
         trained: which of them need gradients.
         plan: "fused" or "split".
     """
+    x = _with_contiguous_rows(x)
     groups, M, width = x.shape
     out = weight.shape[0]
     layout = Layout.of(tiers, trained, out, x.dtype)
@@ -53,6 +54,7 @@ def backward(
     needs_x: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:  # fmt: skip
     """dx where it is needed, and dA, dB of each tier in training."""
+    dy, x = _with_contiguous_rows(dy), _with_contiguous_rows(x)
     groups, M, width = x.shape
     layout = Layout.of(tiers, trained, weight.shape[0], x.dtype)
     A, B = _pack(x, tiers, layout)
@@ -160,7 +162,7 @@ def _sum_by_slot(
     both = [tier for tier, _ in trained for _ in "AB"]
     BP, BE = 32, 128
     launch(
-        slots.sum_by_slot, (cdiv(max(sizes), BE), max(tier.A.shape[0] for tier in both), len(outs)), dA, dB,
+        slots.sum_by_slot, (max(tier.A.shape[0] for tier in both), cdiv(max(sizes), BE), len(outs)), dA, dB,
         tuple(outs), tuple(contiguous_slot(tier.slot, dA) for tier in both),
         tuple(1.0 if index % 2 == 0 else tier.scale for index, tier in enumerate(both)), programs, max(blocks, 1),
         A_SIZE=dA[:1].numel() or 1, B_SIZE=dB.stride(0), IS_A=tuple(index % 2 == 0 for index in range(len(both))),
@@ -168,6 +170,11 @@ def _sum_by_slot(
         ROUNDED=max(power_of_two(programs), BP) if programs else 0, BP=BP, BE=BE,
     )  # fmt: skip
     return outs
+
+
+def _with_contiguous_rows(x: Tensor) -> Tensor:
+    """Rows may lie anywhere, but their elements side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _constants(layout: Layout) -> dict[str, Any]:

@@ -39,6 +39,7 @@ def test_without_a_gpu_folding_serves_many_rows_in_fp32_and_fp64() -> None:
     assert backend(many.bfloat16(), weight.bfloat16()) == "reference", "a bf16 weight would round adapters away"
     with torch.autocast("cpu", torch.bfloat16):
         assert backend(many, weight) == "reference"
+        assert backend(many.double(), weight.double()) == "eager", "autocast leaves fp64 alone"
 
 
 def test_the_reference_serves_what_the_others_do_not() -> None:

@@ -132,9 +132,11 @@ def test_a_slot_outside_of_its_table_spoils_its_own_group_alone() -> None:
     x, weight, bias, tiers = moved(
         *make(Case((3, 4, 7), 15, [Adapters(2, 2, [1, 2, -1], Q), Adapters(2, columns=V)]), torch.float32)
     )
-    y = stacked_lora_linear(x, weight, bias, tiers)
-    assert y[1].isnan().any()
-    assert y[[0, 2]].isfinite().all()
+    far = torch.tensor([1, 2**32, -1], device=x.device)  # not to be taken for 0 in int32
+    for slot in (tiers[0].slot, far):
+        y = stacked_lora_linear(x, weight, bias, [tiers[0]._replace(slot=slot), tiers[1]])
+        assert y[1, :, : Q[1]].isnan().all()
+        assert y[[0, 2]].isfinite().all()
 
 
 def test_gradients_of_clients_do_not_mix() -> None:
