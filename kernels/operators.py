@@ -134,16 +134,13 @@ def _(active: Tensor, frozen: Sequence[Tensor], gammas: Sequence[float]) -> tupl
 def _setup_penalty(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1])
     ctx.like = inputs[0].shape[1], inputs[0].dtype, len(inputs[1])
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _penalty_backward(
-    ctx: Any, upstream: Tensor | None, second: Tensor | None
-) -> tuple[Tensor | None, list[None], None]:
+def _penalty_backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, list[None], None]:
     slots, dtype, frozen = ctx.like
     nothing: list[None] = [None] * frozen
-    if second is not None:
-        raise RuntimeError("gram_penalty is differentiable once: HILORA_BACKEND=reference has second derivatives")
     if upstream is None:
         return None, nothing, None
     (gradient,) = ctx.saved_tensors

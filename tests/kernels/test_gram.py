@@ -121,5 +121,5 @@ def test_empty_tables_and_large_ranks_are_left_to_others() -> None:
     )
     penalty = gram_penalty(active.requires_grad_(), [frozen], [1.0])
     (first,) = torch.autograd.grad(penalty, active, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiable once"):
+    with pytest.raises(RuntimeError, match="does not require grad"):
         first.sum().backward()
