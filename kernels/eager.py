@@ -21,7 +21,6 @@ from .tier import Tier
 
 def stacked_lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier]) -> Tensor:
     """As `reference.stacked_lora_linear`, for a weight and a bias that need no gradient."""
-    tiers = [tier for tier in tiers if tier.A.shape[0]]
     factors = [factor for tier in tiers for factor in (tier.A, tier.B)]
     y: Tensor = _StackedLinear.apply(x, weight, bias, [tier[2:] for tier in tiers], *factors)
     return y

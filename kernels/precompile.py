@@ -92,7 +92,8 @@ def linear(
     x, weight = empty(groups, rows, width, dtype=dtype), empty(out, width, dtype=dtype)
     slot = empty(groups).int() if groups > 1 else None
     columns = [(0, width), (2 * width, width)] if fused_qkv else [(0, width)]
-    tiers = [Tier(empty(4, r, width), empty(4, width, r), 2.0, slot, part) for part in columns for r in ranks]
+    tables = 4 if groups > 1 else 1
+    tiers = [Tier(empty(tables, r, width), empty(tables, width, r), 2.0, slot, part) for part in columns for r in ranks]
     trained = [index % len(ranks) == len(ranks) - 1 for index in range(len(tiers))]
     for plan in ("fused", "split"):
         y, S = tiled.forward(x, weight, empty(out, dtype=dtype) if bias else None, tiers, trained, plan)

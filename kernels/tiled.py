@@ -107,7 +107,7 @@ def _pack(x: Tensor, tiers: Sequence[Tier], layout: Layout) -> tuple[Tensor, Ten
     A = x.new_empty(groups, layout.ranks, width)
     B = x.new_empty(groups, layout.width, layout.R)
     places = [layout.columns[entry.segment] for entry in layout.entries]
-    block = 64
+    block = 64 if max(entry.filled for entry in layout.entries) < 64 else 16
     launch(
         slots.pack, (groups, cdiv(max(width, *(place[1] for place in places)), block)),
         tuple(tier.A.contiguous() for tier in tiers), tuple(tier.B.contiguous() for tier in tiers),
