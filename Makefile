@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types bench install
+.PHONY: demo test lint types bench gpu-report install
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed
@@ -22,6 +22,13 @@ types: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# With the environment of the machine where there is no .venv, since a machine with a GPU may have no network.
+GPU_PYTHON := $(if $(wildcard .venv/installed),$(BIN)/python,$(PYTHON))
+
+gpu-report:
+	$(GPU_PYTHON) -c "import hilora.kernels" || $(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(GPU_PYTHON) -m benchmarks.gpu_report
 
 install: .venv/installed
 

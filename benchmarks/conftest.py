@@ -1,8 +1,58 @@
-"""Prints what the benchmarks found: ratios, since seconds of one machine say little to another."""
+"""Options of the benchmarks, and what they found, printed and entered in the ledger."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import monotonic
+
 import pytest
+
+from benchmarks import shapes
+from benchmarks.ledger import RESULTS, Ledger
+from benchmarks.timing import DEVICE
+from hilora.federated.backbone import tune_for_cpu
+
+SHAPES: dict[str, Callable[[str], Sequence[tuple[object, ...]]]] = {
+    "test_layer": shapes.layers,
+    "test_penalty": shapes.penalties,
+    "test_distances": shapes.distances,
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("hilora")
+    group.addoption("--scale", choices=shapes.SCALES, default=DEVICE, help="which shapes (default: as the device)")
+    group.addoption("--figures", type=Path, default=RESULTS, help="the ledger to append to")
+    group.addoption("--budget", type=float, help="seconds after which no further benchmark is begun")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "shape" in metafunc.fixturenames:
+        found = SHAPES[metafunc.function.__name__](metafunc.config.getoption("scale"))
+        metafunc.parametrize("shape", found, ids=["-".join(map(str, shape)).replace(" ", "") for shape in found])
+
+
+@pytest.fixture(scope="session")
+def ledger(request: pytest.FixtureRequest) -> Ledger:
+    return Ledger(request.config.getoption("figures"), request.config.getoption("scale"))
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Freed memory is kept, as a training run keeps it: else every rival's large tensors cost page faults first."""
+    session.config.stash[STARTED] = monotonic()
+    if DEVICE == "cpu":
+        tune_for_cpu()
+
+
+STARTED = pytest.StashKey[float]()
+
+
+@pytest.fixture(autouse=True)
+def _within_budget(request: pytest.FixtureRequest) -> None:
+    budget = request.config.getoption("budget")
+    if budget is not None and monotonic() - request.config.stash[STARTED] > budget:
+        pytest.skip(f"the budget of {budget:g} s is spent")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -13,4 +63,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for benchmark in found:
         terminalreporter.write_line(benchmark.name)
         for name, value in benchmark.extra_info.items():
-            terminalreporter.write_line(f"    {name:44}{value}")
+            terminalreporter.write_line(f"    {name:24}{value}")

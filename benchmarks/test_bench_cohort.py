@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.timing import interleaved
+from benchmarks.timing import ready, take_turns
 from hilora.federated.backbone import load_backbone, tune_for_cpu
 from hilora.federated.cohort import Cohort
 from hilora.federated.glyphs import load_glyphs
@@ -35,7 +35,9 @@ def test_a_local_epoch_of_ten_clients(benchmark) -> None:
         size: Cohort(load_backbone("glyph_vit"), ("root",), RunConfig(cohort_size=size), device, torch.float32)
         for size in (1, CLIENTS)
     }
-    seconds = interleaved({str(size): partial(epoch, cohort) for size, cohort in cohorts.items()}, repeats=5, warm_up=1)
+    steps = {str(size): partial(epoch, cohort) for size, cohort in cohorts.items()}
+    timings = take_turns({size: ready(step, [()]) for size, step in steps.items()}, 3.0)
+    seconds = {size: timing.seconds for size, timing in timings.items()}
     benchmark.extra_info["images/s together"] = CLIENTS * IMAGES / seconds[str(CLIENTS)]
     benchmark.extra_info["one by one / together"] = seconds["1"] / seconds[str(CLIENTS)]
     benchmark.pedantic(epoch, args=(cohorts[CLIENTS],), rounds=3)

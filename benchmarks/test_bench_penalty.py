@@ -1,0 +1,113 @@
+"""The orthogonality penalty of all projections of a ViT, value and gradient, against a loop over PEFT's modules."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+import hilora
+from benchmarks import cost
+from benchmarks.contest import Contestant, contest
+from benchmarks.ledger import Ledger
+from benchmarks.rivals import TIERS, Separate, forced
+from benchmarks.shapes import Penalty
+from benchmarks.timing import DEVICE
+from hilora.inject import banks
+
+GAMMA = 0.1
+
+
+class Blocks(nn.ModuleList):
+    """Attention layers one after another; the penalty never calls them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = sum(layer(x))
+        return x
+
+
+def test_penalty(benchmark: Any, ledger: Ledger, shape: Penalty) -> None:
+    torch.manual_seed(0)
+    base = Blocks(Separate(shape.width) for _ in range(shape.depth)).to(DEVICE)
+    ours = hilora.inject(
+        copy.deepcopy(base),
+        hilora.HiLoRAConfig(r=shape.rank, target_modules=("q", "v")),
+        torch.zeros(1, 1, shape.width, device=DEVICE),
+    )
+    hilora.set_active_tier(ours, "leaf")
+    (bank,) = banks(ours)
+    with torch.no_grad():
+        for tier in TIERS:
+            bank.B[tier].normal_(std=0.02)
+    loop = _with_peft(base, shape, ours)
+    layers = [layer for layer in loop.modules() if isinstance(layer, LoraLayer)]
+
+    def one_by_one() -> Tensor:
+        total = torch.zeros((), device=DEVICE)
+        for layer in layers:
+            leaf = layer.lora_B["leaf"].weight
+            leaf.grad = None
+            for tier in TIERS[:2]:
+                total = total + GAMMA * (layer.lora_B[tier].weight.T @ leaf).square().sum()
+        total.backward()
+        return total.detach()
+
+    def batched() -> Tensor:
+        bank.B["leaf"].grad = None
+        penalty = hilora.orthogonality_penalty(ours, gamma_root=GAMMA, gamma_cluster=GAMMA)
+        penalty.backward()
+        return penalty.detach()
+
+    def by_reference() -> Tensor:
+        with forced("reference"):
+            return batched()
+
+    def with_gradient(step: Any, peft: bool = False) -> Any:
+        def result() -> list[Tensor]:
+            value = step()
+            if peft:
+                return [value, torch.stack([layer.lora_B["leaf"].weight.grad for layer in layers])]
+            assert bank.B["leaf"].grad is not None
+            return [value, bank.B["leaf"].grad[:, 0]]
+
+        return result
+
+    least = cost.penalty(shape)
+    rivals = {
+        "hilora": Contestant(batched, with_gradient(batched), least, 1e-5),
+        "hilora, reference": Contestant(by_reference, with_gradient(by_reference), least, 1e-5),
+        "loop over modules": Contestant(one_by_one, with_gradient(one_by_one, peft=True), least, 1e-5),
+    }
+    contest(benchmark, ledger, {"op": "penalty", "phase": "step", **shape._asdict()}, rivals, [()], {"": _truth(bank)})
+
+
+def _with_peft(base: nn.Module, shape: Penalty, ours: nn.Module) -> PeftModel:
+    """PEFT with three adapters, their B those of ours."""
+    config = LoraConfig(r=shape.rank, target_modules=["q", "v"])
+    model: PeftModel = get_peft_model(base, config, adapter_name=TIERS[0])
+    for tier in TIERS[1:]:
+        model.add_adapter(tier, config)
+    mine = [layer for layer in ours.modules() if isinstance(layer, hilora.TieredLoRALinear)]
+    theirs = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    with torch.no_grad():
+        for layer, own in zip(theirs, mine, strict=True):
+            for tier in TIERS:
+                layer.lora_B[tier].weight.copy_(own.lora_B[tier]).requires_grad_(tier == "leaf")
+    return model
+
+
+def _truth(bank: hilora.AdapterBank) -> list[Tensor]:
+    """Value and gradient in fp64, one projection after another."""
+    root, cluster, leaf = (bank.B[tier].detach()[:, 0].double() for tier in TIERS)
+    value, gradient = leaf.new_zeros(()), torch.zeros_like(leaf)
+    for p in range(len(leaf)):
+        for other in (root[p], cluster[p]):
+            overlap = other.T @ leaf[p]
+            value += GAMMA * overlap.square().sum()
+            gradient[p] += 2 * GAMMA * other @ overlap
+    return [value, gradient]

@@ -1,0 +1,57 @@
+"""The model of cost, against sums by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import cost
+from benchmarks.cost import Cost, Rates
+from benchmarks.shapes import Distances, Layer, Penalty
+
+
+def test_floor_is_the_longer_of_arithmetic_and_bytes_of_each_pass() -> None:
+    assert Cost(((100, 5), (20, 80))).floor(Rates(flops=10, bandwidth=1)) == 10 + 80
+
+
+def test_forward_of_the_frozen_layer() -> None:
+    shape = Layer(width=4, rows=10)
+    # y = x W': 10 x 4 x 12 multiply-adds; x, y, W in four bytes each
+    assert cost.layer(shape, "forward", adapted=False).passes == ((960, 4 * (40 + 120 + 48)),)
+
+
+def test_three_layers_read_x_three_times() -> None:
+    one, three = (cost.layer(Layer(4, 10, form), "forward", adapted=False) for form in ("qkv", "q, k, v"))
+    assert three.passes[0][1] - one.passes[0][1] == 2 * 4 * 40
+
+
+def test_forward_with_adapters() -> None:
+    shape = Layer(width=4, rows=10, rank=1, tiers=1, dtype="bfloat16")
+    # q and v: fold 4 x 1 x 4 twice (64 FLOPs) is less than x A', S B' twice (2 x 160); A and B of both: 16 elements
+    assert cost.layer(shape, "forward", adapted=True).passes == ((960 + 64, 2 * (40 + 120 + 48 + 16)),)
+    groups = shape._replace(groups=5)
+    # five clients: folding five times is 320 as well; six would make the thin products the lesser work
+    assert cost.layer(groups, "forward", adapted=True).passes[0][0] == 960 + 320
+    assert cost.layer(groups._replace(groups=6), "forward", adapted=True).passes[0][0] == 960 + 320
+
+
+def test_step_with_adapters() -> None:
+    shape = Layer(width=4, rows=10, groups=6, rank=1, tiers=1)
+    forward, backward = cost.layer(shape, "step", adapted=True).passes
+    assert forward == cost.layer(shape, "forward", adapted=True).passes[0]
+    assert backward[0] == 960 + 2 * 160 + 2 * 160  # dx; dY B and dS A; dA and dB
+    assert backward[1] == forward[1] + 4 * (40 + 6 * 16)  # x once more; dA and dB
+
+
+def test_penalty_and_distances() -> None:
+    assert cost.penalty(Penalty(width=8, depth=1, rank=2)).passes == ((8 * 2 * 8 * 4, 4 * 4 * 2 * 8 * 2),)
+    found = cost.distances(Distances(3, width=8, projections=2, rank=2)).passes
+    assert found == ((3 * 2 * 2 * 8 * 4, 4 * (3 * 2 * 8 * 2 + 9)),)
+
+
+@pytest.mark.parametrize("scale", ["toy"])
+def test_rates_are_measured(scale: str) -> None:
+    import torch
+
+    rates = cost.measured_rates(torch.float32, scale)
+    assert rates.flops > 0
+    assert rates.bandwidth > 0
