@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     statuses = [run("the kernels' tests", given.seconds / 4, "pytest", "-q", *tests, *workers)]
 
     left = end - monotonic() - LAST_REPORT
-    options = ["--scale", given.scale, "--figures", given.figures, "--budget", max(left - LAST_BENCHMARK, 0)]
+    # With "=": before it knows the option, pytest would take the path for tests, and load a conftest.py beside it.
+    options = ["--scale", given.scale, f"--figures={given.figures}", "--budget", max(left - LAST_BENCHMARK, 0)]
     statuses.append(run("the benchmarks", left, "pytest", "-q", "benchmarks", "--benchmark-only", *options))
 
     options = ["--figures", given.figures, "--readme", given.readme, "--docs", given.docs]
