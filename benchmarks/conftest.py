@@ -17,6 +17,7 @@ SHAPES: dict[str, Callable[[str], Sequence[tuple[object, ...]]]] = {
     "test_layer": shapes.layers,
     "test_penalty": shapes.penalties,
     "test_distances": shapes.distances,
+    "test_round": shapes.rounds,
 }
 
 

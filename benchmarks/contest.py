@@ -103,7 +103,7 @@ def contest(
             f"{1e3 * timing.seconds:9.3f} ms {ratio:7.2f} x ours   floor {1e3 * floor:8.3f} ms"
             f"   {peaks[name] / 1e6:9.2f} MB   error {errors[name]:.0e}"
         )
-    benchmark.pedantic(rivals[ours].step, args=inputs[0], rounds=3)
+    benchmark.pedantic(rivals[ours].step, args=inputs[0], rounds=1)
     if failures:
         raise ExceptionGroup("some rivals could not run; the figures of the others stand", failures)
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.shapes import Distances, Layer, Penalty
+from benchmarks.shapes import Distances, Layer, Penalty, Round
 from benchmarks.timing import DEVICE, SECONDS, Step, ready, take_turns
 
 
@@ -76,3 +76,12 @@ def distances(shape: Distances) -> Cost:
     """Each pair once, in fp32: `2·w·r²` FLOPs for each projection's `U_iᵀU_j`; bases read once."""
     N, P, w, r = shape.clients, shape.projections, shape.width, shape.rank
     return Cost(((N * (N - 1) / 2 * P * 2 * w * r * r, 4 * N * P * w * r + 4 * N * N),))
+
+
+def local_epoch(shape: Round, tokens: int, width: int, depth: int) -> Cost:
+    """Forward and backward of the frozen ViT for each image: no gradients of weights, so twice the forward pass.
+
+    A block takes `2·T·12w²` FLOPs for its linear layers and `4·T²w` for attention. Everything else counts nothing.
+    """
+    forward = depth * (2 * tokens * 12 * width**2 + 4 * tokens**2 * width)
+    return Cost(((2 * forward * shape.clients * shape.images, 0),))

@@ -43,6 +43,20 @@ class Distances(NamedTuple):
     rank: int = 8
 
 
+class Round(NamedTuple):
+    """A local epoch of many clients."""
+
+    model: str  # a ViT of timm with a fused qkv
+    size: int  # height and width of its images
+    clients: int
+    images: int  # of each client
+    batch: int = 16
+
+    def shares(self) -> list[torch.Tensor]:
+        """Which images each client has."""
+        return list(torch.arange(self.clients * self.images).view(self.clients, self.images))
+
+
 def layers(scale: str) -> list[Layer]:
     if scale == "toy":
         return [Layer(32, 24, compiled=True), Layer(32, 24, "q, k, v"), Layer(32, 24, groups=2, tiers=2)]
@@ -88,6 +102,14 @@ def distances(scale: str) -> list[Distances]:
     if scale == "cpu":
         return [Distances(100), Distances(25), Distances(1000, projections=2)]
     return [Distances(clients, width=width) for clients in (1000, 100, 5000) for width in (768, 192)]
+
+
+def rounds(scale: str) -> list[Round]:
+    if scale == "toy":
+        return [Round("test_vit", 160, 3, 4, batch=2)]
+    if scale == "cpu":
+        return [Round("deit_tiny_patch16_224", 96, 20, 32)]
+    return [Round("deit_tiny_patch16_224", 224, 32, 128, 32), Round("vit_base_patch16_224", 224, 32, 64, 32)]
 
 
 def _distinct(shapes: list[Layer]) -> list[Layer]:

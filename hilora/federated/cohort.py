@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -13,12 +14,27 @@ from ..config import HiLoRAConfig
 from ..inject import banks, inject, set_active_tier
 from ..orthogonality import tier_penalties
 from .backbone import Backbone
-from .data import ImageSet, augment, prepare
-from .optim import SlotAdamW, Slotted
+from .capacity import free_memory, out_of_memory, saved_bytes
+from .data import ImageSet, augment, draw, prepare
+from .optim import Slotted
 from .settings import RunConfig
-from .state import Models, State, Table, Trained, join, stream
+from .state import Models, State, Table, Trained, stream
+from .training import LocalTraining
 
 EVALUATION_ROWS = 512
+IMAGES_AT_ONCE = {"cpu": 160, "cuda": 1024}  # in a step, where the size of cohorts is not given
+ADAMW_COPIES = 6  # of a client's adapters: values, gradients, two moments, and what a step of AdamW makes in passing
+
+Placed = tuple[Tensor, Tensor, Tensor | None]  # A [P, S, r, in], B [P, S, out, r] and slot [G] of a tier in a bank
+
+
+class _Ready(NamedTuple):
+    """A training that can be used again: with tensors of the same shapes, in the same places."""
+
+    key: tuple[object, ...]
+    tables: dict[str, list[Placed]]
+    head: State
+    training: LocalTraining
 
 
 class Cohort:
@@ -35,6 +51,10 @@ class Cohort:
         device: where to compute. Tables of adapters stay where the strategy keeps them.
         dtype: of the backbone; adapters, heads and losses are fp32.
 
+    Attributes:
+        room: how many clients are trained at once at most; None until the first of them are, if that is to be found.
+        note: is told what a user should know.
+
     Raises:
         ValueError: if a rank exceeds the sides of an adapted projection: aggregates could not have it.
     """
@@ -43,6 +63,9 @@ class Cohort:
         self, backbone: Backbone, tiers: tuple[str, ...], run: RunConfig, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.run, self.backbone, self.device, self.dtype = run, backbone, device, dtype
+        self.room = run.cohort_size
+        self.note: Callable[[str], object] = print
+        self._ready: _Ready | None = None
         self.config = HiLoRAConfig(
             r={tier: run.rank[tier] for tier in tiers},
             lora_alpha={tier: run.lora_alpha[tier] for tier in tiers},
@@ -93,17 +116,22 @@ class Cohort:
             rates: the tier whose learning rates to use; the one that is trained by default.
         """
         order = sorted(range(len(shares)), key=lambda i: -len(shares[i]))  # alike sizes together: fewer idle rows
-        parts = []
-        for start in range(0, len(order), self.run.cohort_size):
-            members = order[start : start + self.run.cohort_size]
-            picked = models.rows(torch.tensor(members))
+        counts = torch.tensor([len(share) for share in shares])
+        found = Trained({}, {}, counts * epochs, torch.full((len(shares),), torch.nan))
+
+        def train(members: list[int], room: int) -> None:
             streams = [stream(self.run.seed, purpose, round, int(ids[i])) for i in members]
+            # Without images, so that cohorts have one size, and a graph that was captured for one serves the next.
+            idle = (room - len(members)) * (self.device.type == "cuda")
+            own = [shares[i] for i in members] + [counts.new_empty(0)] * idle
+            picked = models.rows(torch.tensor(members + members[:1] * idle))
             with torch.random.fork_rng():  # of the dropout's draws
                 torch.manual_seed(streams[0].initial_seed())
-                parts.append(
-                    self._train(images, [shares[i] for i in members], picked, tier, epochs, streams, rates or tier)
-                )
-        return join(parts).rows(torch.tensor(order).argsort())
+                parts = self._train(images, own, picked, tier, epochs, streams, rates or tier)
+            found.put(torch.tensor(members), *parts)
+
+        self._in_cohorts(order, images, train)
+        return found
 
     def _train(
         self,
@@ -114,41 +142,80 @@ class Cohort:
         epochs: int,
         streams: list[torch.Generator],
         rates: str,
-    ) -> Trained:
-        clients, batch = len(shares), self.run.batch_size
-        counts = torch.tensor([len(share) for share in shares])
-        head = self._load(models, own=tier)
-        set_active_tier(self.model, tier)
-        self.model.train()
-        trained = [parameter for bank in self.banks for parameter in (bank.A[tier], bank.B[tier])]
-        trains_head = self.run.head == "follow" or tier == self.config.tiers[0]
-        slotted = [Slotted(parameter, 1, self.run.lr[rates]) for parameter in trained]
-        if trains_head:
-            slotted += [Slotted(value, 0, self.run.head_lr[rates]) for value in head.values()]
-        for value in head.values():
-            value.requires_grad_(trains_head)
-        optimiser = SlotAdamW(slotted, clients, self.run.weight_decay)
-        steps = -(-counts // batch)  # [G]
-        loss_sum = torch.zeros(clients, device=self.device)
+    ) -> tuple[State, State, Tensor]:
+        """The adapters, the heads and the mean losses `[G]` of clients in one cohort, on its device."""
+        batch = self.run.batch_size
+        training, head = self._prepared(images, models, tier, rates)
+        steps = -(-torch.tensor([len(share) for share in shares]) // batch)  # [G]
+        training.begin(steps * epochs)
         for _ in range(epochs):
             pixels, labels = self._epoch(images, shares, streams)
             for step in range(int(steps.max())):
                 rows = slice(step * batch, (step + 1) * batch)
-                target = labels[:, rows].to(self.device)  # [G, b], -1 where a client has no more images
-                logits = self._logits(pixels[:, rows], head)
-                losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-1, reduction="none")
-                valid = (target >= 0).sum(1)  # [G]
-                task = losses.view(clients, -1).sum(1) / valid.clamp_min(1)  # [G]
-                penalty = tier_penalties(self.model, **self._gammas())
-                gradients = torch.autograd.grad((task + penalty).sum(), [slot.parameter for slot in slotted])
-                optimiser.step(list(gradients), valid > 0)
-                loss_sum += task.detach() * (valid > 0)
+                training.step(pixels[:, rows], labels[:, rows])
         adapters = {}
         for index, bank in enumerate(self.banks):
-            adapters[f"A{index}"] = bank.A[tier].detach().transpose(0, 1).cpu()
-            adapters[f"B{index}"] = bank.B[tier].detach().transpose(0, 1).cpu()
-        loss = loss_sum.cpu() / (steps * epochs)
-        return Trained(adapters, {name: value.detach().cpu() for name, value in head.items()}, counts * epochs, loss)
+            adapters[f"A{index}"] = bank.A[tier].detach().transpose(0, 1)
+            adapters[f"B{index}"] = bank.B[tier].detach().transpose(0, 1)
+        head = {name: value.detach() for name, value in head.items()}
+        return adapters, head, training.loss / (steps * epochs).to(training.loss)
+
+    def _prepared(self, images: ImageSet, models: Models, tier: str, rates: str) -> tuple[LocalTraining, State]:
+        """The training of a cohort and its heads, with the clients' values in place; the one before serves again where
+        all shapes are the same."""
+        tables = self._tables(models, own=tier)
+        head = models.head.taken()
+        shapes = [(A.shape, B.shape, slot is None) for table in tables.values() for A, B, slot in table]
+        key = tier, rates, str(shapes), len(models.head.slot), images.images.shape[1:]
+        if self._ready is None or self._ready.key != key:
+            self._ready = None
+            self._ready = self._new_training(key, tables, head, images, tier, rates)
+        ready = self._ready
+        for name, values in tables.items():
+            for kept, placed in zip(ready.tables[name], values, strict=True):
+                for target, source in zip(kept, placed, strict=True):
+                    if target is not None and source is not None:
+                        target.copy_(source)
+        self._place(ready.tables)
+        with torch.no_grad():
+            for name, value in head.items():
+                ready.head[name].copy_(value)
+        set_active_tier(self.model, tier)
+        self.model.train()
+        return ready.training, ready.head
+
+    def _new_training(
+        self,
+        key: tuple[object, ...],
+        tables: dict[str, list[Placed]],
+        head: State,
+        images: ImageSet,
+        tier: str,
+        rates: str,
+    ) -> _Ready:
+        trains_head = self.run.head == "follow" or tier == self.config.tiers[0]
+        here = {name: [_on(placed, self.device) for placed in values] for name, values in tables.items()}
+        heads = {name: value.to(self.device, copy=True).requires_grad_(trains_head) for name, value in head.items()}
+        slotted = [
+            Slotted(factor, 1, self.run.lr[rates]) for bank in self.banks for factor in (bank.A[tier], bank.B[tier])
+        ]
+        if trains_head:
+            slotted += [Slotted(value, 0, self.run.head_lr[rates]) for value in heads.values()]
+        clients = len(heads["weight"])
+        pixels = torch.zeros(
+            clients, self.run.batch_size, *images.images.shape[1:], dtype=torch.uint8, device=self.device
+        )
+        self._place(here)  # AdamW's moments have the shapes of what is in the banks
+        training = LocalTraining(
+            lambda pixels: self._logits(pixels, heads),
+            lambda: tier_penalties(self.model, **self._gammas()),
+            slotted,
+            pixels,
+            self.run.weight_decay,
+            self.run.clip_norm,
+            self.run.schedule,
+        )
+        return _Ready(key, here, heads, training)
 
     def _gammas(self) -> dict[str, float]:
         given = {"root": self.run.gamma_root, "cluster": self.run.gamma_cluster}
@@ -158,64 +225,115 @@ class Cohort:
         """The clients' images in this epoch's order: uint8 `[G, rows, 3, h, w]`, labels `[G, rows]` padded with -1."""
         batch = self.run.batch_size
         rows = max(-(-len(share) // batch) * batch for share in shares)
-        pixels = images.images.new_zeros(len(shares), rows, *images.images.shape[1:])
-        labels = torch.full((len(shares), rows), -1)
-        for client, (share, generator) in enumerate(zip(shares, streams, strict=True)):
-            mixed = share[torch.randperm(len(share), generator=generator)]
-            own = images.images[mixed.to(images.images.device)]
-            if self.run.augment and len(own):
-                own = augment(own, generator, images.mirrors)
-            pixels[client, : len(mixed)], labels[client, : len(mixed)] = own, images.labels[mixed]
-        return pixels, labels
+        index = torch.full((len(shares), rows), -1)
+        draws = torch.zeros(len(shares), rows, 3, dtype=torch.long)
+        height, width = images.images.shape[2:]
+        for client, (share, generator) in enumerate(zip(shares, streams, strict=False)):  # idle ones have no stream
+            index[client, : len(share)] = share[torch.randperm(len(share), generator=generator)]
+            if self.run.augment:
+                draws[client, : len(share)] = draw(len(share), height, width, generator, images.mirrors)
+        labels = torch.where(index >= 0, images.labels[index.clamp_min(0)], -1)
+        pixels = images.images[index.clamp_min(0).to(images.images.device)]
+        if self.run.augment:
+            pixels = augment(pixels.flatten(0, 1), draws.flatten(0, 1)).view(pixels.shape)
+        return pixels, labels.to(self.device)
 
-    def _load(self, models: Models, own: str | None = None) -> State:
-        """Put the clients' adapters into the banks; returns their heads `[G, ...]`. The tier `own` is copied, so that
-        each client has its own adapter of it."""
+    def _tables(self, models: Models, own: str | None = None) -> dict[str, list[Placed]]:
+        """The clients' adapters for the banks, for each tier and bank. The tier `own` is copied, so that each client
+        has its own adapter of it."""
+        found = {}
         for tier in self.config.tiers:
             table = models.tiers.get(tier)
+            values: list[Placed] = []
             for index, bank in enumerate(self.banks):
                 if table is None:
-                    A, B = bank.A[tier].data[:, :0], bank.B[tier].data[:, :0]
-                    slot = None
-                else:
-                    state = table.taken() if tier == own else table.state
-                    A, B = (state[f"{factor}{index}"].transpose(0, 1).to(self.device) for factor in "AB")
-                    slot = torch.arange(len(table.slot)) if tier == own else table.slot
-                bank.assign(tier, A.contiguous(), B.contiguous())
-                bank.slots[tier] = None if slot is None else slot.to(self.device, torch.int32)
-        return {name: value.to(self.device) for name, value in models.head.taken().items()}
+                    values.append((bank.A[tier].data[:, :0], bank.B[tier].data[:, :0], None))
+                    continue
+                state = table.taken() if tier == own else table.state
+                A, B = (state[f"{factor}{index}"].transpose(0, 1) for factor in "AB")
+                slot = torch.arange(len(table.slot)) if tier == own else table.slot
+                values.append((A, B, slot.int()))
+            found[tier] = values
+        return found
+
+    def _place(self, tables: dict[str, list[Placed]]) -> None:
+        """Let the banks hold these tensors."""
+        for tier, values in tables.items():
+            for bank, placed in zip(self.banks, values, strict=True):
+                A, B, slot = _on(placed, self.device)
+                bank.assign(tier, A, B)
+                bank.slots[tier] = slot
 
     def keep(self, adapters: dict[str, State]) -> None:
         """Put all adapters of all tiers into the banks, for saving."""
         none = Table({}, torch.empty(0, dtype=torch.long))
         tables = {tier: Table(state, torch.arange(1)) for tier, state in adapters.items()}
-        self._load(Models(tables, none))
+        self._place(self._tables(Models(tables, none)))
 
     def _logits(self, pixels: Tensor, head: State) -> Tensor:
         """uint8 `[G, b, 3, h, w]` → `[G, b, classes]`."""
-        clients = len(pixels)
-        x = prepare(
-            pixels.flatten(0, 1).to(self.device), self.backbone.size, self.backbone.mean, self.backbone.std, self.dtype
-        )
-        features = self.model(x).to(head["weight"]).view(clients, -1, self.backbone.features)
-        return torch.baddbmm(head["bias"][:, None], features, head["weight"].mT)
+        features = self.model(self._pixels(pixels.flatten(0, 1).to(self.device))).to(head["weight"])
+        return torch.baddbmm(head["bias"][:, None], features.view(*pixels.shape[:2], -1), head["weight"].mT)
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        """uint8 `[n, 3, h, w]` → what the backbone takes."""
+        return prepare(images, self.backbone.size, self.backbone.mean, self.backbone.std, self.dtype)
 
     @torch.no_grad()
     def correct(self, images: ImageSet, shares: list[Tensor], models: Models) -> Tensor:
         """Share of right answers of n clients, each on its own images: `[n]`, NaN for a client without any."""
-        self.model.eval()
-        found = []
-        for start in range(0, len(shares), self.run.cohort_size):
-            members = slice(start, start + self.run.cohort_size)
-            head = self._load(models.rows(torch.arange(len(shares))[members]))
-            own = shares[members]
+        found = torch.full((len(shares),), torch.nan)
+
+        def count(members: list[int], room: int) -> None:
+            own = [shares[i] for i in members]
+            picked = models.rows(torch.tensor(members))
+            self._place(self._tables(picked))
+            head = {name: value.to(self.device) for name, value in picked.head.taken().items()}
+            self.model.eval()
             rows = max(1, EVALUATION_ROWS // len(own))
-            right = torch.zeros(len(own))
+            right = torch.zeros(len(own), device=self.device)
             for first in range(0, max(len(share) for share in own), rows):
                 chunks = [share[first : first + rows] for share in own]
                 index = pad_sequence(chunks, batch_first=True, padding_value=-1)
+                labels = torch.where(index >= 0, images.labels[index.clamp_min(0)], -1).to(self.device)
                 pixels = images.images[index.clamp_min(0).to(images.images.device)]
-                guesses = self._logits(pixels, head).argmax(-1).cpu()
-                right += ((guesses == images.labels[index.clamp_min(0)]) & (index >= 0)).sum(1)
-            found.append(right / torch.tensor([len(share) for share in own]))
-        return torch.cat(found)
+                right += (self._logits(pixels, head).argmax(-1) == labels).sum(1)
+            found[torch.tensor(members)] = right.cpu() / torch.tensor([len(share) for share in own])
+
+        self._in_cohorts(list(range(len(shares))), images, count)
+        return found
+
+    def _in_cohorts(self, order: list[int], images: ImageSet, work: Callable[[list[int], int], None]) -> None:
+        """Do the work for all clients, as many at once as there is room for: half as many where memory runs out."""
+        if self.room is None:
+            self.room = self._fitting(images)
+        done = 0
+        while done < len(order):
+            cohorts = -(-len(order) // self.room)
+            size = -(-len(order) // cohorts)  # all of one size, the last one perhaps smaller
+            try:
+                work(order[done : done + size], size)
+            except RuntimeError as error:
+                if not out_of_memory(error) or size == 1:
+                    raise
+                self.room, self._ready = size // 2, None
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                self.note(f"out of memory with {size} clients at once, going on with {self.room}")
+            else:
+                done += size
+
+    def _fitting(self, images: ImageSet) -> int:
+        """As many clients as keep the device busy and fit into half of its free memory."""
+        batch, rank = self.run.batch_size, max(self.run.rank.values())
+        x = self._pixels(images.images[:1].to(self.device))
+        activations = saved_bytes(lambda: self.model(x.requires_grad_()))
+        elements = sum(len(bank.names) * rank * (bank.in_features + bank.out_features) for bank in self.banks)
+        client = batch * activations + 4 * ADAMW_COPIES * elements
+        wanted = IMAGES_AT_ONCE[self.device.type] // batch
+        return max(1, min(wanted, int(free_memory(self.device) / 2 / client)))
+
+
+def _on(placed: Placed, device: torch.device) -> Placed:
+    A, B, slot = placed
+    return A.to(device).contiguous(), B.to(device).contiguous(), None if slot is None else slot.to(device)

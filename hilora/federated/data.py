@@ -79,33 +79,37 @@ def prepare(images: Tensor, size: int, mean: Tensor, std: Tensor, dtype: torch.d
     return ((pixels / 255).clamp(0, 1) - mean).div(std).to(dtype)
 
 
-def augment(images: Tensor, generator: torch.Generator, mirror: bool) -> Tensor:
-    """Shifts every image at random by up to an eighth of its side, edges reflected, and flips half of them.
+def draw(count: int, height: int, width: int, generator: torch.Generator, mirror: bool) -> Tensor:
+    """What `augment` shall do to each of so many images: int64 `[count, 3]`, shifts down and right by up to an eighth
+    of the side, and whether to flip; half of them are flipped, or with `mirror` False none.
 
-    The random numbers are drawn on the CPU, so that the result is the same on every device.
+    The random numbers come from the CPU, so that they are the same whatever the device.
+
+    Raises:
+        ValueError: the generator is not the CPU's.
+    """
+    if generator.device.type != "cpu":
+        raise ValueError(f"generator is on {generator.device}, expected a CPU generator: torch.Generator()")
+    bounds = [(-(height // 8), height // 8 + 1), (-(width // 8), width // 8 + 1), (0, 1 + mirror)]
+    return torch.stack([torch.randint(*bound, (count,), generator=generator) for bound in bounds], 1)
+
+
+def augment(images: Tensor, draws: Tensor) -> Tensor:
+    """Shifts every image, edges reflected, and flips some, as `draw` says.
 
     Args:
         images: uint8 `[n, 3, h, w]`.
-        generator: a CPU generator.
-        mirror: whether to flip images left to right, each with probability 1/2.
+        draws: int64 `[n, 3]`.
 
     Returns:
         uint8 `[n, 3, h, w]`, a new tensor.
 
     Raises:
-        ValueError: `images` are not uint8 `[n, 3, h, w]`, or the generator is not the CPU's.
+        ValueError: `images` are not uint8 `[n, 3, h, w]`.
     """
     _check_images(images)
-    if generator.device.type != "cpu":
-        raise ValueError(f"generator is on {generator.device}, expected a CPU generator: torch.Generator()")
     n, _, height, width = images.shape
-    down, right, flip = torch.stack(
-        [
-            torch.randint(-(height // 8), height // 8 + 1, (n, 1), generator=generator),
-            torch.randint(-(width // 8), width // 8 + 1, (n, 1), generator=generator),
-            torch.randint(0, 1 + mirror, (n, 1), generator=generator),
-        ]
-    ).to(images.device, non_blocking=True)  # one copy for all three
+    down, right, flip = draws.to(images.device).unsqueeze(-1).unbind(1)  # each [n, 1]
     rows = _reflect(torch.arange(height, device=images.device) + down, height)  # [n, h]
     columns = _reflect(torch.arange(width, device=images.device) + right, width)  # [n, w]
     columns = torch.where(flip.bool(), columns.flip(1), columns)

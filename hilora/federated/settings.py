@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 TIERS = ("root", "cluster", "leaf")
+SCHEDULES = ("constant", "linear", "cosine")
 
 
 def per_tier(value: Any) -> dict[str, Any]:
@@ -49,8 +50,12 @@ class RunConfig:
         unseen_epochs: local epochs of an unseen client's own adapter.
         augment: random crops, and flips where a mirrored image keeps its label.
         seed: of everything random in the training.
-        cohort_size: clients trained in one forward pass; changes speed and memory, and results only by rounding (and by
-            the draws of `lora_dropout`, where there is any).
+        clip_norm: the norm that a client's gradient is scaled down to where it is larger; None: never.
+        schedule: of the learning rates over a client's own steps in a round: "constant", or to zero, "linear" or
+            "cosine".
+        cohort_size: clients trained in one forward pass, at most; None: as many as keep the device busy and fit into
+            its memory. Changes speed and memory, and results only by rounding (and by the draws of `lora_dropout`,
+            where there is any).
     """
 
     rounds: Mapping[str, int] = field(default_factory=lambda: per_tier([15, 20, 15]))
@@ -75,7 +80,9 @@ class RunConfig:
     unseen_epochs: int = 5
     augment: bool = False
     seed: int = 0
-    cohort_size: int = 10
+    clip_norm: float | None = None
+    schedule: str = "constant"
+    cohort_size: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("rounds", "lr", "head_lr", "rank", "lora_alpha"):
@@ -92,6 +99,8 @@ class RunConfig:
         lowest = {"local_epochs": 1, "batch_size": 1, "cohort_size": 1, "k_min": 1, "unseen_epochs": 0, "seed": 0}
         for name, low in lowest.items():
             value = getattr(self, name)
+            if name == "cohort_size" and value is None:
+                continue
             if isinstance(value, bool) or value != int(value) or value < low:
                 raise ValueError(f"{name} must be a whole number of at least {low}, got {value}")
         for name in ("weight_decay", "gamma_root", "gamma_cluster", "tau_rel"):
@@ -103,6 +112,10 @@ class RunConfig:
             raise ValueError(f"participation is a share of the clients in (0, 1], got {self.participation}")
         if not 0 <= self.subspace_decay < 1:
             raise ValueError(f"subspace_decay must lie in [0, 1), got {self.subspace_decay}")
+        if self.clip_norm is not None and not 0 < self.clip_norm < float("inf"):
+            raise ValueError(f"clip_norm must be a positive number or None, got {self.clip_norm}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule is one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         if self.head not in ("follow", "global"):
             raise ValueError(f"head is 'follow' or 'global', got {self.head!r}")
 

@@ -100,6 +100,7 @@ class Simulation:
         stages = self.strategy.stages()
         try:
             with Progress(sum(stage.rounds for stage in stages), self.name) as progress:
+                self.cohort.note = lambda text: progress.note(f"{self.name}: {text}")
                 while self.stage < len(stages):
                     self._stage(stages[self.stage], progress)
                 if not self.finished:
@@ -221,6 +222,7 @@ class Simulation:
             "seed": self.run_config.seed,
             "data": self.train_images.name,
             "backbone": self.backbone.name,
+            "dtype": str(self.cohort.dtype).removeprefix("torch."),
             "tiers": self.tiers,
             "final": last,
             "unseen": self.unseen,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -56,6 +56,15 @@ class Trained(NamedTuple):
     images: Tensor  # [n], how many images each trained on
     loss: Tensor  # [n], mean over the steps; NaN for a client without any
 
+    def put(self, clients: Tensor, adapters: State, head: State, loss: Tensor) -> None:
+        """Enter what some of the n clients trained, by their places `[m]`; of more rows than that the first count."""
+        for kept, values in ((self.adapters, adapters), (self.head, head)):
+            for name, value in values.items():
+                if name not in kept:
+                    kept[name] = torch.empty(len(self.images), *value.shape[1:], dtype=value.dtype)
+                kept[name][clients] = value[: len(clients)].cpu()
+        self.loss[clients] = loss[: len(clients)].cpu()
+
     def rows(self, clients: Tensor) -> Trained:
         """The same for some of the n clients, by their places or by a mask."""
         adapters, head = ({name: value[clients] for name, value in state.items()} for state in self[:2])
@@ -64,20 +73,6 @@ class Trained(NamedTuple):
 
 Fit = Callable[[Tensor, Models, str, int], Trained]
 """Local training of clients (ids `[n]`) from their models, of a tier, for some epochs."""
-
-
-def join(parts: Sequence[Trained]) -> Trained:
-    """What several groups of clients send back, one after the other."""
-
-    def stacked(states: list[State]) -> State:
-        return {name: torch.cat([state[name] for state in states]) for name in states[0]}
-
-    return Trained(
-        stacked([part.adapters for part in parts]),
-        stacked([part.head for part in parts]),
-        torch.cat([part.images for part in parts]),
-        torch.cat([part.loss for part in parts]),
-    )
 
 
 def mean(state: State, weights: Tensor) -> State:

@@ -75,7 +75,8 @@ def simulate(backbone: Backbone, tmp_path: Path) -> Simulate:
         train, test = squares(120, 1), squares(42, 2)
         people = population(sizes, test, unseen)
         run = RunConfig(**(fields | options))
-        return Simulation(strategy, run, backbone, train, test, people, out, torch.device("cpu"), resume=resume)
+        dtype = torch.get_default_dtype()
+        return Simulation(strategy, run, backbone, train, test, people, out, torch.device("cpu"), dtype, resume)
 
     return build
 

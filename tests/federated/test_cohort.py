@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.timing import peak_bytes
 from hilora.federated.backbone import Backbone
 from hilora.federated.cohort import Cohort
+from hilora.federated.data import ImageSet
+from hilora.federated.optim import Slotted
 from hilora.federated.settings import RunConfig, per_tier
 from hilora.federated.state import Models, Table, Trained, stream
+from hilora.federated.training import LocalTraining
 from tests.federated.conftest import CLASSES, same, squares
 
 IMAGES = squares(60, 1)
@@ -128,3 +132,122 @@ def test_without_an_adapter_of_a_tier_a_client_predicts_with_the_others(backbone
     expected = cohort.correct(IMAGES, SHARES, silent)
     for same_thing in (absent, none):
         torch.testing.assert_close(cohort.correct(IMAGES, SHARES, same_thing), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_each_client_has_its_own_schedule_and_clipping(backbone: Backbone, double: None, schedule: str) -> None:
+    torch.manual_seed(0)
+    backbone.model.double()
+    together, alone, plain = (
+        make(backbone, cohort_size=size, schedule=kind, clip_norm=clip)
+        for size, kind, clip in ((4, schedule, 1e-3), (1, schedule, 1e-3), (4, "constant", None))
+    )
+    models = some_models(together)
+    a, b, c = (train(cohort, "leaf", models) for cohort in (together, alone, plain))
+    assert same(a.adapters, b.adapters, 1e-10)
+    assert same(a.head, b.head, 1e-10)
+    assert not same(a.adapters, c.adapters, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"), [("linear", [1, 0.75, 0.5, 0.25]), ("cosine", [1, 0.8536, 0.5, 0.1464])]
+)
+def test_schedules(schedule: str, rates: list[float]) -> None:
+    weight = torch.zeros(1, 1, requires_grad=True)
+    training = LocalTraining(
+        lambda pixels: weight.expand(1, 1, 2) * pixels[..., 0, 0, :2],
+        lambda: torch.zeros(1),
+        [Slotted(weight, 0, 1.0)],
+        torch.zeros(1, 1, 3, 2, 2, dtype=torch.uint8),
+        weight_decay=0.0,
+        clip_norm=None,
+        schedule=schedule,
+    )
+    for _ in range(2):  # the second time as the first
+        training.begin(torch.tensor([4]))
+        found = []
+        for _ in range(4):
+            found.append(float(training._rate()))  # type: ignore[arg-type]
+            training.step(torch.ones(1, 1, 3, 2, 2, dtype=torch.uint8), torch.zeros(1, 1, dtype=torch.long))
+        assert found == pytest.approx(rates, abs=1e-4)
+
+
+def test_where_memory_runs_out_fewer_clients_go_on_with_the_same_result(
+    backbone: Backbone, double: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    backbone.model.double()
+    cohort, small = make(backbone, cohort_size=4), make(backbone, cohort_size=1)
+    models, notes, whole = some_models(cohort), [], Cohort._train
+
+    def hungry(self: Cohort, images: ImageSet, shares: list[torch.Tensor], *more: Any) -> Any:
+        if self is cohort and len(shares) > 1:
+            whole(self, images, shares, *more)  # what it drew from the random streams must not matter
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, images, shares, *more)
+
+    monkeypatch.setattr(Cohort, "_train", hungry)
+    cohort.note = notes.append
+    a, b = train(cohort, "cluster", models), train(small, "cluster", models)
+    assert notes == [
+        "out of memory with 4 clients at once, going on with 2",
+        "out of memory with 2 clients at once, going on with 1",
+    ]
+    assert same(a.adapters, b.adapters, 1e-10)
+    assert a.images.tolist() == b.images.tolist()
+
+
+def test_other_errors_and_a_single_client_without_memory_are_errors(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for cohort_size, error in ((4, RuntimeError("shapes")), (1, torch.OutOfMemoryError("CUDA out of memory"))):
+        cohort = make(backbone, cohort_size=cohort_size)
+        models = some_models(cohort)
+
+        def fails(*_: Any, error: RuntimeError = error) -> None:
+            raise error
+
+        monkeypatch.setattr(Cohort, "_train", fails)
+        with pytest.raises(type(error), match=str(error)):
+            train(cohort, "root", models)
+
+
+def test_the_size_of_cohorts_follows_the_free_memory(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+
+    def room(free: int) -> int | None:
+        cohort = make(backbone)
+        monkeypatch.setattr("hilora.federated.cohort.free_memory", lambda device: free)
+        train(cohort, "root", some_models(cohort))
+        return cohort.room
+
+    assert room(10**12) == 160 // 4  # images at once over images of a batch
+    middling = [room(free) for free in (200_000, 2_000_000, 20_000_000)]
+    assert middling == sorted(middling)
+    assert middling[0] == 1
+    assert 1 < middling[1] < 40
+
+
+def test_host_memory_is_in_proportion_to_the_adapters(backbone: Backbone) -> None:
+    """Of many clients; a copy of what they start from and send back, and one cohort besides."""
+    count = 400
+    cohort = make(backbone, cohort_size=5)
+    images = squares(count, 1)
+    models = some_models(cohort)
+    leaves = cohort.fresh("leaf", count, stream(0, "many"))
+    nowhere = torch.zeros(count, dtype=torch.long)
+    many = Models(
+        {
+            **{tier: Table(models.tiers[tier].state, nowhere) for tier in ("root", "cluster")},
+            "leaf": Table(leaves, torch.arange(count)),
+        },
+        Table(models.head.state, nowhere),
+    )
+    shares = list(torch.arange(count).view(-1, 1))
+
+    def step() -> None:
+        cohort.train(images, shares, many, "leaf", 1, torch.arange(count), "training")
+
+    train(cohort, "leaf", models)
+    sent = sum(value[0].nbytes for value in (*leaves.values(), *models.head.state.values())) * count
+    assert peak_bytes(step, ()) < 1.2 * sent + 5 * 10**6

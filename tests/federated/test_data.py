@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hilora.federated.data import ImageSet, augment, prepare
+from hilora.federated.data import ImageSet, augment, draw, prepare
 
 MEAN, STD = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.5, 0.25, 0.2])
 
@@ -15,6 +15,11 @@ def random_images(n: int, size: int = 32, seed: int = 0) -> torch.Tensor:
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def augmented(images: torch.Tensor, generator: torch.Generator, mirror: bool) -> torch.Tensor:
+    height, width = images.shape[2:]
+    return augment(images, draw(len(images), height, width, generator, mirror))
 
 
 def test_an_image_set_has_the_length_of_its_images():
@@ -89,7 +94,7 @@ def test_augment_is_a_crop_of_the_padded_image_and_sometimes_its_mirror():
     images = random_images(64, 16)
     padded = F.pad(images.float(), (2, 2, 2, 2), mode="reflect").to(torch.uint8)
     places = set()
-    for image, result in zip(padded, augment(images, generator(), mirror=True), strict=True):
+    for image, result in zip(padded, augmented(images, generator(), True), strict=True):
         found = [
             (y, x, flipped)
             for y in range(5)
@@ -107,34 +112,33 @@ def test_augment_is_a_crop_of_the_padded_image_and_sometimes_its_mirror():
 
 def test_augment_does_not_flip_where_mirrors_are_not_the_same():
     ramp = torch.arange(0, 64, 2, dtype=torch.uint8).expand(200, 3, 32, 32)
-    slopes = augment(ramp, generator(), mirror=False).int().diff(dim=-1)[..., 8:24]
+    slopes = augmented(ramp, generator(), False).int().diff(dim=-1)[..., 8:24]
     assert (slopes == 2).all()
-    slopes = augment(ramp, generator(), mirror=True).int().diff(dim=-1)[:, 0, 0, 12]
+    slopes = augmented(ramp, generator(), True).int().diff(dim=-1)[:, 0, 0, 12]
     assert 60 < (slopes == -2).sum() < 140
 
 
 def test_augment_follows_its_generator_alone():
     images = random_images(16)
-    first = augment(images, generator(7), mirror=True)
+    first = augmented(images, generator(7), True)
     torch.manual_seed(123)
-    assert torch.equal(first, augment(images, generator(7), mirror=True))
-    assert not torch.equal(first, augment(images, generator(8), mirror=True))
+    assert torch.equal(first, augmented(images, generator(7), True))
+    assert not torch.equal(first, augmented(images, generator(8), True))
     assert first.dtype == torch.uint8
     assert torch.equal(images, random_images(16)), "the images themselves stay as they are"
 
 
 def test_augment_leaves_images_too_small_to_shift():
     images = random_images(3, 4)
-    assert torch.equal(augment(images, generator(), mirror=False), images)
-    assert augment(images[:0], generator(), mirror=True).shape == (0, 3, 4, 4)
+    assert torch.equal(augmented(images, generator(), False), images)
+    assert augmented(images[:0], generator(), True).shape == (0, 3, 4, 4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_the_same_images():
     images = random_images(16)
-    augmented = augment(images, generator(), mirror=True)
-    assert torch.equal(augment(images.cuda(), generator(), mirror=True).cpu(), augmented)
+    assert torch.equal(augmented(images.cuda(), generator(), True).cpu(), augmented(images, generator(), True))
     prepared = prepare(images.cuda(), 48, MEAN, STD, torch.float32)
     torch.testing.assert_close(prepared.cpu(), prepare(images, 48, MEAN, STD, torch.float32), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="generator is on cuda"):
-        augment(images, torch.Generator("cuda"), mirror=True)
+        augmented(images, torch.Generator("cuda"), True)

@@ -1,0 +1,144 @@
+"""Local training as papers' code has it: one client after another, PEFT in a timm model, images one by one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from hilora.federated.backbone import Backbone
+from hilora.federated.data import ImageSet
+from hilora.federated.settings import RunConfig
+from hilora.federated.state import Models, State
+
+TIERS = ("root", "cluster", "leaf")
+
+
+class Images(Dataset[tuple[Tensor, Tensor]]):
+    """Resized and normalised one by one, when they are asked for."""
+
+    def __init__(self, images: ImageSet, backbone: Backbone) -> None:
+        self.images, self.size = images, backbone.size
+        self.mean, self.std = backbone.mean.view(3, 1, 1), backbone.std.view(3, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image = self.images.images[index].float()[None]
+        if image.shape[-1] != self.size:
+            image = F.interpolate(image, size=(self.size, self.size), mode="bicubic", antialias=True)
+        return ((image[0] / 255).clamp(0, 1) - self.mean) / self.std, self.images.labels[index]
+
+
+class PeftLoop:
+    """Trains the leaf adapter and the head of one client after another.
+
+    Args:
+        backbone: a timm ViT with a fused `qkv`, which PEFT adapts as a whole.
+        run: learning rates, rank, batch size, penalty.
+        classes: outputs of the head.
+        merged: fold root and cluster into the weights of each client's model, instead of three active adapters.
+        autocast: forward passes in bf16.
+        device: where to train.
+    """
+
+    def __init__(
+        self, backbone: Backbone, run: RunConfig, classes: int, merged: bool, autocast: bool, device: torch.device
+    ) -> None:
+        self.backbone, self.run, self.merged, self.autocast, self.device = backbone, run, merged, autocast, device
+        self.head = nn.Linear(backbone.features, classes).to(device)
+        base = copy.deepcopy(backbone.model).to(device).requires_grad_(False)
+        tiers = TIERS[2:] if merged else TIERS
+        config = LoraConfig(r=run.rank["leaf"], lora_alpha=run.lora_alpha["leaf"], target_modules=["qkv"])
+        self.model = get_peft_model(base, config, adapter_name=tiers[0])
+        for tier in tiers[1:]:
+            self.model.add_adapter(tier, config)
+        self.model.base_model.set_adapter(list(tiers))
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(".leaf." in name)
+        self.layers = [layer for layer in self.model.modules() if isinstance(layer, LoraLayer)]
+        self.frozen = [layer.get_base_layer().weight.clone() for layer in self.layers]
+
+    def train(self, images: ImageSet, orders: Sequence[Tensor], models: Models) -> tuple[State, State]:
+        """A local epoch of each client.
+
+        Args:
+            images: of all clients.
+            orders: for each client, the indices of its images in the order of its batches.
+            models: what they start from; the adapters of one bank of 12 whole `qkv`.
+
+        Returns:
+            Leaf adapters and heads, as `Cohort.train` gives them.
+        """
+        dataset, found = Images(images, self.backbone), []
+        for client, order in enumerate(orders):
+            self._load(models.rows(torch.tensor([client])))
+            loader = DataLoader(Subset(dataset, order.tolist()), batch_size=self.run.batch_size)
+            found.append(self._fit(loader))
+        adapters, heads = zip(*found, strict=True)
+        return tuple(
+            {name: torch.stack([one[name] for one in states]) for name in states[0]} for states in (adapters, heads)
+        )  # type: ignore[return-value]
+
+    def _fit(self, loader: DataLoader[tuple[Tensor, Tensor]]) -> tuple[State, State]:
+        leaves = [p for p in self.model.parameters() if p.requires_grad]
+        optimiser = torch.optim.AdamW(
+            [
+                {"params": leaves, "lr": self.run.lr["leaf"]},
+                {"params": self.head.parameters(), "lr": self.run.head_lr["leaf"]},
+            ],
+            weight_decay=self.run.weight_decay,
+        )
+        self.model.train()
+        for pixels, labels in loader:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+                features = self.model(pixels.to(self.device))
+            logits = self.head(features.float())
+            loss = F.cross_entropy(logits, labels.to(self.device)) + self._penalty()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        A, B = (torch.stack([value.detach().clone() for value in self._factors("leaf", factor)]) for factor in "AB")
+        return {"A0": A, "B0": B}, {name: value.detach().clone() for name, value in self.head.named_parameters()}
+
+    def _penalty(self) -> Tensor:
+        total = torch.zeros((), device=self.device)
+        for tier, gamma in (("root", self.run.gamma_root), ("cluster", self.run.gamma_cluster)):
+            for other, leaf in zip(self.before[tier], self._factors("leaf", "B"), strict=True):
+                total = total + gamma * (other.T @ leaf).square().sum()
+        return total
+
+    def _factors(self, tier: str, factor: str) -> Iterator[Tensor]:
+        return (getattr(layer, f"lora_{factor}")[tier].weight for layer in self.layers)
+
+    @torch.no_grad()
+    def _load(self, models: Models) -> None:
+        """One client's adapters and head."""
+        taken = {
+            tier: {name: value[0].to(self.device) for name, value in models.tiers[tier].taken().items()}
+            for tier in TIERS
+        }
+        self.before = {tier: taken[tier]["B0"].unbind(0) for tier in TIERS[:2]}
+        for tier in TIERS[2:] if self.merged else TIERS:
+            for factor in "AB":
+                for weight, value in zip(self._factors(tier, factor), taken[tier][f"{factor}0"], strict=True):
+                    weight.copy_(value)
+        if self.merged:
+            for index, (layer, frozen) in enumerate(zip(self.layers, self.frozen, strict=True)):
+                delta = sum(
+                    self.run.lora_alpha[tier]
+                    / self.run.rank[tier]
+                    * taken[tier]["B0"][index]
+                    @ taken[tier]["A0"][index]
+                    for tier in TIERS[:2]
+                )
+                layer.get_base_layer().weight.copy_(frozen + delta)
+        for name, value in models.head.taken().items():
+            getattr(self.head, name).copy_(value[0])
