@@ -215,10 +215,11 @@ def test_other_errors_and_a_single_client_without_memory_are_errors(
 def test_the_size_of_cohorts_follows_the_free_memory(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
 
-    def room(free: int) -> int | None:
+    def room(free: int) -> int:
         cohort = make(backbone)
         monkeypatch.setattr("hilora.federated.cohort.free_memory", lambda device: free)
         train(cohort, "root", some_models(cohort))
+        assert cohort.room is not None
         return cohort.room
 
     assert room(10**12) == 160 // 4  # images at once over images of a batch
