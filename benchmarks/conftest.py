@@ -18,6 +18,8 @@ SHAPES: dict[str, Callable[[str], Sequence[tuple[object, ...]]]] = {
     "test_penalty": shapes.penalties,
     "test_distances": shapes.distances,
     "test_round": shapes.rounds,
+    "test_cohort": shapes.cohorts,
+    "test_population": shapes.populations,
 }
 
 

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from benchmarks.shapes import Distances, Layer, Penalty
+from benchmarks.shapes import Distances, Layer, Penalty, Round
 
-SHAPES: dict[str, type[Layer] | type[Penalty] | type[Distances]] = {
+SHAPES: dict[str, type[Layer] | type[Penalty] | type[Distances] | type[Round]] = {
     "layer": Layer,
     "penalty": Penalty,
     "distances": Distances,
+    "round": Round,
+    "cohort": Round,
+    "population": Round,
 }
 OURS, FROZEN = "hilora", "frozen layer"
 Figure = dict[str, Any]
@@ -50,7 +53,8 @@ class Comparison:
         return median(found) if found else None
 
 
-Key = tuple[str, str, Layer | Penalty | Distances]  # operation, phase, shape
+Shape = Layer | Penalty | Distances | Round
+Key = tuple[str, str, Shape]  # operation, phase, shape
 
 
 class Device(NamedTuple):

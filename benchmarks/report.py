@@ -13,12 +13,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks import charts
-from benchmarks.figures import OURS, Comparison, Device, by_device
+from benchmarks.figures import OURS, Comparison, Device, Shape, by_device
 from benchmarks.ledger import RESULTS, read
-from benchmarks.shapes import Distances, Layer, Penalty
+from benchmarks.shapes import Layer
 
 START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 TO_COME = "**No figure has been measured on a GPU yet**: CUDA figures are to come, by `make gpu-report`."
+OTHERS = {
+    "round": "A local epoch of many clients",
+    "cohort": "A local epoch by the size of cohorts",
+    "population": "The same images shared out among more clients",
+    "penalty": "Orthogonality penalty, value and gradient",
+    "distances": "Distances of clients",
+}
 LAYER_RIVALS = [name for name in charts.COLOURS if name != OURS]
 
 
@@ -96,10 +103,7 @@ def everything(devices: Sequence[Device]) -> str:
             layers = device.layers(phase)
             if layers:
                 parts += [f"### Adapters on q and v: {title}", layer_table(layers)]
-        for op, title in (
-            ("penalty", "Orthogonality penalty, value and gradient"),
-            ("distances", "Distances of clients"),
-        ):
+        for op, title in OTHERS.items():
             found = {key[2]: comparison for key, comparison in device.comparisons.items() if key[0] == op}
             if found:
                 parts += [f"### {title}", other_table(found)]
@@ -115,7 +119,7 @@ def layer_table(layers: dict[Layer, Comparison]) -> str:
     return table(header, rows)
 
 
-def other_table(found: dict[Layer | Penalty | Distances, Comparison]) -> str:
+def other_table(found: dict[Shape, Comparison]) -> str:
     fields = next(iter(found))._fields
     rivals = list(dict.fromkeys(name for comparison in found.values() for name in comparison.by_rival if name != OURS))
     rows = [[*shape, *own(c), *(c.ratio(name) for name in rivals)] for shape, c in sorted(found.items())]

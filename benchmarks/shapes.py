@@ -112,6 +112,23 @@ def rounds(scale: str) -> list[Round]:
     return [Round("deit_tiny_patch16_224", 224, 32, 128, 32), Round("vit_base_patch16_224", 224, 32, 64, 32)]
 
 
+def cohorts(scale: str) -> list[Round]:
+    if scale == "toy":
+        return [Round("test_vit", 160, 3, 2, batch=1)]
+    if scale == "cpu":
+        return [Round("deit_tiny_patch16_224", 96, 16, 32)]
+    return [Round("deit_tiny_patch16_224", 224, 64, 64, 32)]
+
+
+def populations(scale: str) -> list[Round]:
+    """Of so many images that a hundred times as many clients still fill a batch each."""
+    if scale == "toy":
+        return [Round("test_vit", 160, 1, 10, batch=1)]
+    if scale == "cpu":
+        return [Round("deit_tiny_patch16_224", 48, 10, 200, batch=2)]
+    return [Round("deit_tiny_patch16_224", 224, 10, 1600, batch=16)]
+
+
 def _distinct(shapes: list[Layer]) -> list[Layer]:
     """Each shape once, however its rivals differ."""
     found: dict[Layer, Layer] = {}

@@ -1,43 +1,52 @@
-"""Clients trained together in one forward pass against one after the other."""
+"""What a local epoch costs by the size of cohorts, and by the number of clients that share the same images."""
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 import torch
 
-from benchmarks.timing import ready, take_turns
-from hilora.federated.backbone import load_backbone, tune_for_cpu
-from hilora.federated.cohort import Cohort
-from hilora.federated.glyphs import load_glyphs
-from hilora.federated.settings import RunConfig
-from hilora.federated.state import Models, Table, stream
+from benchmarks import cost
+from benchmarks.contest import Contestant, contest
+from benchmarks.federation import Federation
+from benchmarks.ledger import Ledger
+from benchmarks.shapes import Round
+from benchmarks.test_bench_round import BF16, FP32, ours
+from benchmarks.timing import DEVICE
+from hilora.federated.capacity import quick_dtype
 
-CLIENTS, IMAGES = 10, 32
+
+def test_cohort(benchmark: Any, ledger: Ledger, shape: Round) -> None:
+    """Against cohorts of 1, 4, 16 and 64 clients; ours are as large as there is room for."""
+    federation = Federation(shape, torch.device(DEVICE))
+    dtype = quick_dtype(federation.device, federation.backbone.features)
+    expected = [value.double() for value in ours(federation, 1, torch.float32)()]
+    sizes = {f"cohorts of {size}": size for size in (1, 4, 16, 64) if size <= shape.clients}
+    least, tolerance = _cost(federation), FP32 if dtype == torch.float32 else BF16
+    steps = {name: ours(federation, size, dtype) for name, size in {"hilora": None, **sizes}.items()}
+    rivals = {name: Contestant(step, step, least, tolerance) for name, step in steps.items()}
+    what = {"op": "cohort", "phase": "step", **shape._asdict(), "dtype": str(dtype).removeprefix("torch.")}
+    contest(benchmark, ledger, what, rivals, [()], {"": expected}, dtype)
 
 
-def test_a_local_epoch_of_ten_clients(benchmark) -> None:
-    """`extra_info` has images per second; the timed function trains the ten in one cohort."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        tune_for_cpu()
-    images, _ = load_glyphs()
-    shares = list(torch.randperm(len(images))[: CLIENTS * IMAGES].view(CLIENTS, IMAGES))
-    ids = torch.arange(CLIENTS)
+def test_population(benchmark: Any, ledger: Ledger, shape: Round) -> None:
+    """Against ten and a hundred times as many clients with the same images between them, in cohorts of one size. Each
+    client trains its own adapter, so there is no common result; that each is right, other tests say."""
+    rivals = {}
+    dtype = torch.float32
+    for more in (1, 10, 100):
+        if shape.images < more * shape.batch:
+            continue
+        part = shape._replace(clients=more * shape.clients, images=shape.images // more)
+        federation = Federation(part, torch.device(DEVICE))
+        dtype = quick_dtype(federation.device, federation.backbone.features)
+        step = ours(federation, shape.clients, dtype)
+        rivals["hilora" if more == 1 else f"{part.clients} clients"] = Contestant(
+            step, lambda: [], _cost(federation), 0.0
+        )
+    what = {"op": "population", "phase": "step", **shape._asdict(), "dtype": str(dtype).removeprefix("torch.")}
+    contest(benchmark, ledger, what, rivals, [()], {"": []}, dtype)
 
-    def epoch(cohort: Cohort) -> None:
-        adapters = Table(cohort.fresh("root", 1, stream(0, "fresh adapters")), torch.zeros(CLIENTS, dtype=torch.long))
-        head = {"weight": torch.zeros(1, 50, cohort.backbone.features), "bias": torch.zeros(1, 50)}
-        models = Models({"root": adapters}, Table(head, adapters.slot))
-        cohort.train(images, shares, models, "root", 1, ids, "training")
 
-    cohorts = {
-        size: Cohort(load_backbone("glyph_vit"), ("root",), RunConfig(cohort_size=size), device, torch.float32)
-        for size in (1, CLIENTS)
-    }
-    steps = {str(size): partial(epoch, cohort) for size, cohort in cohorts.items()}
-    timings = take_turns({size: ready(step, [()]) for size, step in steps.items()}, 3.0)
-    seconds = {size: timing.seconds for size, timing in timings.items()}
-    benchmark.extra_info["images/s together"] = CLIENTS * IMAGES / seconds[str(CLIENTS)]
-    benchmark.extra_info["one by one / together"] = seconds["1"] / seconds[str(CLIENTS)]
-    benchmark.pedantic(epoch, args=(cohorts[CLIENTS],), rounds=3)
+def _cost(federation: Federation) -> cost.Cost:
+    return cost.local_epoch(federation.shape, federation.tokens, federation.backbone.features, federation.depth)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +13,10 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from benchmarks.federation import CLASSES, TIERS, Federation
 from hilora.federated.backbone import Backbone
 from hilora.federated.data import ImageSet
-from hilora.federated.settings import RunConfig
 from hilora.federated.state import Models, State
-
-TIERS = ("root", "cluster", "leaf")
 
 
 class Images(Dataset[tuple[Tensor, Tensor]]):
@@ -41,20 +40,20 @@ class PeftLoop:
     """Trains the leaf adapter and the head of one client after another.
 
     Args:
-        backbone: a timm ViT with a fused `qkv`, which PEFT adapts as a whole.
-        run: learning rates, rank, batch size, penalty.
-        classes: outputs of the head.
-        merged: fold root and cluster into the weights of each client's model, instead of three active adapters.
-        autocast: forward passes in bf16.
-        device: where to train.
+        federation: the clients; PEFT adapts the fused `qkv` of its ViT as a whole.
+        merged: fold root and cluster into the weights for each client, instead of three active adapters.
+        tuned: forward passes under autocast to bf16, and on a CPU attention without torch's fused kernel, whose
+            backward is slow there; instead of fp32 and timm's defaults.
     """
 
-    def __init__(
-        self, backbone: Backbone, run: RunConfig, classes: int, merged: bool, autocast: bool, device: torch.device
-    ) -> None:
-        self.backbone, self.run, self.merged, self.autocast, self.device = backbone, run, merged, autocast, device
-        self.head = nn.Linear(backbone.features, classes).to(device)
-        base = copy.deepcopy(backbone.model).to(device).requires_grad_(False)
+    def __init__(self, federation: Federation, merged: bool = False, tuned: bool = False) -> None:
+        backbone, run = federation.backbone, federation.run
+        self.backbone, self.run, self.device = backbone, run, federation.device
+        self.merged, self.tuned = merged, tuned
+        self.head = nn.Linear(backbone.features, CLASSES).to(self.device)
+        base: Any = copy.deepcopy(backbone.model).to(self.device).requires_grad_(False)
+        for block in base.blocks:
+            block.attn.fused_attn = not tuned or self.device.type == "cuda"
         tiers = TIERS[2:] if merged else TIERS
         config = LoraConfig(r=run.rank["leaf"], lora_alpha=run.lora_alpha["leaf"], target_modules=["qkv"])
         self.model = get_peft_model(base, config, adapter_name=tiers[0])
@@ -98,7 +97,7 @@ class PeftLoop:
         )
         self.model.train()
         for pixels, labels in loader:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.tuned):
                 features = self.model(pixels.to(self.device))
             logits = self.head(features.float())
             loss = F.cross_entropy(logits, labels.to(self.device)) + self._penalty()

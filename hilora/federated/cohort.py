@@ -17,6 +17,7 @@ from .backbone import Backbone
 from .capacity import free_memory, out_of_memory, saved_bytes
 from .data import ImageSet, augment, draw, prepare
 from .optim import Slotted
+from .placement import Placement, copied, overwrite, place, placement
 from .settings import RunConfig
 from .state import Models, State, Table, Trained, stream
 from .training import LocalTraining
@@ -25,14 +26,12 @@ EVALUATION_ROWS = 512
 IMAGES_AT_ONCE = {"cpu": 160, "cuda": 1024}  # in a step, where the size of cohorts is not given
 ADAMW_COPIES = 6  # of a client's adapters: values, gradients, two moments, and what a step of AdamW makes in passing
 
-Placed = tuple[Tensor, Tensor, Tensor | None]  # A [P, S, r, in], B [P, S, out, r] and slot [G] of a tier in a bank
-
 
 class _Ready(NamedTuple):
     """A training that can be used again: with tensors of the same shapes, in the same places."""
 
     key: tuple[object, ...]
-    tables: dict[str, list[Placed]]
+    tables: Placement
     head: State
     training: LocalTraining
 
@@ -163,20 +162,15 @@ class Cohort:
     def _prepared(self, images: ImageSet, models: Models, tier: str, rates: str) -> tuple[LocalTraining, State]:
         """The training of a cohort and its heads, with the clients' values in place; the one before serves again where
         all shapes are the same."""
-        tables = self._tables(models, own=tier)
-        head = models.head.taken()
-        shapes = [(A.shape, B.shape, slot is None) for table in tables.values() for A, B, slot in table]
+        values, head = placement(self.banks, models, own=tier), models.head.taken()
+        shapes = [(A.shape, B.shape, slot is None) for placed in values.values() for A, B, slot in placed]
         key = tier, rates, str(shapes), len(models.head.slot), images.images.shape[1:]
         if self._ready is None or self._ready.key != key:
-            self._ready = None
-            self._ready = self._new_training(key, tables, head, images, tier, rates)
+            self._ready = None  # its memory is free before more is taken
+            self._ready = self._new_training(key, copied(values, self.device), head, images, tier, rates)
         ready = self._ready
-        for name, values in tables.items():
-            for kept, placed in zip(ready.tables[name], values, strict=True):
-                for target, source in zip(kept, placed, strict=True):
-                    if target is not None and source is not None:
-                        target.copy_(source)
-        self._place(ready.tables)
+        overwrite(ready.tables, values)
+        place(self.banks, ready.tables)
         with torch.no_grad():
             for name, value in head.items():
                 ready.head[name].copy_(value)
@@ -187,14 +181,13 @@ class Cohort:
     def _new_training(
         self,
         key: tuple[object, ...],
-        tables: dict[str, list[Placed]],
+        tables: Placement,
         head: State,
         images: ImageSet,
         tier: str,
         rates: str,
     ) -> _Ready:
         trains_head = self.run.head == "follow" or tier == self.config.tiers[0]
-        here = {name: [_on(placed, self.device) for placed in values] for name, values in tables.items()}
         heads = {name: value.to(self.device, copy=True).requires_grad_(trains_head) for name, value in head.items()}
         slotted = [
             Slotted(factor, 1, self.run.lr[rates]) for bank in self.banks for factor in (bank.A[tier], bank.B[tier])
@@ -205,7 +198,7 @@ class Cohort:
         pixels = torch.zeros(
             clients, self.run.batch_size, *images.images.shape[1:], dtype=torch.uint8, device=self.device
         )
-        self._place(here)  # AdamW's moments have the shapes of what is in the banks
+        place(self.banks, tables)  # AdamW's moments have the shapes of what is in the banks
         training = LocalTraining(
             lambda pixels: self._logits(pixels, heads),
             lambda: tier_penalties(self.model, **self._gammas()),
@@ -215,7 +208,7 @@ class Cohort:
             self.run.clip_norm,
             self.run.schedule,
         )
-        return _Ready(key, here, heads, training)
+        return _Ready(key, tables, heads, training)
 
     def _gammas(self) -> dict[str, float]:
         given = {"root": self.run.gamma_root, "cluster": self.run.gamma_cluster}
@@ -238,37 +231,11 @@ class Cohort:
             pixels = augment(pixels.flatten(0, 1), draws.flatten(0, 1)).view(pixels.shape)
         return pixels, labels.to(self.device)
 
-    def _tables(self, models: Models, own: str | None = None) -> dict[str, list[Placed]]:
-        """The clients' adapters for the banks, for each tier and bank. The tier `own` is copied, so that each client
-        has its own adapter of it."""
-        found = {}
-        for tier in self.config.tiers:
-            table = models.tiers.get(tier)
-            values: list[Placed] = []
-            for index, bank in enumerate(self.banks):
-                if table is None:
-                    values.append((bank.A[tier].data[:, :0], bank.B[tier].data[:, :0], None))
-                    continue
-                state = table.taken() if tier == own else table.state
-                A, B = (state[f"{factor}{index}"].transpose(0, 1) for factor in "AB")
-                slot = torch.arange(len(table.slot)) if tier == own else table.slot
-                values.append((A, B, slot.int()))
-            found[tier] = values
-        return found
-
-    def _place(self, tables: dict[str, list[Placed]]) -> None:
-        """Let the banks hold these tensors."""
-        for tier, values in tables.items():
-            for bank, placed in zip(self.banks, values, strict=True):
-                A, B, slot = _on(placed, self.device)
-                bank.assign(tier, A, B)
-                bank.slots[tier] = slot
-
     def keep(self, adapters: dict[str, State]) -> None:
         """Put all adapters of all tiers into the banks, for saving."""
         none = Table({}, torch.empty(0, dtype=torch.long))
-        tables = {tier: Table(state, torch.arange(1)) for tier, state in adapters.items()}
-        self._place(self._tables(Models(tables, none)))
+        tables = {tier: Table(state, torch.arange(len(state["A0"]))) for tier, state in adapters.items()}
+        place(self.banks, copied(placement(self.banks, Models(tables, none)), self.device))
 
     def _logits(self, pixels: Tensor, head: State) -> Tensor:
         """uint8 `[G, b, 3, h, w]` → `[G, b, classes]`."""
@@ -287,7 +254,7 @@ class Cohort:
         def count(members: list[int], room: int) -> None:
             own = [shares[i] for i in members]
             picked = models.rows(torch.tensor(members))
-            self._place(self._tables(picked))
+            place(self.banks, copied(placement(self.banks, picked), self.device))
             head = {name: value.to(self.device) for name, value in picked.head.taken().items()}
             self.model.eval()
             rows = max(1, EVALUATION_ROWS // len(own))
@@ -332,8 +299,3 @@ class Cohort:
         client = batch * activations + 4 * ADAMW_COPIES * elements
         wanted = IMAGES_AT_ONCE[self.device.type] // batch
         return max(1, min(wanted, int(free_memory(self.device) / 2 / client)))
-
-
-def _on(placed: Placed, device: torch.device) -> Placed:
-    A, B, slot = placed
-    return A.to(device).contiguous(), B.to(device).contiguous(), None if slot is None else slot.to(device)

@@ -12,6 +12,7 @@ from hilora.federated.backbone import Backbone
 from hilora.federated.cohort import Cohort
 from hilora.federated.data import ImageSet
 from hilora.federated.optim import Slotted
+from hilora.federated.placement import placement
 from hilora.federated.settings import RunConfig, per_tier
 from hilora.federated.state import Models, Table, Trained, stream
 from hilora.federated.training import LocalTraining
@@ -178,7 +179,8 @@ def test_where_memory_runs_out_fewer_clients_go_on_with_the_same_result(
     torch.manual_seed(0)
     backbone.model.double()
     cohort, small = make(backbone, cohort_size=4), make(backbone, cohort_size=1)
-    models, notes, whole = some_models(cohort), [], Cohort._train
+    models, whole = some_models(cohort), Cohort._train
+    notes: list[str] = []
 
     def hungry(self: Cohort, images: ImageSet, shares: list[torch.Tensor], *more: Any) -> Any:
         if self is cohort and len(shares) > 1:
@@ -252,3 +254,34 @@ def test_host_memory_is_in_proportion_to_the_adapters(backbone: Backbone) -> Non
     train(cohort, "leaf", models)
     sent = sum(value[0].nbytes for value in (*leaves.values(), *models.head.state.values())) * count
     assert peak_bytes(step, ()) < 1.2 * sent + 5 * 10**6
+
+
+def test_the_next_training_leaves_the_tables_of_the_last_alone(backbone: Backbone) -> None:
+    """The memory of a cohort is used again; what a strategy handed in is not that memory."""
+    torch.manual_seed(0)
+    cohort = make(backbone)
+    first, second = some_models(cohort), some_models(cohort)
+    before = {tier: {name: value.clone() for name, value in table.state.items()} for tier, table in first.tiers.items()}
+    heads = {name: value.clone() for name, value in first.head.state.items()}
+    a = train(cohort, "leaf", first)
+    kept = {name: value.clone() for name, value in a.adapters.items()}
+    train(cohort, "leaf", second)
+    assert cohort._ready is not None
+    assert all(same(first.tiers[tier].state, before[tier]) for tier in before)
+    assert same(first.head.state, heads)
+    assert same(a.adapters, kept)
+
+
+def test_of_long_tables_only_the_rows_of_a_cohort_are_moved(backbone: Backbone) -> None:
+    torch.manual_seed(0)
+    cohort = make(backbone, cohort_size=2)
+    models = some_models(cohort)
+    absent = models._replace(
+        tiers={**models.tiers, "leaf": models.tiers["leaf"]._replace(slot=torch.tensor([3, -1, 0, 1]))}
+    )
+    (values,) = placement(cohort.banks, absent.rows(torch.tensor([1, 3])))["leaf"]
+    A, _, slot = values
+    assert A.shape[1] == 2
+    assert slot is not None
+    assert slot.tolist() == [-1, 1]
+    assert torch.equal(A[:, 1], models.tiers["leaf"].state["A0"][1])

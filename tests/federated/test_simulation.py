@@ -73,9 +73,9 @@ def test_the_cut_into_cohorts_changes_only_rounding(
     alone, together = (simulate(strategy, out=tmp_path / str(n), cohort_size=n, augment=True) for n in (1, size))
     alone.run(), together.run()
     assert together.cohort.room == (4 if size else 40)
-    for a, b in zip(alone.log.records, together.log.records, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-9)
-        assert a["test"] == b["test"]
+    for one_by_one, at_once in zip(alone.log.records, together.log.records, strict=True):
+        assert one_by_one["loss"] == pytest.approx(at_once["loss"], rel=1e-9)
+        assert one_by_one["test"] == at_once["test"]
     everyone = torch.arange(6)
     one, other = (run.strategy.models(everyone) for run in (alone, together))
     for tier, table in one.tiers.items():
