@@ -45,6 +45,7 @@ def contest(
     inputs: Sequence[Inputs],
     truth: Mapping[str, Sequence[Tensor]],
     dtype: torch.dtype = torch.float32,
+    capture: bool = True,
 ) -> None:
     """Check, time and record; the first of the rivals is ours, by whose time the others are divided.
 
@@ -56,6 +57,7 @@ def contest(
         inputs: sets of inputs for the steps; the first one also for the results.
         truth: what the results must be, by the name of a rival, or under "" for all that are not named.
         dtype: in which the device's rate of arithmetic counts.
+        capture: whether a GPU can capture the steps.
 
     Raises:
         WrongResult: if any rival's result is off; nothing is recorded then.
@@ -70,7 +72,7 @@ def contest(
         try:
             errors[name] = _check(name, rival, inputs[0], truth.get(name, truth[""]))
             peaks[name] = peak_bytes(rival.step, inputs[0])
-            turns[name] = ready(rival.step, inputs)
+            turns[name] = ready(rival.step, inputs, capture)
         except Exception as error:
             if name == ours or isinstance(error, WrongResult):
                 raise

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tests = (
         ["tests/kernels/test_dispatch.py"]
         if toy
-        else ["tests/kernels", "--deselect", "tests/kernels/test_precompile.py"]
+        else ["tests/kernels", "tests/federated/test_training.py", "--deselect", "tests/kernels/test_precompile.py"]
     )
     workers = ["-n", "8"] if find_spec("xdist") and not toy else []
     statuses = [run("the kernels' tests", given.seconds / 4, "pytest", "-q", *tests, *workers)]

@@ -109,7 +109,7 @@ def rounds(scale: str) -> list[Round]:
         return [Round("test_vit", 160, 3, 4, batch=2)]
     if scale == "cpu":
         return [Round("deit_tiny_patch16_224", 96, 20, 32)]
-    return [Round("deit_tiny_patch16_224", 224, 32, 128, 32), Round("vit_base_patch16_224", 224, 32, 64, 32)]
+    return [Round("deit_tiny_patch16_224", 224, 32, 64, 32), Round("vit_base_patch16_224", 224, 16, 64, 32)]
 
 
 def cohorts(scale: str) -> list[Round]:

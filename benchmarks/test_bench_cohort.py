@@ -26,7 +26,7 @@ def test_cohort(benchmark: Any, ledger: Ledger, shape: Round) -> None:
     steps = {name: ours(federation, size, dtype) for name, size in {"hilora": None, **sizes}.items()}
     rivals = {name: Contestant(step, step, least, tolerance) for name, step in steps.items()}
     what = {"op": "cohort", "phase": "step", **shape._asdict(), "dtype": str(dtype).removeprefix("torch.")}
-    contest(benchmark, ledger, what, rivals, [()], {"": expected}, dtype)
+    contest(benchmark, ledger, what, rivals, [()], {"": expected}, dtype, capture=False)
 
 
 def test_population(benchmark: Any, ledger: Ledger, shape: Round) -> None:
@@ -45,7 +45,7 @@ def test_population(benchmark: Any, ledger: Ledger, shape: Round) -> None:
             step, lambda: [], _cost(federation), 0.0
         )
     what = {"op": "population", "phase": "step", **shape._asdict(), "dtype": str(dtype).removeprefix("torch.")}
-    contest(benchmark, ledger, what, rivals, [()], {"": []}, dtype)
+    contest(benchmark, ledger, what, rivals, [()], {"": []}, dtype, capture=False)
 
 
 def _cost(federation: Federation) -> cost.Cost:

@@ -49,7 +49,9 @@ def test_round(benchmark: Any, ledger: Ledger, shape: Round) -> None:
     rivals = {name: Contestant(step, step, least, tolerance) for name, (step, tolerance) in steps.items()}
     what = {"op": "round", "phase": "step", **shape._asdict(), "dtype": str(quick).removeprefix("torch.")}
     try:
-        contest(benchmark, ledger, what, rivals, [()], {"": [value.double() for value in expected]}, quick)
+        contest(
+            benchmark, ledger, what, rivals, [()], {"": [value.double() for value in expected]}, quick, capture=False
+        )
     finally:
         if flower is not None:
             flower.close()

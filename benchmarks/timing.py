@@ -7,6 +7,7 @@ are timed: the device's time, without Python's. How long Python takes to submit 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import median, quantiles
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -40,14 +41,15 @@ class Turn(NamedTuple):
     host: float | None
 
 
-def ready(step: Step, inputs: Sequence[Inputs]) -> Turn:
+def ready(step: Step, inputs: Sequence[Inputs], capture: bool = True) -> Turn:
     """Find out how often to call a step that is warm, and on a GPU capture it.
 
     Args:
         step: called with a set of inputs each time.
         inputs: on a GPU as many sets as `rotation` says, elsewhere one.
+        capture: whether it can be captured; what loads data and waits for results can not, and is timed by the clock.
     """
-    if DEVICE == "cuda":
+    if DEVICE == "cuda" and capture:
         return Turn(_captured(step, inputs), _host_seconds(step, inputs[0]))
     return Turn(_called(step, inputs), None)
 
@@ -78,17 +80,20 @@ def rotation(inputs_bytes: int) -> int:
 
 
 def _called(step: Step, inputs: Sequence[Inputs]) -> Callable[[], float]:
-    started = perf_counter()
-    step(*inputs[0])
-    inner = max(1, round(TURN / (perf_counter() - started)))
-
-    def turn() -> float:
+    def turn(inner: int) -> float:
+        _finish()
         started = perf_counter()
         for index in range(inner):
             step(*inputs[index % len(inputs)])
+        _finish()
         return (perf_counter() - started) / inner
 
-    return turn
+    return partial(turn, max(1, round(TURN / turn(1))))
+
+
+def _finish() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def _captured(step: Step, inputs: Sequence[Inputs]) -> Callable[[], float]:

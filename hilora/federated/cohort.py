@@ -62,6 +62,7 @@ class Cohort:
         self, backbone: Backbone, tiers: tuple[str, ...], run: RunConfig, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.run, self.backbone, self.device, self.dtype = run, backbone, device, dtype
+        self.mean, self.std = backbone.mean.to(device), backbone.std.to(device)  # a graph cannot fetch them
         self.room = run.cohort_size
         self.note: Callable[[str], object] = print
         self._ready: _Ready | None = None
@@ -244,7 +245,7 @@ class Cohort:
 
     def _pixels(self, images: Tensor) -> Tensor:
         """uint8 `[n, 3, h, w]` → what the backbone takes."""
-        return prepare(images, self.backbone.size, self.backbone.mean, self.backbone.std, self.dtype)
+        return prepare(images, self.backbone.size, self.mean, self.std, self.dtype)
 
     @torch.no_grad()
     def correct(self, images: ImageSet, shares: list[Tensor], models: Models) -> Tensor:

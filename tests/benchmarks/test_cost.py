@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
+import torch
 
 from benchmarks import cost
 from benchmarks.cost import Cost, Rates
-from benchmarks.shapes import Distances, Layer, Penalty
+from benchmarks.shapes import Distances, Layer, Penalty, Round
 
 
 def test_floor_is_the_longer_of_arithmetic_and_bytes_of_each_pass() -> None:
@@ -48,10 +48,16 @@ def test_penalty_and_distances() -> None:
     assert found == ((3 * 2 * 2 * 8 * 4, 4 * (3 * 2 * 8 * 2 + 9)),)
 
 
-@pytest.mark.parametrize("scale", ["toy"])
-def test_rates_are_measured(scale: str) -> None:
-    import torch
+def test_local_epoch() -> None:
+    shape = Round("a ViT", 32, clients=3, images=5)
+    block = (
+        2 * 7 * (4 * 16 + 8 * 16) + 2 * 2 * 7 * 7 * 4
+    )  # qkv and proj, two layers of the MLP; scores and their values
+    found = cost.local_epoch(shape, tokens=7, width=4, depth=2)
+    assert found.passes == ((3 * 5 * 2 * 2 * block, 0),)
 
-    rates = cost.measured_rates(torch.float32, scale)
+
+def test_rates_are_measured() -> None:
+    rates = cost.measured_rates(torch.float32, "toy")
     assert rates.flops > 0
     assert rates.bandwidth > 0

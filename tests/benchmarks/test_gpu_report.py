@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_report, shapes
+from benchmarks import figures, gpu_report, shapes
 from benchmarks.ledger import read
 
 ROOT = Path(__file__).parents[2]
@@ -19,20 +19,20 @@ FIVE = {"PEFT", "PEFT, compiled", "stacked addmm", "merged + 1 LoRA", "frozen la
 def test_a_toy_run(tmp_path: Path) -> None:
     for name in ("README.md", "docs/benchmarks.md"):
         (tmp_path / Path(name).name).write_text((ROOT / name).read_text())
-    figures = tmp_path / "figures.jsonl"
-    where = ["--figures", str(figures), "--readme", str(tmp_path / "README.md"), "--docs", str(tmp_path)]
+    ledger = tmp_path / "figures.jsonl"
+    where = ["--figures", str(ledger), "--readme", str(tmp_path / "README.md"), "--docs", str(tmp_path)]
     command = [sys.executable, "-m", "benchmarks.gpu_report", "--scale", "toy", *where]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(": done, ") == 3
-    found = read(figures)
+    found = read(ledger)
     first = shapes.layers("toy")[0]._asdict()
     for phase in ("forward", "step"):
         rivals = {
             f["rival"] for f in found if f["op"] == "layer" and f["phase"] == phase and first.items() <= f.items()
         }
         assert rivals >= FIVE | {"hilora", "hilora, whole qkv"}
-    assert {f["op"] for f in found} == {"layer", "penalty", "distances"}
+    assert {f["op"] for f in found} == set(figures.SHAPES)
     assert len(list(tmp_path.glob("benchmarks/*.png"))) == 3
     assert "32 | 24 | 2 | 2 × 8" in (tmp_path / "benchmarks.md").read_text()
 
