@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import timm
@@ -12,52 +13,75 @@ from benchmarks.shapes import Round
 from hilora.federated.backbone import Backbone
 from hilora.federated.cohort import Cohort
 from hilora.federated.data import ImageSet
-from hilora.federated.settings import RunConfig
+from hilora.federated.settings import TIERS, RunConfig
 from hilora.federated.state import Models, State, Table, stream
-
-CLASSES = 100
-TIERS = ("root", "cluster", "leaf")
 
 
 class Federation:
     """The leaf stage of a federation: a root for all, up to four cluster adapters, and leaves that do nothing yet.
 
-    Weights and images are random: they make no difference to the time.
+    Args:
+        shape: how many clients with how many images, and their ViT.
+        device: where to train.
+        backbone: with its weights; by default random ones, which make no difference to the time.
+        images: of all clients, who have equal shares; by default random ones.
+        noise: standard deviation of B of the root and of the clusters.
     """
 
-    def __init__(self, shape: Round, device: torch.device) -> None:
+    def __init__(
+        self,
+        shape: Round,
+        device: torch.device,
+        backbone: Backbone | None = None,
+        images: ImageSet | None = None,
+        shares: list[Tensor] | None = None,
+        noise: float = 0.02,
+    ) -> None:
         self.shape, self.device = shape, device
         self.run = RunConfig(batch_size=shape.batch, target_modules=("qkv",))
-        torch.manual_seed(0)
-        model: Any = timm.create_model(shape.model, num_classes=0, img_size=shape.size)
-        normal = torch.full((3,), 0.5)
-        self.backbone = Backbone(model, shape.model, shape.size, normal, normal / 2, model.num_features)
+        self.backbone = backbone or _random_vit(shape)
+        model: Any = self.backbone.model
         self.tokens, self.depth = model.pos_embed.shape[1], len(model.blocks)
-        generator = torch.Generator().manual_seed(0)
-        count = shape.clients * shape.images
-        pixels = torch.randint(0, 256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)  # as CIFAR's
-        labels = torch.randint(0, CLASSES, (count,), generator=generator)
-        self.images = ImageSet(pixels.to(device), labels, tuple(map(str, range(CLASSES))), "noise")
-        self.shares = list(torch.arange(count).view(shape.clients, shape.images))
-        self.models = self._start(generator)
+        self.images = images or _random_images(shape.clients * shape.images)
+        self.images = replace(self.images, images=self.images.images.to(device))
+        self.shares = shares or list(torch.arange(shape.clients * shape.images).view(shape.clients, shape.images))
+        self.models = self._start(torch.Generator().manual_seed(0), noise)
 
     def cohort(self, size: int | None, dtype: torch.dtype) -> Cohort:
         run = RunConfig(**{**self.run.to_dict(), "cohort_size": size})
         return Cohort(self.backbone, TIERS, run, self.device, dtype)
 
-    def order(self, client: int) -> Tensor:
-        """A client's images in the order in which a cohort takes them."""
-        share: Tensor = self.shares[client]
-        return share[torch.randperm(len(share), generator=stream(self.run.seed, "training", 0, client))]
+    def orders(self, round: int = 0) -> list[Tensor]:
+        """The clients' images in the order in which a cohort takes them."""
+        streams = [stream(self.run.seed, "training", round, client) for client in range(self.shape.clients)]
+        return [
+            share[torch.randperm(len(share), generator=own)] for share, own in zip(self.shares, streams, strict=True)
+        ]
 
-    def _start(self, generator: torch.Generator) -> Models:
+    def _start(self, generator: torch.Generator, noise: float) -> Models:
         clients, tiers = self.shape.clients, {}
         cohort = self.cohort(None, torch.float32)
         for tier, slots in zip(TIERS, (1, min(4, clients), clients), strict=True):
             state = cohort.fresh(tier, slots, generator)
             if tier != "leaf":
-                state["B0"].normal_(std=0.02, generator=generator)
+                state["B0"].normal_(std=noise, generator=generator)
             tiers[tier] = Table(state, torch.arange(clients) % slots)
         features = self.backbone.features
-        head: State = {"weight": torch.zeros(1, CLASSES, features), "bias": torch.zeros(1, CLASSES)}
+        classes = len(self.images.classes)
+        head: State = {"weight": torch.zeros(1, classes, features), "bias": torch.zeros(1, classes)}
         return Models(tiers, Table(head, torch.zeros(clients, dtype=torch.long)))
+
+
+def _random_vit(shape: Round) -> Backbone:
+    torch.manual_seed(0)
+    model: Any = timm.create_model(shape.model, num_classes=0, img_size=shape.size)
+    mean = torch.full((3,), 0.5)
+    return Backbone(model, shape.model, shape.size, mean, mean / 2, model.num_features)
+
+
+def _random_images(count: int) -> ImageSet:
+    """Of the size of CIFAR-100's."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 100, (count,), generator=generator)
+    return ImageSet(pixels, labels, tuple(map(str, range(100))), "noise")

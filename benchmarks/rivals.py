@@ -27,10 +27,10 @@ from torch import Tensor, nn
 import hilora
 from benchmarks.shapes import Layer
 from benchmarks.timing import DEVICE
+from hilora.federated.settings import TIERS
 from hilora.inject import banks
 from hilora.kernels import dispatch
 
-TIERS = ("root", "cluster", "leaf")
 SCALE = 2.0
 
 

@@ -52,10 +52,6 @@ class Round(NamedTuple):
     images: int  # of each client
     batch: int = 16
 
-    def shares(self) -> list[torch.Tensor]:
-        """Which images each client has."""
-        return list(torch.arange(self.clients * self.images).view(self.clients, self.images))
-
 
 def layers(scale: str) -> list[Layer]:
     if scale == "toy":

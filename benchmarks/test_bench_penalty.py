@@ -14,9 +14,10 @@ import hilora
 from benchmarks import cost
 from benchmarks.contest import Contestant, contest
 from benchmarks.ledger import Ledger
-from benchmarks.rivals import TIERS, Separate, forced
+from benchmarks.rivals import Separate, forced
 from benchmarks.shapes import Penalty
 from benchmarks.timing import DEVICE
+from hilora.federated.settings import TIERS
 from hilora.inject import banks
 
 GAMMA = 0.1

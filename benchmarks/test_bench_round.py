@@ -72,7 +72,7 @@ def ours(federation: Federation, size: int | None, dtype: torch.dtype) -> Callab
 def loop(federation: Federation, **options: bool) -> Callable[[], list[Tensor]]:
     """The same by a loop over clients."""
     peft = PeftLoop(federation, **options)
-    orders = [federation.order(client) for client in range(federation.shape.clients)]
+    orders = federation.orders()
 
     def step() -> list[Tensor]:
         adapters, head = peft.train(federation.images, orders, federation.models)

@@ -16,9 +16,10 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from torch import Tensor
 
-from benchmarks.federation import TIERS, Federation
+from benchmarks.federation import Federation
 from benchmarks.peers.peft_loop import PeftLoop
 from benchmarks.shapes import Round
+from hilora.federated.settings import TIERS
 from hilora.federated.state import Table
 
 client_app = ClientApp()
@@ -42,7 +43,7 @@ def train(message: Message, context: Context) -> Message:
     leaf = Table({name: state[name][None] for name in ("A0", "B0")}, own)
     head = Table({name: state[name][None] for name in ("weight", "bias")}, own)
     models = models._replace(tiers={**models.tiers, TIERS[-1]: leaf}, head=head)
-    adapters, heads = peft.train(federation.images, [federation.order(given["client"])], models)
+    adapters, heads = peft.train(federation.images, [federation.orders()[given["client"]]], models)
     trained = {name: value[0] for name, value in {**adapters, **heads}.items()}
     return Message(content=RecordDict({"arrays": ArrayRecord(trained), "config": given}), reply_to=message)
 

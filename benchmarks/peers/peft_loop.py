@@ -13,9 +13,10 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from benchmarks.federation import CLASSES, TIERS, Federation
+from benchmarks.federation import Federation
 from hilora.federated.backbone import Backbone
 from hilora.federated.data import ImageSet
+from hilora.federated.settings import TIERS
 from hilora.federated.state import Models, State
 
 
@@ -50,7 +51,7 @@ class PeftLoop:
         backbone, run = federation.backbone, federation.run
         self.backbone, self.run, self.device = backbone, run, federation.device
         self.merged, self.tuned = merged, tuned
-        self.head = nn.Linear(backbone.features, CLASSES).to(self.device)
+        self.head = nn.Linear(backbone.features, len(federation.images.classes)).to(self.device)
         base: Any = copy.deepcopy(backbone.model).to(self.device).requires_grad_(False)
         for block in base.blocks:
             block.attn.fused_attn = not tuned or self.device.type == "cuda"

@@ -23,7 +23,7 @@ from .state import Models, State, Table, Trained, stream
 from .training import LocalTraining
 
 EVALUATION_ROWS = 512
-IMAGES_AT_ONCE = {"cpu": 160, "cuda": 1024}  # in a step, where the size of cohorts is not given
+IMAGES_AT_ONCE, IMAGES_ON_CUDA = 160, 1024  # in a step, where the size of cohorts is not given
 ADAMW_COPIES = 6  # of a client's adapters: values, gradients, two moments, and what a step of AdamW makes in passing
 
 
@@ -233,7 +233,7 @@ class Cohort:
         return pixels, labels.to(self.device)
 
     def keep(self, adapters: dict[str, State]) -> None:
-        """Put all adapters of all tiers into the banks, for saving."""
+        """Put all adapters of all tiers into the banks, for saving; none of a tier that is not there."""
         none = Table({}, torch.empty(0, dtype=torch.long))
         tables = {tier: Table(state, torch.arange(len(state["A0"]))) for tier, state in adapters.items()}
         place(self.banks, copied(placement(self.banks, Models(tables, none)), self.device))
@@ -294,9 +294,10 @@ class Cohort:
     def _fitting(self, images: ImageSet) -> int:
         """As many clients as keep the device busy and fit into half of its free memory."""
         batch, rank = self.run.batch_size, max(self.run.rank.values())
+        self.keep({})
         x = self._pixels(images.images[:1].to(self.device))
         activations = saved_bytes(lambda: self.model(x.requires_grad_()))
         elements = sum(len(bank.names) * rank * (bank.in_features + bank.out_features) for bank in self.banks)
         client = batch * activations + 4 * ADAMW_COPIES * elements
-        wanted = IMAGES_AT_ONCE[self.device.type] // batch
+        wanted = (IMAGES_ON_CUDA if self.device.type == "cuda" else IMAGES_AT_ONCE) // batch
         return max(1, min(wanted, int(free_memory(self.device) / 2 / client)))

@@ -33,9 +33,10 @@ class Replay:
         if self.graph is None and self.calls <= self.WARM_UP:
             return self._on_a_side_stream()
         if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
                 self.function()
+            self.graph = graph
         return self.graph.replay()
 
     def _on_a_side_stream(self) -> None:
