@@ -110,7 +110,7 @@ def rounds(scale: str) -> list[Round]:
 
 def cohorts(scale: str) -> list[Round]:
     if scale == "toy":
-        return [Round("test_vit", 160, 3, 2, batch=1)]
+        return [Round("test_vit", 160, 3, 4, batch=2)]
     if scale == "cpu":
         return [Round("deit_tiny_patch16_224", 96, 16, 32)]
     return [Round("deit_tiny_patch16_224", 224, 64, 64, 32)]

@@ -23,7 +23,8 @@ from benchmarks.shapes import Round
 from benchmarks.timing import DEVICE
 from hilora.federated.capacity import quick_dtype
 
-FP32, BF16 = 5e-2, 0.5  # AdamW's first steps are signs of gradients, however small these are
+# AdamW's first steps are signs of gradients, however small these are. An update left out is off by 1, another by 1.4.
+FP32, BF16 = 5e-2, 0.8
 
 
 def test_round(benchmark: Any, ledger: Ledger, shape: Round) -> None:
