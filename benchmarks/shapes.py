@@ -112,7 +112,7 @@ def cohorts(scale: str) -> list[Round]:
     if scale == "toy":
         return [Round("test_vit", 160, 3, 4, batch=2)]
     if scale == "cpu":
-        return [Round("deit_tiny_patch16_224", 96, 16, 32)]
+        return [Round("deit_tiny_patch16_224", 96, 16, 16, batch=8)]
     return [Round("deit_tiny_patch16_224", 224, 64, 64, 32)]
 
 
@@ -121,7 +121,7 @@ def populations(scale: str) -> list[Round]:
     if scale == "toy":
         return [Round("test_vit", 160, 1, 10, batch=1)]
     if scale == "cpu":
-        return [Round("deit_tiny_patch16_224", 48, 10, 200, batch=2)]
+        return [Round("deit_tiny_patch16_224", 48, 10, 40, batch=4)]
     return [Round("deit_tiny_patch16_224", 224, 10, 1600, batch=16)]
 
 
