@@ -139,7 +139,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def conditions(device: Device) -> str:
     c = device.conditions
-    runs = f"medians and range of {device.runs} runs" if device.runs > 1 else "one run"
+    runs = f"up to {device.runs} runs, whose range stands beside the median" if device.runs > 1 else "one run"
     versions = ", ".join(f"{name} {c[name]}" for name in ("torch", "triton", "peft", "hilora"))
     return f"{c['device']}, {versions}, {c['date']}, {runs}"
 
