@@ -86,8 +86,7 @@ def cluster_clients(U: Tensor, k_min: int, k_max: int) -> Clustering:
     and 1 where no K's groups stand out from chance. Both take the smallest distance off all distances: what a client's
     update has of its own noise is in every distance, and hides how they differ. Chance is the same distances dealt out
     to the pairs at random, 99 times: groups stand out if for some K their silhouette lies more standard deviations
-    above its mean there than any did by chance (5 to 11 were seen where clients have groups, with at most 3 by chance,
-    and at most 1 where they have none).
+    above its mean there than any did by chance. Fewer than six clients are too few to tell.
 
     Args:
         U: orthonormal bases `[N, P, out, r]`; zero columns where a rank is short.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,10 +118,13 @@ class Simulation:
                     self._arrive(progress)
                     self.finished = True
                     self._save_checkpoint()
-        except BaseException:
-            with suppress(Exception), uninterrupted():  # what ended the run is raised, whatever happens here
-                self._resume()  # back to the last round that was finished
-                self._leave_results()
+        except BaseException as ended:
+            try:
+                with uninterrupted():
+                    self._resume()  # back to the last round that was finished
+                    self._leave_results()
+            except Exception as error:  # what ended the run is what is raised
+                ended.add_note(f"what was reached could not be written: {error}")
             raise
         finally:
             self.log.close()

@@ -124,6 +124,8 @@ class BilevelTraining(LocalTraining):
 
         y' = y − α ∂f(x, y)/∂y        x ← AdamW(d f(x, y'(x)) / dx)        y ← y'
 
+    `schedule` is that of AdamW's rates alone.
+
     Args:
         predict_with: logits of the images in `pixels` with other tensors in the place of those of `lower`.
         lower: parameters and their α.

@@ -148,10 +148,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     assert {**whole, "seconds": 0} == {**resumed, "seconds": 0}
 
 
-def test_a_checkpoint_that_cannot_be_used_is_told_and_the_run_begins_again(
-    write: Write, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    experiment = write(("seeds = [0, 1]", "seeds = [0]"))
+def stopped(run: Run, experiment: Experiment, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The checkpoint of a run that Ctrl-C stopped in its first round."""
 
     def stop(self: Progress, record: Any) -> None:
         raise KeyboardInterrupt
@@ -160,7 +158,15 @@ def test_a_checkpoint_that_cannot_be_used_is_told_and_the_run_begins_again(
         patch.setattr(Progress, "round", stop)
         with pytest.raises(KeyboardInterrupt):
             run(experiment, first=1)
-    checkpoint = next((tmp_path / "work").rglob("checkpoint.pt"))
+    return next((folder / "work").rglob("checkpoint.pt"))
+
+
+def test_a_checkpoint_that_cannot_be_used_is_told_and_the_run_begins_again(
+    write: Write, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = write(("seeds = [0, 1]", "seeds = [0]"))
+
+    checkpoint = stopped(run, experiment, tmp_path, monkeypatch)
     checkpoint.write_bytes(b"nothing")
     said: list[str] = []
     runner = run(experiment, said, first=1)
@@ -302,14 +308,7 @@ def test_only_a_checkpoint_that_cannot_be_used_is_thrown_away(
 ) -> None:
     experiment = write(("seeds = [0, 1]", "seeds = [0]"))
 
-    def stop(self: Progress, record: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Progress, "round", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(experiment, first=1)
-    checkpoint = next((tmp_path / "work").rglob("checkpoint.pt"))
+    checkpoint = stopped(run, experiment, tmp_path, monkeypatch)
     before = checkpoint.read_bytes()
 
     def fail(self: Simulation) -> None:

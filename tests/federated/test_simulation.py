@@ -167,8 +167,9 @@ def test_what_ended_a_run_is_raised_even_where_its_checkpoint_is_gone(simulate: 
         return train(*args)
 
     stopped.cohort.train = lost  # type: ignore[method-assign, assignment]
-    with pytest.raises(Stop):
+    with pytest.raises(Stop) as ended:
         stopped.run()
+    assert "could not be written: there is no checkpoint" in ended.value.__notes__[0]
 
 
 def test_a_full_disk_is_named_where_a_checkpoint_is_written(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hilora.federated.cohort import Lower
 from hilora.federated.predictor import Scores
 from hilora.federated.settings import RunConfig
 from hilora.federated.state import Models, State, Trained
@@ -42,7 +41,6 @@ class Call(NamedTuple):
     clients: list[int]
     tier: str
     models: Models
-    rates: str | None
     epochs: int | None
     factors: str
     pooled: bool
@@ -62,14 +60,11 @@ class ByHand(Work):
         clients: Tensor,
         models: Models,
         tier: str,
-        *,
-        rates: str | None = None,
-        epochs: int | None = None,
-        factors: str = "AB",
-        lower: Lower | None = None,
-        pooled: bool = False,
+        **how: Any,
     ) -> Trained:
-        self.calls.append(Call(clients.tolist(), tier, models, rates, epochs, factors, pooled))
+        factors, lower = how.get("factors", "AB"), how.get("lower")
+        pooled = how.get("pooled", False)
+        self.calls.append(Call(clients.tolist(), tier, models, how.get("epochs"), factors, pooled))
         if pooled:
             clients, models = clients[:1], models.rows(torch.tensor([0]))
         number = clients.float() + 1
