@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import hilora
-from hilora.experiments.spec import Model, Setting
+from hilora.experiments.spec import DOMAINS, Model, Setting
 from hilora.federated.backbone import Backbone, load_backbone
 from hilora.federated.capacity import quick_dtype
 from hilora.federated.data import ImageSet
@@ -20,7 +20,6 @@ from hilora.federated.glyphs import load_glyphs
 from hilora.federated.readers import read_domains, read_images
 
 GLYPHS = "glyphs"
-DOMAINS = "domains"  # the scheme whose images know their domain
 DATA_SEED = 0  # of a split that a folder does not have: the images are the same for all seeds of an experiment
 
 
@@ -48,21 +47,20 @@ class Inputs:
             return quick_dtype(self.device, self.backbone.features)
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.model.dtype]
 
-    def images(self, data: str, scheme: str) -> tuple[ImageSet, ImageSet]:
+    def images(self, setting: Setting) -> tuple[ImageSet, ImageSet]:
         """Training and test images of a setting.
 
         Raises:
             ValueError: they cannot be read.
         """
-        return self._read(data, scheme == DOMAINS)
+        return self._read(setting.data, setting.scheme == DOMAINS, setting.classes)
 
-    def _images(self, data: str, domains: bool) -> tuple[ImageSet, ImageSet]:
+    def _images(self, data: str, domains: bool, classes: int | None) -> tuple[ImageSet, ImageSet]:
         if data == GLYPHS:
             return load_glyphs(DATA_SEED)
-        read = read_domains if domains else read_images
-        size = self.backbone.size
+        path, size = self.root / data, self.backbone.size
         try:
-            return read(self.root / data, size, DATA_SEED)
+            return read_domains(path, size, DATA_SEED, classes) if domains else read_images(path, size, DATA_SEED)
         except OSError as error:  # of this data alone: other settings can go on
             raise ValueError(f"the data {data} cannot be read: {error}") from error
 

@@ -98,6 +98,7 @@ def job(experiment: Experiment, setting: Setting, method: Method, seed: int, pur
         "run": STRATEGIES[method.strategy].adapted(config).to_dict(),
         "partition": {**ARGUMENTS, **setting.arguments, **cheaper, "scheme": setting.scheme, "seed": seed},
         "data": setting.data,
+        **({} if setting.classes is None else {"classes": setting.classes}),
         "model": asdict(experiment.model),
     }
     return Job(setting, method, seed, purpose, point, config, decides)

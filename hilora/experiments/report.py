@@ -164,7 +164,8 @@ def _searched(tuning: Tuning, setting: Setting) -> str:
 
 def _described(experiment: Experiment, setting: Setting) -> str:
     run = {**experiment.run, **setting.run}
-    said = f"Data {setting.data}, partition {setting.scheme}: {tables.overrides(setting.arguments)}"
+    largest = "" if setting.classes is None else f" ({setting.classes} largest classes)"
+    said = f"Data {setting.data}{largest}, partition {setting.scheme}: {tables.overrides(setting.arguments)}"
     said += f"; seeds {', '.join(map(str, setting.seeds))}"
     return said + (f". Training: {tables.overrides(run)}." if run else ".")
 

@@ -150,7 +150,7 @@ class Runner:
 
     def _simulation(self, job: Job, out: Path) -> Simulation:
         """A new simulation, or the one that was interrupted in this folder."""
-        train, test = self.inputs.images(job.setting.data, job.setting.scheme)
+        train, test = self.inputs.images(job.setting)
         arguments = dict(job.decides["partition"])
         population = partition(train, test, arguments.pop("scheme"), **arguments)
 

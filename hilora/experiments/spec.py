@@ -26,6 +26,7 @@ from hilora.federated.settings import RunConfig
 from hilora.federated.strategies import STRATEGIES
 
 DTYPES = ("auto", "float32", "bfloat16")
+DOMAINS = "domains"  # the scheme whose images know their domain
 ARGUMENTS = {  # of a partition, with their defaults; `clients` has none
     name: parameter.default
     for name, parameter in inspect.signature(partition).parameters.items()
@@ -47,10 +48,14 @@ class Model:
 
 @dataclass(frozen=True)
 class Setting:
-    """A table of the report: who has which images, and the seeds of its final runs."""
+    """A table of the report: who has which images, and the seeds of its final runs.
+
+    `classes`: of images in domains, so many of the largest classes; None takes all.
+    """
 
     name: str
     data: str
+    classes: int | None
     scheme: str
     arguments: Table
     seeds: tuple[int, ...]
@@ -201,13 +206,17 @@ def _model(table: Table) -> Model:
 
 def _setting(name: str, table: Table, shared: tuple[int, ...]) -> Setting:
     place = f"settings.{name}"
-    own = ("data", "partition", "seeds", "run")
+    own = ("data", "classes", "partition", "seeds", "run")
     needed = [argument for argument, default in ARGUMENTS.items() if default is inspect.Parameter.empty]
     check_names(table, (*own, *ARGUMENTS), place, required=("data", "partition", *needed))
+    scheme, classes = one_of(table["partition"], ALPHA, f"{place}.partition"), table.get("classes")
+    fits = classes is None or (type(classes) is int and classes > 1 and scheme == DOMAINS)
+    require(fits, f"{place}.classes is {classes!r}, expected two or more, and only where the partition is {DOMAINS!r}")
     return Setting(
         name,
         inside(table["data"], f"{place}.data"),
-        one_of(table["partition"], ALPHA, f"{place}.partition"),
+        classes,
+        scheme,
         numbers({key: value for key, value in table.items() if key not in own}, KINDS, place),
         seeds(table["seeds"], f"{place}.seeds") if "seeds" in table else shared,
         _run(table.get("run", {}), f"{place}.run"),

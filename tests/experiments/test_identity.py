@@ -42,6 +42,12 @@ def test_it_changes_with_whatever_decides(write: Write, old: str, new: str) -> N
     assert final(write()).fingerprint != final(write((old, new))).fingerprint
 
 
+def test_how_many_classes_are_taken_decides(write: Write) -> None:
+    domains = ('partition = "sc-dir"', 'partition = "domains"')
+    some = (domains[0], f"{domains[1]}\nclasses = 10")
+    assert final(write(domains)).fingerprint != final(write(some)).fingerprint
+
+
 def test_seeds_strategies_and_cheaper_tuning_tell_runs_apart(tuned: Experiment) -> None:
     method, setting = tuned.methods["hilora"], tuned.settings["groups"]
     jobs = [
