@@ -128,7 +128,7 @@ def cluster_updates(updates: Tensor, k_min: int, k_max: int) -> Clustering:
     groups stand out from chance (as in `cluster_clients`); ten starts from a fixed seed.
 
     Args:
-        updates: `[N, ·]`, all that each client changed.
+        updates: `[N, ·]`, all that each client changed, or points that are as far apart.
         k_min: lowest K, at least 1.
         k_max: highest K; at most N − 1 are found.
 

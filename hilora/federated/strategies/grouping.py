@@ -23,7 +23,7 @@ from ..settings import RunConfig
 from ..state import State, factors, stream
 
 PUBLISHED_DECAY = 0.9  # λ
-KEPT = ("member", "subspace", "update", "trained_root", "groups", "centres")
+KEPT = ("member", "subspace", "left", "right", "trained_root", "groups", "centres")
 
 
 class Grouping:
@@ -47,18 +47,16 @@ class Grouping:
         self.run = run
         self.member = torch.full((clients,), -1)
         self.subspace: list[Tensor] = []  # for each bank, the clients' directions so far [N, P, out, r]
-        self.update = torch.empty(clients, 0)  # for k-means, all that a client changed in its last round [N, ·]
+        self.left: list[Tensor] = []  # for k-means: left @ right is what a client's last round changed of B A,
+        self.right: list[Tensor] = []  # for each bank [N, P, out, 2r] and [N, P, 2r, in]
         self.trained_root = torch.zeros(clients, dtype=torch.bool)
         self.groups: dict[str, Any] | None = None
-        self.centres = torch.empty(0)  # of the clusters: bases [K, P, out, r], or for k-means means [K, ·]
+        self.centres = torch.empty(0)  # bases of the clusters [K, P, out, r]
 
     def remember(self, clients: Tensor, trained: State, server: State) -> None:
         """Take in the adapters `[n, ...]` that clients trained from the server's `[1, ...]`."""
         if self.run.groups == "kmeans":
-            update = torch.cat([(trained[name] - server[name]).flatten(1) for name in trained], 1)
-            if not self.update.shape[1]:
-                self.update = update.new_zeros(len(self.member), update.shape[1])
-            self.update[clients] = update
+            self._keep_products(clients, trained, server)
         after, before = factors(trained), factors(server)
         if not self.subspace:
             self.subspace = [B.new_zeros(len(self.member), *B.shape[1:]) for _, B in after]
@@ -97,10 +95,7 @@ class Grouping:
         sampled = seen[known]
         found = self._found(sampled, true_groups)
         self.member[sampled] = found.labels
-        if self.run.groups == "kmeans":
-            self.centres = torch.stack([self.update[sampled][found.labels == k].mean(0) for k in range(found.k)])
-        else:
-            self.centres = cluster_bases(self._bases(sampled), found.labels)
+        self.centres = cluster_bases(self._bases(sampled), found.labels)
         self.groups = asdict(found)
         return seen[~known]
 
@@ -108,7 +103,9 @@ class Grouping:
         low = max(2, self.run.k_min) if self.run.published else self.run.k_min
         most = min(self.run.k_max or max(10, len(clients) // 2), len(clients))
         if self.run.groups == "kmeans":
-            return cluster_updates(self.update[clients], min(low, most), most)
+            values, vectors = torch.linalg.eigh(self._inner(clients, clients))
+            places = vectors * values.clamp_min(0).sqrt()  # points that are as far apart as the changes
+            return cluster_updates(places, min(low, most), most)
         found = cluster_clients(self._bases(clients), min(low, most), most)
         if self.run.groups == "random":
             order = torch.randperm(len(clients), generator=stream(self.run.seed, "random groups"))
@@ -133,7 +130,7 @@ class Grouping:
             targets: bases `[K, P, out, r]` to compare with, in place of those of the clusters' members.
         """
         if self.run.groups == "kmeans":
-            self.member[probed] = torch.cdist(self.update[probed], self.centres).argmin(1)
+            self._join_nearest_mean(probed)
             return
         for client, basis in zip(probed, self._bases(probed) if len(probed) else (), strict=True):
             if basis.any():  # not so where the learning rate is zero
@@ -145,6 +142,36 @@ class Grouping:
             same = seen[true_groups[seen] == true_groups[client]]
             if len(same):
                 self.member[client] = self.member[same[0]]
+
+    def _keep_products(self, clients: Tensor, trained: State, server: State) -> None:
+        """Take in how clients changed the products. A and B are no measure: every aggregation turns their basis."""
+        pairs = list(zip(factors(trained), factors(server), strict=True))
+        left = [torch.cat([B, -start.expand_as(B)], -1) for (_, B), (_, start) in pairs]
+        right = [torch.cat([A, start.expand_as(A)], -2) for (A, _), (start, _) in pairs]
+        if not self.left:
+            self.left = [one.new_zeros(len(self.member), *one.shape[1:]) for one in left]
+            self.right = [one.new_zeros(len(self.member), *one.shape[1:]) for one in right]
+        for table, rows in zip(self.left + self.right, left + right, strict=True):
+            table[clients] = rows
+
+    def _inner(self, these: Tensor, those: Tensor) -> Tensor:
+        """Inner products of the changes of some clients and others, float64 `[n, m]`; no product is written out."""
+        total = torch.zeros(len(these), len(those), dtype=torch.float64)
+        for left, right in zip(self.left, self.right, strict=True):
+            for row, client in zip(total, these, strict=True):
+                outer = torch.einsum("poi,mpoj->mpij", left[client], left[those])
+                row += (outer * torch.einsum("pia,mpja->mpij", right[client], right[those])).sum((1, 2, 3)).cpu()
+        return total
+
+    def _join_nearest_mean(self, probed: Tensor) -> None:
+        """Route clients to the cluster whose members' mean change is nearest to their own."""
+        known = self.trained_root & (self.member >= 0)
+        known[probed] = False
+        members = known.nonzero().squeeze(1)
+        share = F.one_hot(self.member[members]).double()
+        share /= share.sum(0)
+        lengths = (share * (self._inner(members, members) @ share)).sum(0)
+        self.member[probed] = (lengths - 2 * self._inner(probed, members) @ share).argmin(1)
 
     def _bases(self, clients: Tensor) -> Tensor:
         """Orthonormal bases `[n, P, out, r]` of what clients trained, over the projections of all banks."""

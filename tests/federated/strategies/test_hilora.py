@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hilora.federated.state import Models, State, Trained, stream
 from hilora.federated.strategies.fedit import FedIT
+from hilora.federated.strategies.grouping import Grouping
 from hilora.federated.strategies.hilora import HiLoRA
 from hilora.federated.work import Work
 from tests.federated.conftest import same
@@ -46,7 +47,10 @@ def train(clients: Tensor, models: Models, tier: str, seed: int = 0) -> Trained:
     noise = torch.stack(
         [torch.randn(PROJECTIONS, WIDTH, RANK, generator=stream(seed, "noise", int(c))) for c in clients]
     )
-    adapters = {"A0": start["A0"], "B0": start["B0"] + directions[GROUPS[clients]] + 0.1 * noise}
+    inputs = torch.randn(PROJECTIONS, RANK, WIDTH, generator=stream(0, "inputs"))
+    left, _, right = torch.linalg.svd(inputs @ start["A0"].mT)
+    pull = (directions[GROUPS[clients]] + 0.1 * noise) @ left @ right  # turns with A: B A gains the same in any basis
+    adapters = {"A0": start["A0"], "B0": start["B0"] + pull}
     number = clients.float()
     head = {"weight": head["weight"] + number.view(-1, 1, 1), "bias": head["bias"] + number.view(-1, 1)}
     return Trained(adapters, head, torch.full((len(clients),), 10), torch.ones(len(clients)))
@@ -176,6 +180,27 @@ def test_groups_may_come_from_elsewhere(groups: str) -> None:
     method.admit(UNSEEN, Grouped())
     if groups != "random":
         assert method.grouping.member[UNSEEN].tolist() == GROUPS[UNSEEN].tolist()
+
+
+def test_kmeans_compares_what_clients_change_of_the_product() -> None:
+    grouping = Grouping(run(groups="kmeans"), clients=3)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    A, B = drawn(1, 2, 2, 5), drawn(1, 2, 4, 2)
+    turn = torch.linalg.qr(drawn(2, 2)).Q
+    trained = {"A0": A + drawn(3, 2, 2, 5), "B0": B + drawn(3, 2, 4, 2)}
+    grouping.remember(torch.arange(2), {name: value[:2] for name, value in trained.items()}, {"A0": A, "B0": B})
+    turned = {"A0": turn.T @ A, "B0": B @ turn}  # the same root in another basis
+    grouping.remember(torch.tensor([2]), {"A0": turn.T @ trained["A0"][2:], "B0": trained["B0"][2:] @ turn}, turned)
+    change = (trained["B0"] @ trained["A0"] - B @ A).flatten(1)
+    everyone = torch.arange(3)
+    torch.testing.assert_close(grouping._inner(everyone, everyone), change @ change.T)
+    grouping.member = torch.tensor([0, 1, -1])
+    grouping.join(torch.tensor([2]))
+    assert grouping.member[2] == torch.cdist(change[2:], change[:2]).argmin()
 
 
 def test_true_groups_are_asked_for_where_there_are_none() -> None:
