@@ -119,6 +119,7 @@ def test_a_second_run_in_the_same_folder_loses_nothing(example: ModuleType, tmp_
 
 def interrupt(arguments: list[str], log: Path, rounds: int) -> tuple[str, str]:
     """Press Ctrl-C when the log has so many rounds; returns what was printed."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, and so inherited
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *arguments],
         stdout=subprocess.PIPE,
@@ -126,6 +127,7 @@ def interrupt(arguments: list[str], log: Path, rounds: int) -> tuple[str, str]:
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+    signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") >= rounds):
         time.sleep(0.05)  # no event tells a test that a file has grown
