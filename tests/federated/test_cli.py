@@ -119,7 +119,7 @@ def test_a_second_run_in_the_same_folder_loses_nothing(example: ModuleType, tmp_
 
 def interrupt(arguments: list[str], log: Path, rounds: int) -> tuple[str, str]:
     """Press Ctrl-C when the log has so many rounds; returns what was printed."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, and so inherited
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background suite inherits that it is ignored
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *arguments],
         stdout=subprocess.PIPE,
