@@ -53,7 +53,7 @@ class Strategy(ABC):
     tiers: ClassVar[tuple[str, ...]]
     own_tier: ClassVar[str] = "leaf"
     own_rates: ClassVar[str] = "leaf"
-    predicts_unseen: ClassVar[bool] = True
+    predicts_unseen: bool = True
     factors: ClassVar[str] = "AB"
     options: ClassVar[Mapping[str, float]] = {}
     kept: ClassVar[tuple[str, ...]]

@@ -8,27 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..state import Mix, Models, State, Table, Trained, one_for_all, put, size, stream
+from ..state import Mix, Models, State, Table, Trained, put, size, stream
 from ..work import Work
-from .base import Stage, Strategy, Traffic
+from .base import Stage, Traffic
+from .own_head import OwnHead
 
 
-class FedALT(Strategy):
+class FedALT(OwnHead):
     """`y = W0 x + α(x) B_L A_L x + (1 − α(x)) B_R A_R x`, with α a softmax gate of each token and projection.
 
     A client trains its L, its gate and its head, and uploads L; nothing overwrites them. R, frozen, is the mean of the
     other clients' A_L and of their B_L, as last uploaded.
 
-    Left open for ViTs, ours: the head is private, as the gate is. The gate is linear without a bias, as in the authors'
-    code. An unseen client's R is the mean over all seen clients; it has no head to predict with before it trains.
+    Left open for ViTs, ours: the head is private, as the gate is, unless `shared_head` says otherwise. The gate is
+    linear without a bias, as in the authors' code. An unseen client's R is the mean over all seen clients.
     """
 
     tiers = ("root", "leaf")
-    own_rates = "root"
-    predicts_unseen = False
     kept = ("leaf", "head", "seen")
 
     def start(self, head: State) -> None:
+        super().start(head)
         generator = stream(self.run.seed, "fresh adapters")
         self.leaf = self.fresh("leaf", self.clients, generator)
         for name in [name for name in self.leaf if name[0] == "A"]:
@@ -36,7 +36,6 @@ class FedALT(Strategy):
             bound = width**-0.5  # as nn.Linear starts
             gate = torch.empty(self.clients, projections, 2, width).uniform_(-bound, bound, generator=generator)
             self.leaf[f"gate{name[1:]}"] = gate.to(self.leaf[name])
-        self.head = one_for_all(head, torch.arange(self.clients)).taken()
         self.seen = torch.empty(0, dtype=torch.long)
 
     def begin(self, tier: str, seen: Tensor, work: Work) -> None:
@@ -65,11 +64,11 @@ class FedALT(Strategy):
 
     def aggregate(self, tier: str, clients: Tensor, trained: Trained) -> dict[str, Any]:
         put(self.leaf, clients, trained.adapters)
-        put(self.head, clients, trained.head)
+        self.keep_heads(clients, trained)
         return {}
 
     def traffic(self, tier: str) -> Traffic:
-        numbers = size(self.leaf, "A", "B")
+        numbers = size(self.leaf, "A", "B") + self.head_traffic()
         return Traffic(numbers, numbers)
 
     def tables(self) -> tuple[dict[str, State], dict[str, State]]:

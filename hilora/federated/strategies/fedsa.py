@@ -3,6 +3,7 @@ B is the client's own."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -11,15 +12,17 @@ from torch import Tensor
 from ..state import Models, State, Table, Trained, mean, put, size, stream
 from .base import Traffic
 from .local import LocalLoRA
+from .own_head import OwnHead
 
 
 class FedSALoRA(LocalLoRA):
     """Both factors are trained; A is averaged, B and the head stay with the client from round to round.
 
-    The head is private, as in the authors' configuration. All clients begin with one A. An unseen client has no B and
-    no head of its own, so it cannot predict before it trains.
+    The head is private, as in the authors' configuration, unless `shared_head` says otherwise. All clients begin with
+    one A, and an unseen client with a B of zeros.
     """
 
+    options: ClassVar[Mapping[str, float]] = OwnHead.options
     kept: ClassVar[tuple[str, ...]] = ("leaf", "head", "A")
 
     def start(self, head: State) -> None:
@@ -35,10 +38,11 @@ class FedSALoRA(LocalLoRA):
 
     def aggregate(self, tier: str, clients: Tensor, trained: Trained) -> dict[str, Any]:
         put(self.leaf, clients, {name: value for name, value in trained.adapters.items() if name[0] == "B"})
-        put(self.head, clients, trained.head)
+        self.keep_heads(clients, trained)
         if trained.images.sum() > 0:
             self.A = mean({name: value for name, value in trained.adapters.items() if name[0] == "A"}, trained.images)
         return {}
 
     def traffic(self, tier: str) -> Traffic:
-        return Traffic(size(self.A), size(self.A))
+        numbers = size(self.A) + self.head_traffic()
+        return Traffic(numbers, numbers)

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from ..state import Models, State, Table, Trained, one_for_all, put, stream
-from .base import Stage, Strategy, Traffic
+from ..state import Models, State, Table, Trained, put, stream
+from .base import Stage, Traffic
+from .own_head import OwnHead
 
 
-class LocalLoRA(Strategy):
+class LocalLoRA(OwnHead):
     """Training without a federation, at the rates that suit a start from nothing: the root's."""
 
     tiers = ("leaf",)
-    own_rates = "root"
-    predicts_unseen = False
+    options: ClassVar[Mapping[str, float]] = {}
     kept: ClassVar[tuple[str, ...]] = ("leaf", "head")
 
     def start(self, head: State) -> None:
+        super().start(head)
         self.leaf = self.fresh("leaf", self.clients, stream(self.run.seed, "fresh adapters"))
-        self.head = one_for_all(head, torch.arange(self.clients)).taken()
 
     def stages(self) -> list[Stage]:
         return [Stage("leaf", self.total_rounds(), rates="root")]
@@ -31,7 +31,7 @@ class LocalLoRA(Strategy):
 
     def aggregate(self, tier: str, clients: Tensor, trained: Trained) -> dict[str, Any]:
         put(self.leaf, clients, trained.adapters)
-        put(self.head, clients, trained.head)
+        self.keep_heads(clients, trained)
         return {}
 
     def traffic(self, tier: str) -> Traffic:

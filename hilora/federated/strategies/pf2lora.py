@@ -7,30 +7,28 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from ..cohort import Lower
 from ..settings import RunConfig
 from ..state import Models, State, Table, Trained, mean, one_for_all, put, size, stream
 from ..work import Work
-from .base import Stage, Strategy, Traffic
+from .base import Stage, Traffic
+from .own_head import OwnHead
 
 
-class PF2LoRA(Strategy):
+class PF2LoRA(OwnHead):
     """`W0 + B A + D C` with ranks r and 2. In each step the client's (C, D) takes a step of SGD with the rate `alpha`,
     and the common (A, B) one of AdamW with the exact gradient through that step; (A, B) is averaged.
 
-    Left open, ours: the head is private, as in FedSA-LoRA, and trained by AdamW beside (A, B), since plain SGD at a
-    rate that moves (C, D) overshoots there; both levels take their gradients from the same batch; (C, D) is scaled as
-    (A, B) is. An unseen client has no head to predict with before it trains; it trains (C, D) and the head by AdamW,
-    under the common adapter as it is.
+    Left open, ours: the head is private, as in FedSA-LoRA, unless `shared_head` says otherwise, and trained by AdamW
+    beside (A, B), since plain SGD at a rate that moves (C, D) overshoots there; both levels take their gradients from
+    the same batch; (C, D) is scaled as (A, B) is. An unseen client trains (C, D) and the head by AdamW, under the
+    common adapter as it is.
     """
 
     tiers = ("root", "leaf")
-    own_rates = "root"
-    predicts_unseen = False
-    options: ClassVar[Mapping[str, float]] = {"alpha": 0.01, "rank": 2}
+    options: ClassVar[Mapping[str, float]] = {**OwnHead.options, "alpha": 0.01, "rank": 2}
     kept = ("root", "leaf", "head")
 
     @classmethod
@@ -41,9 +39,9 @@ class PF2LoRA(Strategy):
         return replace(run, rank={**run.rank, "leaf": rank}, lora_alpha={**run.lora_alpha, "leaf": rank * scale})
 
     def start(self, head: State) -> None:
+        super().start(head)
         self.root = self.fresh("root", 1, stream(self.run.seed, "fresh adapters", 0))
         self.leaf = self.fresh("leaf", self.clients, stream(self.run.seed, "fresh adapters", 1))
-        self.head = one_for_all(head, torch.arange(self.clients)).taken()
 
     def stages(self) -> list[Stage]:
         return [Stage("leaf", self.total_rounds(), "root")]
@@ -59,10 +57,11 @@ class PF2LoRA(Strategy):
 
     def aggregate(self, tier: str, clients: Tensor, trained: Trained) -> dict[str, Any]:
         put(self.leaf, clients, trained.lower)
-        put(self.head, clients, trained.head)
+        self.keep_heads(clients, trained)
         if trained.images.sum() > 0:
             self.root = mean(trained.adapters, trained.images)
         return {}
 
     def traffic(self, tier: str) -> Traffic:
-        return Traffic(size(self.root), size(self.root))
+        numbers = size(self.root) + self.head_traffic()
+        return Traffic(numbers, numbers)

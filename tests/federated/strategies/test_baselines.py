@@ -188,6 +188,22 @@ def test_fedalt_never_overwrites_a_client_and_freezes_the_mean_of_the_others() -
     assert set(adapters) == {"root", "leaf"}
 
 
+@pytest.mark.parametrize("name", ["fedsa-lora", "pf2lora", "fedalt"])
+def test_heads_may_be_shared(name: str) -> None:
+    alone, method = make(name), make(name, options={"shared_head": 1})
+    one_round(method)
+    everywhere(method.models(ALL).head.taken()["bias"], MEAN)
+    method.round(method.stages()[0], torch.tensor([0, 1]), ByHand())
+    everywhere(method.models(ALL).head.taken()["bias"], MEAN + 1.5)
+    assert (alone.predicts_unseen, method.predicts_unseen) == (False, True)
+    numbers = sum(value[0].numel() for value in method.head.values())
+    assert [more - less for more, less in zip(method.traffic("leaf"), alone.traffic("leaf"), strict=True)] == [
+        numbers
+    ] * 2
+    with pytest.raises(ValueError, match="shared_head"):
+        make("local-lora", options={"shared_head": 1})
+
+
 class Counted(ByHand):
     """With the numbers of images that FDLoRA's first mean weighs by."""
 
