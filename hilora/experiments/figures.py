@@ -45,11 +45,11 @@ def plot_accuracies(cells: Sequence[Cell], path: Path) -> bool:
 
 
 def plot_differences(cells: Sequence[Cell], compare: Cell, path: Path) -> bool:
-    """Every client's accuracy less its accuracy under the method compared with, and the mean difference."""
+    """Every client's accuracy minus its accuracy under the method compared with, and the mean difference."""
     shown = [cell for cell in cells if cell is not compare and cell.less(compare)[1] is not None]
     if not shown:
         return False
-    figure, axes = _rows(shown, f"accuracy less that of {compare.method.label}, points")
+    figure, axes = _rows(shown, f"accuracy minus that of {compare.method.label}, points")
     draws = np.random.default_rng(0)
     for place, cell in enumerate(shown):
         by_seed, found = cell.less(compare)

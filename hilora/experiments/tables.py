@@ -21,7 +21,7 @@ def accuracy_table(cells: Sequence[Cell], compare: Cell) -> Table:
         "method": _label,
         "runs": _runs,
         "accuracy": lambda cell: _percent(cell.over_seeds("final", "mean")),
-        f"less {compare.method.label} [95 %]": lambda cell: NONE if cell is compare else _difference(cell, compare),
+        f"minus {compare.method.label} [95 %]": lambda cell: NONE if cell is compare else _difference(cell, compare),
         "by seed": lambda cell: NONE if cell is compare else _differences(cell, compare),
         "tail": lambda cell: _percent(cell.over_seeds("final", "tail")),
         "std over clients": lambda cell: _percent(cell.over_seeds("final", "std")),

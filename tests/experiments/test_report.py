@@ -88,7 +88,7 @@ def test_the_table_of_accuracies(cells: list[list[Cell]]) -> None:
     assert [row.reference for row in table.rows] == [False, False, True]
     assert column(table, "runs") == ["2/2", "1/2", "2/2"]
     assert column(table, "accuracy") == ["51.0 ± 1.4", "25.0", "76.0 ± 1.4"]
-    assert column(table, "less HiLoRA [95 %]") == ["–", "−25.0 [−25.0, −25.0]", "+25.0 [+25.0, +25.0]"]
+    assert column(table, "minus HiLoRA [95 %]") == ["–", "−25.0 [−25.0, −25.0]", "+25.0 [+25.0, +25.0]"]
     assert column(table, "by seed") == ["–", "0: −25.0", "0: +25.0, 1: +25.0"]
     assert column(table, "K") == ["5", "–", "–"]  # once, where all seeds agree
     assert column(table, "ARI") == ["0: 1.00, 1: 0.75", "–", "–"]
@@ -112,7 +112,7 @@ def test_without_clients_the_difference_is_that_of_the_means(experiment: Experim
         for job in final_jobs(experiment, ledger, setting, experiment.methods[name]):
             ledger.append(line(job, test=test))
     mixed = collect(experiment, ledger)[1]
-    assert column(accuracy_table(mixed, mixed[0]), "less HiLoRA [95 %]")[1] == "−12.5"
+    assert column(accuracy_table(mixed, mixed[0]), "minus HiLoRA [95 %]")[1] == "−12.5"
 
 
 def runs(experiment: Experiment, ledger: Ledger, name: str) -> list[Job]:
@@ -134,7 +134,7 @@ def test_a_difference_of_fewer_seeds_is_marked_where_the_row_compared_with_lacks
     groups = collect(experiment, ledger)[0]
     table = accuracy_table(groups, groups[0])
     assert column(table, "method") == ["HiLoRA†", "fedit", "given†"]
-    assert column(table, "less HiLoRA [95 %]") == ["–", "−25.0†", "–"]
+    assert column(table, "minus HiLoRA [95 %]") == ["–", "−25.0†", "–"]
     assert column(table, "by seed") == ["–", "1: −25.0", "–"]
     assert column(table, "K") == ["1: 5", "–", "–"]  # not all seeds have one
     markdown, _ = write_report(experiment, ledger, tmp_path / "out")
