@@ -16,8 +16,6 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 
 types: .venv/installed
-	mkdir -p build/types/hilora
-	ln -sfn ../../../kernels build/types/hilora/kernels  # mypy does not know that setup.py calls kernels/ hilora.kernels
 	$(BIN)/mypy
 
 bench: .venv/installed

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 CORE = ["torch>=2.11", "numpy>=1.26", "safetensors>=0.4.3", "scipy>=1.11", "scikit-learn>=1.4"]
 FEDERATED = ["timm>=1.0.15", "matplotlib>=3.8", "pillow>=10", "tqdm>=4.66"]
@@ -23,9 +23,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["hilora", "hilora.experiments", "hilora.federated", "hilora.federated.strategies", "hilora.kernels"],
-    package_dir={"hilora": "hilora", "hilora.kernels": "kernels"},
-    package_data={"hilora": ["py.typed"], "hilora.federated": ["assets/*.safetensors"], "hilora.kernels": ["py.typed"]},
+    packages=find_packages(include=["hilora", "hilora.*"]),
+    package_data={"hilora": ["py.typed", "**/*.safetensors"]},
     install_requires=CORE,
     extras_require={"federated": FEDERATED, "dev": FEDERATED + DEV + CHECKS},
 )

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.figures import FROZEN, OURS, Comparison, Device
 from benchmarks.shapes import Layer, layers
-from hilora.federated.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
+from hilora.reporting.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 
 COLOURS = {
     OURS: BLUE,

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import shapes
 from benchmarks.ledger import RESULTS, Ledger
 from benchmarks.timing import DEVICE
-from hilora.federated.backbone import tune_for_cpu
+from hilora.models.backbone import tune_for_cpu
 
 SHAPES: dict[str, Callable[[str], Sequence[tuple[object, ...]]]] = {
     "test_layer": shapes.layers,

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.shapes import Round
-from hilora.federated.backbone import Backbone
-from hilora.federated.cohort import Cohort
-from hilora.federated.data import ImageSet
+from hilora.federated.data.images import ImageSet
+from hilora.federated.engine.batched import Cohort
+from hilora.federated.engine.state import Models, State, Table, stream
 from hilora.federated.settings import TIERS, RunConfig
-from hilora.federated.state import Models, State, Table, stream
+from hilora.models.backbone import Backbone
 
 
 class Federation:

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 import hilora
 from benchmarks.shapes import Layer
 from benchmarks.timing import DEVICE
+from hilora.adapters.injection import banks
 from hilora.federated.settings import TIERS
-from hilora.inject import banks
 from hilora.kernels import dispatch
 
 SCALE = 2.0

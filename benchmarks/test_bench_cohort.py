@@ -13,7 +13,7 @@ from benchmarks.ledger import Ledger
 from benchmarks.shapes import Round
 from benchmarks.test_bench_round import BF16, FP32, ours
 from benchmarks.timing import DEVICE
-from hilora.federated.capacity import quick_dtype
+from hilora.federated.engine.device import quick_dtype
 
 
 def test_cohort(benchmark: Any, ledger: Ledger, shape: Round) -> None:

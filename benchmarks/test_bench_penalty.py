@@ -17,8 +17,8 @@ from benchmarks.ledger import Ledger
 from benchmarks.rivals import Separate, forced
 from benchmarks.shapes import Penalty
 from benchmarks.timing import DEVICE
+from hilora.adapters.injection import banks
 from hilora.federated.settings import TIERS
-from hilora.inject import banks
 
 GAMMA = 0.1
 

@@ -21,8 +21,8 @@ from benchmarks.ledger import Ledger
 from benchmarks.peers.peft_loop import PeftLoop
 from benchmarks.shapes import Round
 from benchmarks.timing import DEVICE
-from hilora.federated.capacity import quick_dtype
-from hilora.federated.cohort import Task
+from hilora.federated.engine.batched import Task
+from hilora.federated.engine.device import quick_dtype
 
 # AdamW's first steps are signs of gradients, however small these are. An update left out is off by 1, another by 1.4.
 FP32, BF16 = 5e-2, 0.8

@@ -20,13 +20,13 @@ from benchmarks.ledger import device_name
 from benchmarks.peers.peft_loop import PeftLoop
 from benchmarks.shapes import Round
 from benchmarks.timing import DEVICE
-from hilora.federated.backbone import load_backbone, tune_for_cpu
-from hilora.federated.capacity import quick_dtype
-from hilora.federated.cohort import Task
-from hilora.federated.metrics import summarise
-from hilora.federated.partition import partition
-from hilora.federated.readers import read_images
-from hilora.federated.state import Models, Trained
+from hilora.federated.data.partition import partition
+from hilora.federated.data.readers import read_images
+from hilora.federated.engine.batched import Task
+from hilora.federated.engine.device import quick_dtype
+from hilora.federated.engine.state import Models, Trained
+from hilora.models.backbone import load_backbone, tune_for_cpu
+from hilora.reporting.metrics import summarise
 
 MODEL = "deit_tiny_patch16_224"
 Fit = Callable[[Models, int], Trained]

@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hilora.federated.backbone import GLYPH_VIT
-from hilora.federated.cli import divide, new_parser, parse, run
-from hilora.federated.data import ImageSet
-from hilora.federated.partition import Population
-from hilora.federated.readers import download_cifar100, read_images
+from hilora.cli.train import divide, new_parser, parse, run
+from hilora.federated.data.images import ImageSet
+from hilora.federated.data.partition import Population
+from hilora.federated.data.readers import download_cifar100, read_images
+from hilora.models.backbone import GLYPH_VIT
 
 # What suits glyphs and the small ViT, in place of what suits real images and a pretrained ViT.
 GLYPHS: dict[str, Any] = {
@@ -47,7 +47,7 @@ def check(args: argparse.Namespace) -> None:
 
 def load(args: argparse.Namespace, size: int) -> tuple[ImageSet, ImageSet, Population]:
     if args.data_dir is None:
-        from hilora.federated.glyphs import load_glyphs
+        from hilora.federated.data.glyphs import load_glyphs
 
         train, test = load_glyphs(args.seed)
     else:

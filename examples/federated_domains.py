@@ -13,10 +13,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from hilora.federated.cli import divide, new_parser, parse, run
-from hilora.federated.data import ImageSet
-from hilora.federated.partition import Population
-from hilora.federated.readers import read_domains
+from hilora.cli.train import divide, new_parser, parse, run
+from hilora.federated.data.images import ImageSet
+from hilora.federated.data.partition import Population
+from hilora.federated.data.readers import read_domains
 
 
 def add_data(data: argparse._ArgumentGroup) -> None:

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hilora.federated.data import ImageSet
-from hilora.federated.glyphs import PRETRAINING_SCRIPTS, new_glyph_vit, pretraining_glyphs
+from hilora.federated.data.glyphs import PRETRAINING_SCRIPTS, new_glyph_vit, pretraining_glyphs
+from hilora.federated.data.images import ImageSet
 
 BATCH_SIZE = 64
 

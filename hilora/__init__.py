@@ -1,14 +1,14 @@
 """Hierarchical low-rank adaptation (HiLoRA) of Vision Transformers for many clients at once."""
 
-from . import aggregation, clustering, kernels
-from .bank import AdapterBank
-from .callcheck import UncalledLayerError
-from .config import HiLoRAConfig
-from .inject import inject, set_active_tier, set_slots
-from .layers import TieredLoRALinear
-from .merging import merge, unload, unmerge
-from .orthogonality import orthogonality_penalty
-from .saving import load_adapters, save_adapters
+from hilora import aggregation, clustering, kernels
+from hilora.adapters.bank import AdapterBank
+from hilora.adapters.callcheck import UncalledLayerError
+from hilora.adapters.config import HiLoRAConfig
+from hilora.adapters.injection import inject, set_active_tier, set_slots
+from hilora.adapters.io.native import load_adapters, save_adapters
+from hilora.adapters.layers import TieredLoRALinear
+from hilora.adapters.merging import merge, unload, unmerge
+from hilora.adapters.orthogonality import orthogonality_penalty
 
 __all__ = [
     "AdapterBank",

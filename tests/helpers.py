@@ -10,8 +10,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import hilora
-from hilora.bank import AdapterBank
-from hilora.inject import banks
+from hilora.adapters.bank import AdapterBank
+from hilora.adapters.injection import banks
 
 TIERS = ("root", "cluster", "leaf")
 CONFIG = hilora.HiLoRAConfig(r={"root": 3, "cluster": 2, "leaf": 1}, lora_alpha={"root": 6, "cluster": 2, "leaf": 2})

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 USE = """
 import torch, hilora, hilora.kernels
-from hilora.federated.backbone import load_backbone
+from hilora.models.backbone import load_backbone
 from torch import nn
 assert hilora.__file__.startswith({site!r}), hilora.__file__
 assert hilora.kernels.__file__.startswith({site!r}), hilora.kernels.__file__
@@ -35,7 +35,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     for name in filter(None, names):  # a copy, so that the build leaves nothing in the tree
         (source / name).parent.mkdir(parents=True, exist_ok=True)
-        (source / name).write_bytes((ROOT / name).read_bytes())
+        if (ROOT / name).is_symlink():
+            (source / name).symlink_to((ROOT / name).readlink())
+        else:
+            (source / name).write_bytes((ROOT / name).read_bytes())
     pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(source))
     return next(folder.glob("hilora-*.whl"))
 
@@ -49,8 +52,8 @@ def test_the_wheel_has_every_module_and_no_more(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if name.startswith("hilora/")}
     modules = {f"hilora/{path.relative_to(ROOT / 'hilora')}" for path in (ROOT / "hilora").rglob("*.py")}
-    modules |= {f"hilora/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
-    extra = {"hilora/py.typed", "hilora/kernels/py.typed", "hilora/federated/assets/glyph_vit.safetensors"}
+    modules |= {f"hilora/kernels/{path.relative_to(ROOT / 'kernels')}" for path in (ROOT / "kernels").rglob("*.py")}
+    extra = {"hilora/py.typed", "hilora/kernels/py.typed", "hilora/models/assets/glyph_vit.safetensors"}
     assert packed == modules | extra
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from benchmarks.federation import Federation
 from benchmarks.peers.peft_loop import PeftLoop
 from benchmarks.shapes import Round
+from hilora.federated.engine.state import Table
 from hilora.federated.settings import TIERS
-from hilora.federated.state import Table
 
 client_app = ClientApp()
 

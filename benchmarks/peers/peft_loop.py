@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from benchmarks.federation import Federation
-from hilora.federated.backbone import Backbone
-from hilora.federated.data import ImageSet
+from hilora.federated.data.images import ImageSet
+from hilora.federated.engine.state import Models, State
 from hilora.federated.settings import TIERS
-from hilora.federated.state import Models, State
+from hilora.models.backbone import Backbone
 
 
 class Images(Dataset[tuple[Tensor, Tensor]]):

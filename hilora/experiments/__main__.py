@@ -21,7 +21,7 @@ from hilora.experiments.inputs import Inputs, check_files
 from hilora.experiments.ledger import Ledger
 from hilora.experiments.runner import Pair, Runner, shard
 from hilora.experiments.spec import Experiment, read_experiment
-from hilora.federated.backbone import tune_for_cpu
+from hilora.models.backbone import tune_for_cpu
 
 
 def part(text: str) -> tuple[int, int]:

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from hilora.experiments.cells import Cell
 from hilora.experiments.statistics import Interval
-from hilora.federated.metrics import write_bytes
-from hilora.federated.plots import BLUE, GREY, ORANGE, VERMILION
+from hilora.reporting.metrics import write_bytes
+from hilora.reporting.plots import BLUE, GREY, ORANGE, VERMILION
 
 MOST_POINTS = 400  # of a row's clients in a plot; more would be a blot
 

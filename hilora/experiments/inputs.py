@@ -13,11 +13,11 @@ import torch
 
 import hilora
 from hilora.experiments.spec import DOMAINS, Model, Setting
-from hilora.federated.backbone import Backbone, load_backbone
-from hilora.federated.capacity import quick_dtype
-from hilora.federated.data import ImageSet
-from hilora.federated.glyphs import load_glyphs
-from hilora.federated.readers import read_domains, read_images
+from hilora.federated.data.glyphs import load_glyphs
+from hilora.federated.data.images import ImageSet
+from hilora.federated.data.readers import read_domains, read_images
+from hilora.federated.engine.device import quick_dtype
+from hilora.models.backbone import Backbone, load_backbone
 
 GLYPHS = "glyphs"
 DATA_SEED = 0  # of a split that a folder does not have: the images are the same for all seeds of an experiment

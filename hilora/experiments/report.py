@@ -11,8 +11,8 @@ from hilora.experiments.document import Block, Code, Heading, Paragraph, Picture
 from hilora.experiments.ledger import Ledger
 from hilora.experiments.records import Line
 from hilora.experiments.spec import ARGUMENTS, Experiment, Setting, Tuning
-from hilora.federated.metrics import write_bytes
-from hilora.federated.report import GLYPHS
+from hilora.reporting.metrics import write_bytes
+from hilora.reporting.run import GLYPHS
 
 LEGEND = (
     "Accuracies in %: the mean over the clients' own test images at the end, then mean ± standard deviation over seeds "

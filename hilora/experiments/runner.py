@@ -20,9 +20,9 @@ from hilora.experiments.plan import FINAL, TUNING, Job, choose, final_jobs, tuni
 from hilora.experiments.records import DIVERGED
 from hilora.experiments.results import results
 from hilora.experiments.spec import Experiment, Method, Setting
-from hilora.federated.partition import partition
+from hilora.federated.data.partition import partition
+from hilora.federated.engine.work import Diverged
 from hilora.federated.simulation import Simulation
-from hilora.federated.work import Diverged
 
 Pair = tuple[Setting, Method]
 HEAVY = ("checkpoint.pt", "adapters.safetensors", "heads.safetensors")  # not kept of a finished run

@@ -21,7 +21,7 @@ from hilora.experiments.checks import (
     tables,
     text,
 )
-from hilora.federated.partition import ALPHA, partition
+from hilora.federated.data.partition import ALPHA, partition
 from hilora.federated.settings import RunConfig
 from hilora.federated.strategies import STRATEGIES
 

@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..saving import save_adapters, write_tensors
-from .backbone import Backbone
-from .checkpoint import load_checkpoint, save_checkpoint, uninterrupted
-from .cohort import Cohort
-from .data import ImageSet
-from .diagnostics import diagnose
-from .metrics import MetricsLog, summarise, write_json
-from .partition import Population
-from .predictor import Scores
-from .report import Progress, write_report
-from .results import clusters
-from .settings import RunConfig
-from .state import Models, stream
-from .strategies import STRATEGIES, Stage
-from .work import Work
+from hilora.adapters.io.native import save_adapters, write_tensors
+from hilora.federated.callbacks.checkpoint import load_checkpoint, save_checkpoint, uninterrupted
+from hilora.federated.callbacks.diagnostics import diagnose
+from hilora.federated.callbacks.results import clusters
+from hilora.federated.data.images import ImageSet
+from hilora.federated.data.partition import Population
+from hilora.federated.engine.batched import Cohort
+from hilora.federated.engine.predictor import Scores
+from hilora.federated.engine.state import Models, stream
+from hilora.federated.engine.work import Work
+from hilora.federated.settings import RunConfig
+from hilora.federated.strategies import STRATEGIES, Stage
+from hilora.models.backbone import Backbone
+from hilora.reporting.metrics import MetricsLog, summarise, write_json
+from hilora.reporting.run import Progress, write_report
 
 NOT_MEASURED = summarise(torch.empty(0))
 PROGRESS = (

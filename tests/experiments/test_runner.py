@@ -17,8 +17,8 @@ from hilora.experiments.records import DIVERGED
 from hilora.experiments.results import KEPT
 from hilora.experiments.runner import Runner, claimed, shard
 from hilora.experiments.spec import Experiment, Model
-from hilora.federated.report import Progress
 from hilora.federated.simulation import Simulation
+from hilora.reporting.run import Progress
 from tests.experiments.conftest import GRID, GRIDS, Write, line
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import hilora
-from hilora.federated.backbone import Backbone
-from hilora.federated.checkpoint import save_checkpoint
-from hilora.federated.results import set_aside
+from hilora.federated.callbacks.checkpoint import save_checkpoint
+from hilora.federated.callbacks.results import set_aside
 from hilora.federated.simulation import Simulation
 from hilora.federated.strategies import STRATEGIES
+from hilora.models.backbone import Backbone
 from tests.federated.conftest import Simulate, same, squares
 
 FILES = {"summary.json", "metrics.jsonl", "accuracy.png", "clusters.png", "classes.png", "adapters.safetensors"}
@@ -200,7 +200,7 @@ def test_resuming_another_run_is_refused(simulate: Simulate, tmp_path: Path) -> 
 def test_saved_adapters_and_heads_predict_as_the_run_did(
     simulate: Simulate, backbone: Backbone, tmp_path: Path
 ) -> None:
-    from hilora.saving import read_tensors
+    from hilora.adapters.io.native import read_tensors
 
     simulation = simulate()
     simulation.run()

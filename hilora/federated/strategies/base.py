@@ -10,10 +10,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ...clustering import Clustering
-from ..settings import RunConfig
-from ..state import Models, State, Trained
-from ..work import Work
+from hilora.algorithms.clustering import Clustering
+from hilora.federated.engine.state import Models, State, Trained
+from hilora.federated.engine.work import Work
+from hilora.federated.settings import RunConfig
 
 Fresh = Callable[[str, int, torch.Generator], State]
 """New adapters, without effect as yet: (tier, how many, random stream) → `[how many, ...]`."""

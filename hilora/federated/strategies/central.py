@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..work import Work
-from .base import Stage, Traffic
-from .fedit import FedIT
+from hilora.federated.engine.work import Work
+from hilora.federated.strategies.base import Stage, Traffic
+from hilora.federated.strategies.fedit import FedIT
 
 
 class Central(FedIT):

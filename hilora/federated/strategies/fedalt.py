@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..state import Mix, Models, State, Table, Trained, put, size, stream
-from ..work import Work
-from .base import Stage, Traffic
-from .own_head import OwnHead
+from hilora.federated.engine.state import Mix, Models, State, Table, Trained, put, size, stream
+from hilora.federated.engine.work import Work
+from hilora.federated.strategies.base import Stage, Traffic
+from hilora.federated.strategies.own_head import OwnHead
 
 
 class FedALT(OwnHead):

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..state import Models, State, Trained, mean, one_for_all, size, stream
-from .base import Stage, Strategy, Traffic
+from hilora.federated.engine.state import Models, State, Trained, mean, one_for_all, size, stream
+from hilora.federated.strategies.base import Stage, Strategy, Traffic
 
 
 class FedIT(Strategy):

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..state import Models, State, Table, Trained, mean, put, size, stream
-from .base import Traffic
-from .local import LocalLoRA
-from .own_head import OwnHead
+from hilora.federated.engine.state import Models, State, Table, Trained, mean, put, size, stream
+from hilora.federated.strategies.base import Traffic
+from hilora.federated.strategies.local import LocalLoRA
+from hilora.federated.strategies.own_head import OwnHead
 
 
 class FedSALoRA(LocalLoRA):

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..state import Trained, size
-from .base import Traffic
-from .fedit import FedIT
+from hilora.federated.engine.state import Trained, size
+from hilora.federated.strategies.base import Traffic
+from hilora.federated.strategies.fedit import FedIT
 
 
 class FFALoRA(FedIT):

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ...aggregation import product_space_mean
-from ..state import Trained, factors, mean
-from .fedit import FedIT
+from hilora.algorithms.aggregation import product_space_mean
+from hilora.federated.engine.state import Trained, factors, mean
+from hilora.federated.strategies.fedit import FedIT
 
 
 class FlexLoRA(FedIT):

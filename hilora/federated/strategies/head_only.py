@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..settings import RunConfig
-from ..state import Models, State, Table, Trained, one_for_all, size
-from ..work import Work
-from .base import Stage, Traffic
-from .hilora import HiLoRA
+from hilora.federated.engine.state import Models, State, Table, Trained, one_for_all, size
+from hilora.federated.engine.work import Work
+from hilora.federated.settings import RunConfig
+from hilora.federated.strategies.base import Stage, Traffic
+from hilora.federated.strategies.hilora import HiLoRA
 
 
 class HeadOnly(HiLoRA):

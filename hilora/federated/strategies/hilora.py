@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import kernels
-from ...aggregation import product_space_mean, relative_change
-from ...clustering import Clustering
-from ..settings import RunConfig
-from ..state import Models, State, Table, Trained, factors, mean, one_for_all, put, size, stream
-from ..work import Work
-from . import grouping
-from .base import Stage, Strategy, Traffic
+from hilora import kernels
+from hilora.algorithms.aggregation import product_space_mean, relative_change
+from hilora.algorithms.clustering import Clustering
+from hilora.federated.engine.state import Models, State, Table, Trained, factors, mean, one_for_all, put, size, stream
+from hilora.federated.engine.work import Work
+from hilora.federated.grouping import grouping
+from hilora.federated.settings import RunConfig
+from hilora.federated.strategies.base import Stage, Strategy, Traffic
 
 
 class HiLoRA(Strategy):

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..state import Models, State, Table, Trained, mean, put, size, stream
-from ..work import Work
-from .base import Stage, Strategy, Traffic
+from hilora.federated.engine.state import Models, State, Table, Trained, mean, put, size, stream
+from hilora.federated.engine.work import Work
+from hilora.federated.strategies.base import Stage, Strategy, Traffic
 
 
 class IFCA(Strategy):

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..state import Models, State, Table, Trained, put, stream
-from .base import Stage, Traffic
-from .own_head import OwnHead
+from hilora.federated.engine.state import Models, State, Table, Trained, put, stream
+from hilora.federated.strategies.base import Stage, Traffic
+from hilora.federated.strategies.own_head import OwnHead
 
 
 class LocalLoRA(OwnHead):

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..state import State, Trained, mean, one_for_all, put, size
-from .base import Strategy
+from hilora.federated.engine.state import State, Trained, mean, one_for_all, put, size
+from hilora.federated.strategies.base import Strategy
 
 
 class OwnHead(Strategy):

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..cohort import Lower
-from ..settings import RunConfig
-from ..state import Models, State, Table, Trained, mean, one_for_all, put, size, stream
-from ..work import Work
-from .base import Stage, Traffic
-from .own_head import OwnHead
+from hilora.federated.engine.batched import Lower
+from hilora.federated.engine.state import Models, State, Table, Trained, mean, one_for_all, put, size, stream
+from hilora.federated.engine.work import Work
+from hilora.federated.settings import RunConfig
+from hilora.federated.strategies.base import Stage, Traffic
+from hilora.federated.strategies.own_head import OwnHead
 
 
 class PF2LoRA(OwnHead):

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hilora.federated.predictor import Scores
+from hilora.federated.engine.predictor import Scores
+from hilora.federated.engine.state import Models, State, Trained
+from hilora.federated.engine.work import Work
 from hilora.federated.settings import RunConfig
-from hilora.federated.state import Models, State, Trained
 from hilora.federated.strategies import STRATEGIES, Strategy
-from hilora.federated.work import Work
 
 CLIENTS, PROJECTIONS, WIDTH, RANK = 8, 3, 20, 2
 GROUPS = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1])  # the last two are unseen

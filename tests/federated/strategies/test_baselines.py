@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hilora.federated.state import State
+from hilora.federated.engine.state import State
 from hilora.federated.strategies import STRATEGIES
 from hilora.federated.strategies.base import Stage
 from tests.federated.conftest import same

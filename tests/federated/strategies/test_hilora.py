@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hilora.federated.state import Models, State, Trained, stream
+from hilora.federated.engine.state import Models, State, Trained, stream
+from hilora.federated.engine.work import Work
+from hilora.federated.grouping.grouping import Grouping
 from hilora.federated.strategies.fedit import FedIT
-from hilora.federated.strategies.grouping import Grouping
 from hilora.federated.strategies.hilora import HiLoRA
-from hilora.federated.work import Work
 from tests.federated.conftest import same
 from tests.federated.strategies.by_hand import (
     CLIENTS,

@@ -1,0 +1,173 @@
+"""Adapters in safetensors files: all tiers, the config, and the classifier head if it was trained."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hilora.adapters.bank import AdapterBank
+from hilora.adapters.config import HiLoRAConfig
+from hilora.adapters.injection import FRESH_HEAD, banks, has_adapters, head_parameters, inject, restored_on_error
+
+FORMAT = "hilora-1"
+
+
+def save_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the adapters of all tiers, their config, and the head if it was trained, whole or not at all.
+
+    Raises:
+        ValueError: if the model has no adapters, or an adapter is not finite.
+    """
+    tensors: dict[str, Tensor] = {}
+    found = banks(model)
+    for index, bank in enumerate(found):
+        for tier in bank.tiers:
+            tensors[f"{index}.{tier}.lora_A"] = bank.A[tier]
+            tensors[f"{index}.{tier}.lora_B"] = bank.B[tier]
+    fresh = model.__dict__.get(FRESH_HEAD, {})
+    head = head_parameters(model)
+    if any(name not in fresh or not torch.equal(value.cpu(), fresh[name].cpu()) for name, value in head.items()):
+        tensors |= {f"head.{name}": value for name, value in head.items()}
+    configs = [bank.config.to_dict() for bank in found]
+    described: dict[str, Any] = {"config": configs[0], "projections": [bank.names for bank in found]}
+    if any(config != configs[0] for config in configs):  # single layers, each with its own
+        described["configs"] = configs
+    write_tensors(path, tensors, described)
+
+
+def load_adapters(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Read adapters into a model that has the same ones, or into a plain model, which is injected as the file says.
+
+    Args:
+        model: a model with adapters, or without.
+        path: a file of `save_adapters`.
+
+    Returns:
+        The model, changed in place; or not at all, if there is an error.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for a corrupt or foreign file, one that is not finite, or one that does not fit the model.
+    """
+    tensors, described = read_tensors(path)
+    try:
+        projections = [tuple(str(name) for name in names) for names in described["projections"]]
+        each = described.get("configs", [described["config"]] * len(projections))
+        configs = [HiLoRAConfig.from_dict(config) for config in each]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not describe adapters: {error!r}") from error
+    if not 0 < len(projections) == len(configs):
+        raise ValueError(f"{path} does not describe adapters: {len(configs)} configs for {len(projections)} banks")
+    head = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
+    own_head = head_parameters(model)
+    shapes, own_shapes = ({name: tuple(p.shape) for name, p in some.items()} for some in (head, own_head))
+    if head and shapes != own_shapes:
+        raise ValueError(f"{path} has a head {shapes}, the model {own_shapes}")
+    plain = not has_adapters(model)
+    with restored_on_error(model) if plain else nullcontext():
+        if plain:
+            if ("",) in projections:
+                raise ValueError(f"{path} is of single layers: wrap these in hilora.TieredLoRALinear, then load it")
+            inject(model, configs[0])
+        tables = _tables(banks(model), configs, projections, tensors, path)
+    for bank, tier, A, B in tables:
+        bank.assign(tier, A, B)
+    with torch.no_grad():
+        for name, value in head.items():
+            own_head[name].copy_(value)
+    return model
+
+
+def _tables(
+    found: list[AdapterBank],
+    configs: list[HiLoRAConfig],
+    names: list[tuple[str, ...]],
+    tensors: dict[str, Tensor],
+    path: Any,
+) -> list[tuple[AdapterBank, str, Tensor, Tensor]]:
+    """What to put into which bank and tier, once all of it is seen to fit."""
+    own = [bank.names for bank in found]
+    if own != names:
+        raise ValueError(f"{path} adapts other projections than the model: {_some(names)}, not {_some(own)}")
+    for config, bank in zip(configs, found, strict=True):
+        if _shape(config) != _shape(bank.config):
+            raise ValueError(f"{path} has tiers (rank, scale) {_shape(config)}, the model {_shape(bank.config)}")
+    tables = []
+    for index, bank in enumerate(found):
+        for tier in bank.tiers:
+            A, B = tensors.get(f"{index}.{tier}.lora_A"), tensors.get(f"{index}.{tier}.lora_B")
+            if A is None or B is None:
+                raise ValueError(f"{path} lacks the adapters of tier {tier!r}")
+            bank.check(tier, A, B)
+            slot = bank.slots[tier]
+            if slot is not None and int(slot.max()) >= A.shape[1]:
+                raise ValueError(
+                    f"the model's slots use adapter {int(slot.max())} of tier {tier!r}, {path} has {A.shape[1]}: "
+                    f"choose others by hilora.set_slots, or none, set_slots(model, {tier}=None)"
+                )
+            tables.append((bank, tier, A.to(bank.A[tier]), B.to(bank.B[tier])))
+    return tables
+
+
+def _shape(config: HiLoRAConfig) -> dict[str, tuple[int, float]]:
+    return {tier: (config.rank(tier), config.scale(tier)) for tier in config.tiers}
+
+
+def _some(names: Any) -> str:
+    flat = [name for group in names for name in group]
+    return ", ".join(flat[:2]) + f"… ({len(flat)})"
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], described: dict[str, Any]) -> None:
+    """Write tensors and a description (JSON values) to a safetensors file, whole or not at all.
+
+    Raises:
+        ValueError: if a tensor is not finite.
+    """
+    _check_finite(tensors, f"nothing is saved to {path}")
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    partial = Path(f"{path}.part")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save_file(plain, partial, {"format": FORMAT, "hilora": json.dumps(described)})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_tensors` wrote.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for a corrupt or foreign file, or one that is not finite.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file of adapters at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(
+                    f"{path} is no file of hilora's: its format is {metadata.get('format')!r}, not {FORMAT!r}"
+                )
+            described = json.loads(metadata["hilora"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    _check_finite(tensors, f"{path} is not read")
+    return tensors, described
+
+
+def _check_finite(tensors: dict[str, Tensor], consequence: str) -> None:
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{name} is not finite: {consequence}")

@@ -1,0 +1,65 @@
+"""What the paper's Theorem 1 bounds a client's excess risk by, measured at the end of each stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hilora import kernels
+from hilora.federated.engine.state import Models, factors
+
+
+def diagnose(loss: Tensor, models: Models, counts: Tensor, member: Tensor | None) -> dict[str, Any]:
+    """The three terms for the models of n clients.
+
+    Args:
+        loss: `[n]`, each client's mean cross entropy on its training images; NaN where it has none.
+        models: of these clients.
+        counts: `[n, classes]`, their training images by class.
+        member: int64 `[n]`, the group that the tier was trained in; None where each client trained alone.
+
+    Returns:
+        `train_loss`, the empirical loss (EO, which must not rise from tier to tier); `overlap`, for each earlier tier
+        that is not zero, mean `‖U_earlierᵀ U_last‖²_F / r` of the last tier's column space with it (GE: 0 orthogonal, 1
+        inside of it); `label_distance`, the mean total variation between a client's class proportions and those of its
+        group (DS), or None.
+    """
+    return {
+        "train_loss": _mean(loss),
+        "overlap": overlaps(models),
+        "label_distance": None if member is None else label_distance(counts, member),
+    }
+
+
+def overlaps(models: Models) -> dict[str, float]:
+    """Overlap of the last tier with each of the others, a mean over clients and projections."""
+    *earlier, last = models.tiers
+    found = {}
+    for tier in earlier:
+        pairs = []
+        one, other = models.tiers[tier].taken(), models.tiers[last].taken()
+        for (_, frozen), (_, B) in zip(factors(one), factors(other), strict=True):
+            U, V = kernels.orthonormal_basis(frozen), kernels.orthonormal_basis(B)
+            used = U.any(-1).any(-1) & V.any(-1).any(-1)  # [n, P]
+            rank = min(U.shape[-1], V.shape[-1])
+            pairs.append(((U.mT @ V).square().sum((-2, -1)) / rank)[used])
+        value = _mean(torch.cat(pairs))
+        if value is not None:
+            found[tier] = value
+    return found
+
+
+def label_distance(counts: Tensor, member: Tensor) -> float | None:
+    """Mean over clients with images of `½ Σ_c |p_client(c) − p_group(c)|`: 0 alike, 1 without a class in common."""
+    counts = counts.double()
+    known = counts.sum(1) > 0
+    group = torch.stack([counts[member == one].sum(0) for one in member])  # [n, classes]
+    own, whole = (value[known] / value[known].sum(1, keepdim=True) for value in (counts, group))
+    return _mean((own - whole).abs().sum(1) / 2)
+
+
+def _mean(values: Tensor) -> float | None:
+    known = values[~values.isnan()]
+    return float(known.double().mean()) if len(known) else None

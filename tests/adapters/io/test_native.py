@@ -1,0 +1,360 @@
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import hilora
+from hilora import HiLoRAConfig
+from hilora.adapters.injection import banks
+from hilora.adapters.io.native import read_tensors, write_tensors
+from tests.helpers import CONFIG, images, injected, random, randomise, same, snapshot, vit
+
+SEVERAL = HiLoRAConfig(
+    r={"a": 3, "b": 2},
+    lora_alpha={"a": 1, "b": 0.5},
+    target_modules=("q", "fc1"),
+    tiers=("a", "b"),
+    slots={"a": 0, "b": 4},
+)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "adapters.safetensors"
+
+
+def adapters(model: nn.Module) -> list[torch.Tensor]:
+    return [parameter.detach() for bank in banks(model) for parameter in bank.parameters()]
+
+
+@pytest.mark.parametrize("config", [CONFIG, SEVERAL, HiLoRAConfig(target_modules=("qkv", "proj"), lora_dropout=0.1)])
+@pytest.mark.parametrize("plain", [True, False], ids=["into a plain model", "into an injected model"])
+def test_adapters_come_back(config: HiLoRAConfig, plain: bool, path: Path) -> None:
+    model = injected(config)
+    hilora.save_adapters(model, path)
+    other = vit() if plain else hilora.inject(vit(), config)
+    assert hilora.load_adapters(other, path) is other
+    assert same(adapters(other), adapters(model))
+    assert [bank.names for bank in banks(other)] == [bank.names for bank in banks(model)]
+    assert banks(other)[0].config == config
+    if config is not SEVERAL:
+        assert torch.equal(other(images(2)), model(images(2)))
+
+
+def test_loading_resizes_tables_and_keeps_what_is_active(path: Path) -> None:
+    model = injected()
+    hilora.set_slots(model, leaf=torch.tensor([7]))
+    randomise(model, seed=2)
+    hilora.save_adapters(model, path)
+    other = injected(seed=3)
+    other.load_state_dict(vit().state_dict(), strict=False)
+    hilora.set_active_tier(other, "cluster")
+    parameters = [id(parameter) for parameter in other.parameters()]
+    hilora.load_adapters(other, path)
+    assert same(adapters(other), adapters(model))
+    assert banks(other)[0].active == "cluster"
+    assert [id(parameter) for parameter in other.parameters()] == parameters
+    with pytest.raises(ValueError, match="tier 'leaf' has 8 adapters"):
+        other(images(2))
+    hilora.set_slots(other, leaf=torch.tensor([7]))
+    assert same(other(images(2)), model(images(2)))
+
+
+def test_the_dtype_of_the_model_is_kept(path: Path) -> None:
+    model = injected()
+    hilora.save_adapters(model, path)
+    other = hilora.load_adapters(vit().double(), path)
+    assert {parameter.dtype for parameter in other.parameters()} == {torch.float64}
+    torch.testing.assert_close(other(images(2).double()), model(images(2)).double(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_head_is_saved_only_if_it_was_trained(path: Path) -> None:
+    model = injected()
+    hilora.save_adapters(model, path)
+    assert not [name for name in load_file(path) if name.startswith("head.")]
+    with torch.no_grad():
+        model.head.bias += 1
+    hilora.save_adapters(model, path)
+    assert [name for name in load_file(path) if name.startswith("head.")] == ["head.head.bias", "head.head.weight"]
+    other = hilora.load_adapters(vit(seed=4), path)
+    assert torch.equal(other.head.weight, model.head.weight)  # type: ignore[union-attr, arg-type]
+    assert torch.equal(other.head.bias, model.head.bias)  # type: ignore[union-attr, arg-type]
+    hilora.save_adapters(other, path)
+    assert [name for name in load_file(path) if name.startswith("head.")], "it was trained before it was loaded"
+
+
+def test_a_file_without_a_head_leaves_the_model_s_own(path: Path) -> None:
+    hilora.save_adapters(injected(), path)
+    other = vit(seed=4)
+    head = other.head.weight.detach().clone()
+    hilora.load_adapters(other, path)
+    assert torch.equal(other.head.weight, head)
+
+
+def test_the_file_says_what_it_holds(path: Path) -> None:
+    hilora.save_adapters(injected(SEVERAL), path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "hilora-1"
+    described = json.loads(metadata["hilora"])
+    assert HiLoRAConfig.from_dict(described["config"]) == SEVERAL
+    assert described["projections"] == [
+        ["blocks.0.attn.q", "blocks.1.attn.q"],
+        ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1"],
+    ]
+    shapes = {name: tuple(value.shape) for name, value in load_file(path).items()}
+    assert shapes["1.b.lora_A"] == (2, 4, 2, 24)
+    assert shapes["1.b.lora_B"] == (2, 4, 96, 2)
+    assert shapes["0.a.lora_A"] == (2, 0, 3, 24)
+
+
+class Layers(nn.Module):
+    """Two layers that a user wrapped by hand, each with a config of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = hilora.TieredLoRALinear(nn.Linear(7, 24), r=2)
+        self.two = hilora.TieredLoRALinear(nn.Linear(24, 5), r=3, lora_alpha=1, tiers=("shared", "own"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(self.one(x))  # type: ignore[no-any-return]
+
+
+def test_single_layers_come_back(path: Path) -> None:
+    model, other = Layers(), Layers()
+    randomise(model)
+    hilora.save_adapters(model, path)
+    hilora.load_adapters(other, path)
+    assert same(adapters(other), adapters(model))
+    plain = nn.Sequential(nn.Linear(7, 24))
+    with pytest.raises(ValueError, match=r"is of single layers: wrap these in hilora\.TieredLoRALinear, then load it"):
+        hilora.load_adapters(plain, path)
+    other.two = hilora.TieredLoRALinear(nn.Linear(24, 5), r=2, lora_alpha=1, tiers=("shared", "own"))
+    before = snapshot(other)
+    with pytest.raises(ValueError, match=r"has tiers \(rank, scale\) \{'shared': \(3, .*the model \{'shared': \(2, "):
+        hilora.load_adapters(other, path)
+    assert same(snapshot(other), before)
+
+
+def test_folders_are_made_and_nothing_else(tmp_path: Path) -> None:
+    hilora.save_adapters(injected(), tmp_path / "new" / "folder" / "a.safetensors")
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "folder", "a.safetensors"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_saved(value: float, path: Path) -> None:
+    model = injected()
+    hilora.save_adapters(model, path)
+    before = path.read_bytes()
+    with torch.no_grad():
+        banks(model)[0].B["cluster"][1, 0, 3, 1] = value
+    with pytest.raises(ValueError, match=r"0.cluster.lora_B is not finite: nothing is saved to .*adapters.safetensors"):
+        hilora.save_adapters(model, path)
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_a_failed_write_leaves_the_old_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = injected()
+    hilora.save_adapters(model, path)
+    before = path.read_bytes()
+
+    def fail(*args: object) -> None:
+        Path(str(args[1])).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("hilora.adapters.io.native.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        hilora.save_adapters(model, path)
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def cut_header(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:50])
+
+
+def garble(path: Path) -> None:
+    path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def pickled(path: Path) -> None:
+    torch.save({"format": "hilora-1"}, path)
+
+
+def foreign(path: Path) -> None:
+    save_file({"lora_A": torch.zeros(2, 2)}, path, {"format": "pt"})
+
+
+def without_metadata(path: Path) -> None:
+    save_file({"lora_A": torch.zeros(2, 2)}, path)
+
+
+def rewrite(change: Callable[[dict[str, torch.Tensor], dict[str, str]], object]) -> Callable[[Path], None]:
+    """Change the tensors and the metadata of a file."""
+
+    def break_(path: Path) -> None:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        tensors = load_file(path)
+        change(tensors, metadata)
+        save_file(tensors, path, metadata)
+
+    return break_
+
+
+def described(**fields: object) -> Callable[[Path], None]:
+    def change(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        metadata["hilora"] = json.dumps({**json.loads(metadata["hilora"]), **fields})
+
+    return rewrite(change)
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (cut, "cannot be read"),
+    "a truncated header": (cut_header, "cannot be read"),
+    "a garbled header": (garble, "cannot be read"),
+    "empty": (empty, "cannot be read"),
+    "a pickle": (pickled, "cannot be read"),
+    "of another library": (foreign, r"is no file of hilora's: its format is 'pt', not 'hilora-1'"),
+    "without metadata": (without_metadata, "its format is None"),
+    "no description": (rewrite(lambda t, m: m.pop("hilora")), "cannot be read: 'hilora'"),
+    "a description that is no JSON": (rewrite(lambda t, m: m.update(hilora="{")), "cannot be read"),
+    "a description that is a list": (rewrite(lambda t, m: m.update(hilora="[]")), "does not describe adapters"),
+    "no config": (
+        rewrite(lambda t, m: m.update(hilora='{"projections": []}')),
+        "does not describe adapters: .*'config'",
+    ),
+    "a config that is none": (described(config=3), "does not describe adapters"),
+    "a config of a newer version": (described(config={"r": 8, "gate": 1}), r"unknown fields \['gate'\]"),
+    "a config out of range": (described(config={"r": 0}), "r must be a whole number"),
+    "projections that are none": (described(projections=[3]), "does not describe adapters"),
+    "no projections": (described(projections=[]), "does not describe adapters: 0 configs for 0 banks"),
+    "too many configs": (
+        described(configs=[CONFIG.to_dict()] * 2),
+        "does not describe adapters: 2 configs for 1 banks",
+    ),
+    "other projections": (
+        described(projections=[["blocks.0.attn.q"]]),
+        r"adapts other projections than the model: blocks.0",
+    ),
+    "another rank": (
+        described(config={**CONFIG.to_dict(), "r": 5}),
+        r"do not fit tier 'root'|has tiers \(rank, scale\)",
+    ),
+    "a tier is missing": (
+        rewrite(lambda t, m: t.pop("0.leaf.lora_B")),
+        "lacks the adapters of tier 'leaf'",
+    ),
+    "another shape": (
+        rewrite(lambda t, m: t.update({"0.leaf.lora_A": torch.zeros(4, 1, 1, 23)})),
+        "do not fit tier 'leaf'",
+    ),
+    "not finite": (
+        rewrite(lambda t, m: t["0.root.lora_A"].fill_(torch.nan)),
+        "0.root.lora_A is not finite",
+    ),
+    "another head": (
+        rewrite(lambda t, m: t.update({"head.head.weight": torch.zeros(9, 24)})),
+        "has a head .*the model",
+    ),
+}
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["plain model", "injected model"])
+@pytest.mark.parametrize(("break_", "message"), BROKEN.values(), ids=BROKEN.keys())
+def test_a_file_that_is_not_right_is_an_error_and_changes_nothing(
+    break_: Callable[[Path], object], message: str, plain: bool, path: Path
+) -> None:
+    saved = injected()
+    with torch.no_grad():
+        saved.head.bias += 1
+    hilora.save_adapters(saved, path)
+    break_(path)
+    model = vit() if plain else injected(seed=5)
+    model.blocks[0].train()
+    model.cls_token.requires_grad_(plain)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        hilora.load_adapters(model, path)
+    assert same(snapshot(model), before)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing.safetensors", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"there is no file of adapters at {path}"):
+            hilora.load_adapters(vit(), path)
+
+
+def test_a_model_that_differs_is_refused(path: Path) -> None:
+    hilora.save_adapters(injected(), path)
+    cases = [
+        (
+            vit(depth=3),
+            r"adapts other projections than the model: blocks.0.attn.q, blocks.0.attn.v… \(4\), not .* \(6\)",
+        ),
+        (vit(embed_dim=48), "do not fit tier 'root': expected"),
+        (injected(HiLoRAConfig(r=4)), r"has tiers \(rank, scale\) \{'root': \(3, 2.0\)"),
+        (injected(HiLoRAConfig(r=2, tiers=("root",))), r"the model \{'root': \(2, 8.0\)\}"),
+        (injected(HiLoRAConfig(r=2, target_modules=("fc1",))), "adapts other projections"),
+        (nn.Sequential(nn.Linear(3, 3)), "target 'q' finds no linear layer"),
+        (hilora.merge(injected()), r"merged into the weights: take them out first, by hilora\.unmerge"),
+    ]
+    for model, message in cases:
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=message):
+            hilora.load_adapters(model, path)
+        assert same(snapshot(model), before)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"), [(["q"], "other projections"), (["nothing"], "target 'nothing' finds no linear layer")]
+)
+def test_targets_that_do_not_make_the_projections_are_refused(targets: list[str], message: str, path: Path) -> None:
+    hilora.save_adapters(injected(), path)
+    described(config={**CONFIG.to_dict(), "target_modules": targets})(path)
+    model = vit()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        hilora.load_adapters(model, path)
+    assert same(snapshot(model), before)
+
+
+def test_slots_that_the_file_lacks_are_an_error(path: Path) -> None:
+    hilora.save_adapters(injected(), path)
+    model = injected()
+    hilora.set_slots(model, leaf=torch.tensor([0, 2]))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        ValueError, match=r"slots use adapter 2 of tier 'leaf', .* has 1: choose others by hilora.set_slots"
+    ):
+        hilora.load_adapters(model, path)
+    assert same(dict(model.state_dict()), dict(before))
+    hilora.set_slots(model, leaf=None)
+    hilora.load_adapters(model, path)
+
+
+def test_tensors_and_their_description_come_back(path: Path) -> None:
+    tensors = {"a": random(3, 2), "b": torch.arange(4), "c": random(2, 4).T.bfloat16(), "d": torch.empty(0, 3)}
+    write_tensors(path, tensors, {"classes": ["x", "y"], "n": 3})
+    back, about = read_tensors(path)
+    assert {name: back[name] for name in tensors}.keys() == back.keys()
+    assert all(same(back[name], value.contiguous()) for name, value in tensors.items())
+    assert about == {"classes": ["x", "y"], "n": 3}

@@ -1,0 +1,51 @@
+"""The theorem's terms on cases that can be worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hilora.federated.callbacks.diagnostics import diagnose, label_distance, overlaps
+from hilora.federated.engine.state import Models, State, Table
+
+EVERYONE = torch.arange(2)
+
+
+def adapter(B: torch.Tensor) -> State:
+    """One adapter of one projection with this B `[out, r]`."""
+    return {"A0": torch.ones(1, 1, B.shape[1], 4), "B0": B[None, None]}
+
+
+def models(**Bs: torch.Tensor) -> Models:
+    shared = torch.zeros(2, dtype=torch.long)
+    return Models({tier: Table(adapter(B), shared) for tier, B in Bs.items()}, Table({}, shared))
+
+
+def test_overlap_is_one_inside_and_zero_across() -> None:
+    eye = torch.eye(6)
+    root, turned, across = eye[:, :2], 3 * eye[:, :2] @ torch.tensor([[1.0, 1], [1, -1]]), eye[:, 2:4]
+    assert overlaps(models(root=root, cluster=turned)) == {"root": pytest.approx(1, abs=1e-6)}
+    assert overlaps(models(root=root, cluster=across)) == {"root": pytest.approx(0, abs=1e-6)}
+    half = torch.stack([eye[:, 0], eye[:, 5]], 1)
+    found = overlaps(models(root=root, cluster=across, leaf=half))
+    assert found == {"root": pytest.approx(0.5, abs=1e-6), "cluster": pytest.approx(0, abs=1e-6)}
+
+
+def test_a_tier_that_is_zero_overlaps_with_nothing() -> None:
+    assert overlaps(models(root=torch.zeros(6, 2), cluster=torch.eye(6)[:, :2])) == {}
+
+
+def test_label_distance_is_the_total_variation_to_the_group() -> None:
+    counts = torch.tensor([[4, 0], [0, 4], [2, 2], [0, 0]])
+    together = torch.tensor([0, 0, 0, 0])
+    assert label_distance(counts, together) == pytest.approx((0.5 + 0.5 + 0) / 3)
+    assert label_distance(counts, torch.tensor([0, 1, 2, 3])) == 0
+    assert label_distance(counts, torch.tensor([0, 1, 0, 1])) == pytest.approx((0.25 + 0.25 + 0) / 3)
+
+
+def test_diagnosis_leaves_out_clients_without_images() -> None:
+    loss = torch.tensor([1.0, torch.nan, 2.0])
+    shared = torch.zeros(3, dtype=torch.long)
+    one = Models({"root": Table(adapter(torch.ones(6, 1)), shared)}, Table({}, shared))
+    found = diagnose(loss, one, torch.ones(3, 2), None)
+    assert found == {"train_loss": 1.5, "overlap": {}, "label_distance": None}

@@ -1,0 +1,142 @@
+"""The generated images and the small ViT that comes with the package."""
+
+from __future__ import annotations
+
+import runpy
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from hilora.federated.data import glyphs
+from hilora.federated.data.images import ImageSet, prepare
+
+
+@pytest.fixture(scope="module")
+def drawn() -> tuple[ImageSet, ImageSet]:
+    return glyphs.load_glyphs(seed=3, train_per_class=20, test_per_class=10)
+
+
+def test_shapes_and_groups(drawn):
+    for data, per_class in zip(drawn, (20, 10), strict=True):
+        assert data.images.shape == (50 * per_class, 3, 32, 32)
+        assert data.labels.bincount().tolist() == [per_class] * 50
+        assert data.groups is not None
+        assert data.groups.bincount().tolist() == [10] * 5
+        assert data.group_names == ("armenian", "georgian", "hebrew", "arabic", "lao")
+        assert (data.name, data.mirrors) == ("glyphs", False)
+        assert len(set(data.classes)) == 50
+
+
+def test_same_seed_same_images(drawn):
+    again = glyphs.load_glyphs(seed=3, train_per_class=20, test_per_class=10)
+    assert all(torch.equal(a.images, b.images) for a, b in zip(drawn, again, strict=True))
+
+
+def test_another_seed_or_split_other_images(drawn):
+    train, test = drawn
+    other, _ = glyphs.load_glyphs(seed=4, train_per_class=20, test_per_class=1)
+    assert not (train.images == other.images).flatten(1).all(1).any()
+    known = {image.numpy().tobytes() for image in train.images}
+    assert not any(image.numpy().tobytes() in known for image in test.images)
+
+
+@pytest.mark.parametrize("per_class", [(0, 5), (5, -1)])
+def test_no_images_is_an_error(per_class):
+    with pytest.raises(ValueError, match="must be positive"):
+        glyphs.load_glyphs(0, *per_class)
+
+
+def test_missing_fonts_are_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr("matplotlib.get_data_path", lambda: str(tmp_path))
+    with pytest.raises(RuntimeError, match="no DejaVu font"):
+        glyphs._masks("no face has these")
+
+
+def look(scripts: tuple[glyphs.Script, ...]) -> Tensor:
+    """Each character's mean mask over its faces, blurred to 16 x 16, of unit length: `[characters, 256]`."""
+    means = []
+    for script in scripts:
+        masks, faces = glyphs._masks(script.characters)
+        means += [of_one.mean(0) for of_one in masks.split(faces.tolist())]
+    return F.normalize(F.avg_pool2d(torch.stack(means)[:, None], 2).flatten(1))
+
+
+def test_characters_are_distinct():
+    """Neither by code point nor by sight is a character in twice, least of all with the clients and in pretraining."""
+    clients, pretraining = glyphs.CLIENT_SCRIPTS, glyphs.PRETRAINING_SCRIPTS
+    characters = "".join(script.characters for script in clients + pretraining)
+    assert len(set(characters)) == len(characters) == 50 + 282
+    theirs, others = look(clients), look(pretraining)
+    assert (theirs @ others.T).max() < 0.9
+    assert (theirs @ theirs.T).triu(1).max() < 0.9
+    assert (others @ others.T).triu(1).max() < 0.95
+
+
+def test_weights_fit_and_say_where_they_come_from():
+    model = glyphs.glyph_vit(7)
+    with safe_open(glyphs.WEIGHTS, "pt") as file:
+        names, metadata = set(file.keys()), file.metadata()
+    assert names == {name for name in model.state_dict() if not name.startswith("head.")}
+    assert metadata["made_by"] == "examples/pretrain_glyph_vit.py"
+    assert glyphs.WEIGHTS.stat().st_size < 1e6
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    assert glyphs.glyph_vit(0)(torch.zeros(2, 3, 32, 32)).shape == (2, 96)
+
+
+def test_foreign_weights_are_an_error(monkeypatch, tmp_path):
+    save_file({"patch_embed.proj.bias": torch.zeros(96)}, tmp_path / "foreign.safetensors")
+    monkeypatch.setattr(glyphs, "WEIGHTS", tmp_path / "foreign.safetensors")
+    with pytest.raises(RuntimeError, match="Missing key"):
+        glyphs.glyph_vit(5)
+
+
+def test_frozen_features_serve_characters_never_seen(drawn):
+    """A ridge classifier on 20 images a class: far above chance (2 %), and above the same ViT with random weights."""
+
+    def probe(model: torch.nn.Module) -> float:
+        half = torch.full((3,), 0.5)
+        with torch.inference_mode():
+            x, y = (model.eval()(prepare(data.images, 32, half, half, torch.float32)) for data in drawn)
+        mean, std = x.mean(0), x.std(0)
+        x, y = (x - mean) / std, (y - mean) / std
+        targets = F.one_hot(drawn[0].labels).float() - 0.02
+        weights = torch.linalg.solve(x.T @ x + 10 * torch.eye(x.shape[1]), x.T @ targets)
+        return float(((y @ weights).argmax(1) == drawn[1].labels).float().mean())
+
+    torch.manual_seed(0)
+    pretrained, random = probe(glyphs.glyph_vit(0)), probe(glyphs.new_glyph_vit(0))
+    assert pretrained > 0.4
+    assert pretrained > 2 * random
+
+
+def test_needs_no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("something tried to connect")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    glyphs.load_glyphs(0, 1, 1)
+    glyphs.pretraining_glyphs(0, 1, 1)
+    glyphs.glyph_vit(3)
+
+
+def test_pretraining_script_writes_weights(monkeypatch, tmp_path, capsys):
+    script = Path(__file__).parents[3] / "examples" / "pretrain_glyph_vit.py"
+    out = tmp_path / "made" / "weights.safetensors"
+    monkeypatch.setattr(sys, "argv", [script.name, "--out", str(out), "--epochs", "1", "--per-class", "1"])
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        timm.layers.set_fused_attn(True)
+    assert "validation accuracy on 282 characters" in capsys.readouterr().out
+    with safe_open(out, "pt") as made, safe_open(glyphs.WEIGHTS, "pt") as shipped:
+        assert set(made.keys()) == set(shipped.keys())
+        assert set(made.metadata()) == set(shipped.metadata())
+    assert [path.name for path in out.parent.iterdir()] == [out.name]

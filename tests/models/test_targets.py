@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+from torch import nn
+
+from hilora.models.targets import Target, find_targets
+from tests.helpers import vit
+
+
+def tree(paths: dict[str, nn.Module]) -> nn.Module:
+    """A module with other modules at the given paths."""
+    root = nn.Module()
+    for path, module in paths.items():
+        *parents, name = path.split(".")
+        parent = root
+        for part in parents:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(name, module)
+    return root
+
+
+def linears(*paths: str) -> nn.Module:
+    return tree({path: nn.Linear(4, 4) for path in paths})
+
+
+def test_q_and_v_are_slices_of_a_fused_layer() -> None:
+    assert find_targets(vit(depth=1), ("q", "v")) == [
+        Target("blocks.0.attn.q", "blocks.0.attn.qkv", (0, 24)),
+        Target("blocks.0.attn.v", "blocks.0.attn.qkv", (48, 24)),
+    ]
+    assert find_targets(vit(depth=1), ["k"]) == [Target("blocks.0.attn.k", "blocks.0.attn.qkv", (24, 24))]
+    assert find_targets(vit(depth=1), ["qkv"]) == [Target("blocks.0.attn.qkv", "blocks.0.attn.qkv", (0, 72))]
+
+
+def test_a_fused_layer_at_the_top_has_slices_too() -> None:
+    model = nn.Sequential()
+    model.add_module("qkv", nn.Linear(4, 6))
+    assert find_targets(model, ["v"]) == [Target("v", "qkv", (4, 2))]
+
+
+@pytest.mark.parametrize(("name", "parts"), [("kv", {"k": (0, 4), "v": (4, 4)}), ("qk", {"q": (0, 4), "k": (4, 4)})])
+def test_other_fused_layers(name: str, parts: dict[str, tuple[int, int]]) -> None:
+    model = tree({f"attn.{name}": nn.Linear(4, 8)})
+    for part, columns in parts.items():
+        assert find_targets(model, [part]) == [Target(f"attn.{part}", f"attn.{name}", columns)]
+
+
+LIBRARIES = {
+    "transformers 4": (
+        ["q", "k", "v", "proj", "fc1", "fc2"],
+        [
+            "vit.encoder.layer.0.attention.attention.query",
+            "vit.encoder.layer.0.attention.attention.key",
+            "vit.encoder.layer.0.attention.attention.value",
+            "vit.encoder.layer.0.attention.output.dense",
+            "vit.encoder.layer.0.intermediate.dense",
+            "vit.encoder.layer.0.output.dense",
+        ],
+    ),
+    "transformers 5": (
+        ["q", "k", "v", "proj", "fc1", "fc2"],
+        [
+            "vit.layers.0.attention.q_proj",
+            "vit.layers.0.attention.k_proj",
+            "vit.layers.0.attention.v_proj",
+            "vit.layers.0.attention.o_proj",
+            "vit.layers.0.mlp.fc1",
+            "vit.layers.0.mlp.fc2",
+        ],
+    ),
+    "transformers 4, a late layer": (
+        ["proj", "fc1", "fc2"],
+        [
+            "vit.encoder.layer.11.attention.output.dense",
+            "vit.encoder.layer.11.intermediate.dense",
+            "vit.encoder.layer.11.output.dense",
+        ],
+    ),
+    "CLIP": (["q", "proj"], ["layers.0.self_attn.q_proj", "layers.0.self_attn.out_proj"]),
+    "torchvision": (["fc1", "fc2"], ["encoder.layers.encoder_layer_0.mlp.0", "encoder.layers.encoder_layer_0.mlp.3"]),
+    "diffusers": (["q", "k", "v"], ["attn.to_q", "attn.to_k", "attn.to_v"]),
+}
+
+
+@pytest.mark.parametrize(("names", "paths"), LIBRARIES.values(), ids=LIBRARIES.keys())
+def test_each_name_finds_the_layers_that_libraries_mean(names: list[str], paths: list[str]) -> None:
+    model = linears(*paths, "vit.pooler.dense", "classifier")
+    for name, path in zip(names, paths, strict=True):
+        assert [target.path for target in find_targets(model, [name])] == [path]
+    assert [target.path for target in find_targets(model, names)] == paths
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("mlp.fc1", ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]),
+        ("blocks.1.*", ["blocks.1.attn.qkv", "blocks.1.attn.proj", "blocks.1.mlp.fc1", "blocks.1.mlp.fc2"]),
+        ("blocks.[1-9].*.fc?", ["blocks.1.mlp.fc1", "blocks.1.mlp.fc2"]),
+        ("1.attn.proj", ["blocks.1.attn.proj"]),
+        ("blocks.1.*.[qv]", ["blocks.1.attn.q", "blocks.1.attn.v"]),
+        ("head", ["head"]),
+    ],
+)
+def test_ends_of_paths_and_patterns(name: str, found: list[str]) -> None:
+    assert [target.path for target in find_targets(vit(), [name])] == found
+
+
+def test_a_target_named_twice_is_found_once() -> None:
+    assert len(find_targets(vit(), ["fc1", "mlp.fc1", "fc1"])) == 2
+
+
+def test_a_layer_that_is_shared_is_found_once() -> None:
+    linear = nn.Linear(4, 4)
+    assert find_targets(tree({"a.fc1": linear, "b.fc1": linear}), ["fc1"]) == [Target("a.fc1", "a.fc1", (0, 4))]
+
+
+@pytest.mark.parametrize(
+    ("model", "names", "message"),
+    [
+        (
+            vit(),
+            ["fc3"],
+            r"target 'fc3' finds no linear layer; the last names of those there are: \['fc1', 'fc2', 'head'",
+        ),
+        (vit(), ["q", "quv"], "target 'quv' finds no linear layer"),
+        (nn.Conv2d(1, 1, 1), ["q"], r"of those there are: \[\]"),
+        (vit(), ["patch_embed.proj"], "'patch_embed.proj' finds no linear layer"),
+        (vit(), ["q", "qkv"], r"blocks.0.attn.qkv and its slice blocks.0.attn.q are both targets: choose one of them"),
+        (vit(), ["blocks.0.*", "v"], "blocks.0.attn.qkv and its slice blocks.0.attn.v are both targets"),
+        (tree({"attn.qkv": nn.Linear(4, 8)}), ["q"], "target 'q' finds no linear layer"),
+    ],
+)
+def test_targets_that_cannot_be_are_errors(model: nn.Module, names: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_targets(model, names)
+
+
+def attention(**attributes: Any) -> nn.Module:
+    model = tree({"attn.qkv": nn.Linear(4, 12), "attn.proj": nn.Linear(4, 4)})
+    for name, value in attributes.items():
+        setattr(model.attn, name, value)
+    return model
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        attention(head_first=True),
+        attention(key_dim=2),
+        attention(proj=nn.Linear(8, 4)),
+        timm.create_model("tiny_vit_5m_224", pretrained=False),
+        timm.create_model("efficientformer_l1", pretrained=False),
+        timm.create_model("maxvit_rmlp_pico_rw_256", pretrained=False),
+    ],
+    ids=["head_first", "key_dim", "wide values", "TinyViT", "EfficientFormer", "MaxViT"],
+)
+def test_a_fused_layer_that_mixes_its_parts_has_no_slices(model: nn.Module) -> None:
+    with pytest.raises(
+        ValueError, match="qkv does not hold q, k, v one after the other in equal parts: adapt it whole"
+    ):
+        find_targets(model, ["q"])
+    assert find_targets(model, ["qkv"])
+
+
+def test_a_fused_layer_that_says_it_is_in_order_has_slices() -> None:
+    assert len(find_targets(attention(head_first=False), ["q", "v"])) == 2
