@@ -1,0 +1,29 @@
+"""What goes wrong because of what the library was given: one family of exceptions, each naming the value and the remedy.
+
+Every class is also the built-in exception that Python programs expect there, so that `except ValueError` works, too. A
+bug of the library is none of these, and keeps its traceback.
+"""
+
+
+class HiLoRAError(Exception):
+    """The library was given something that it cannot use."""
+
+
+class InvalidValueError(HiLoRAError, ValueError):
+    """A value, shape, rank or dtype that does not fit."""
+
+
+class InvalidTypeError(HiLoRAError, TypeError):
+    """An object of a kind that cannot be used there."""
+
+
+class SlotError(HiLoRAError, IndexError):
+    """A slot that a table of adapters does not have."""
+
+
+class MissingFileError(HiLoRAError, FileNotFoundError):
+    """A file or folder that is not there."""
+
+
+class FileError(HiLoRAError, ValueError):
+    """A file that is corrupt, foreign, or not of the run or model it is used with."""
