@@ -1,0 +1,162 @@
+"""AdapterTable: the one container of adapters, in a bank, in a strategy's state, in a message and in a file."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from hilora.errors import InvalidValueError
+
+
+class Stack(ABC):
+    """Tensors `[S, ...]` with one S: a row each for S adapters, heads, or whatever else a client can have one of.
+
+    Operations give new stacks; only `put` writes into one.
+    """
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name, as files and checkpoints have them."""
+
+    @abstractmethod
+    def like(self, tensors: dict[str, Tensor]) -> Self:
+        """A stack of this kind with other tensors, under the names that `tensors` gives."""
+
+    def __len__(self) -> int:
+        """S."""
+        return len(next(iter(self.tensors().values())))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The stack with every tensor of values changed."""
+        return self.like({name: change(tensor) for name, tensor in self.tensors().items()})
+
+    def rows(self, index: Tensor) -> Self:
+        """A copy of some rows: `index` is int64 `[n]`, or a mask `[S]`."""
+        return self.like({name: tensor[index.to(tensor.device)] for name, tensor in self.tensors().items()})
+
+    def put(self, index: Tensor, rows: Self) -> None:
+        """Write the rows `[n, ...]` in the places `index` `[n]`; a tensor that they lack stays as it is."""
+        given = rows.tensors()
+        for name, tensor in self.tensors().items():
+            if name in given:
+                tensor[index.to(tensor.device)] = given[name].to(tensor)
+
+    def where(self, mask: Tensor, other: Self) -> Self:
+        """Row by row from this stack where `mask` `[S]` says so, else from the other."""
+        others = other.tensors()
+        return self.like(
+            {
+                name: torch.where(mask.view(-1, *[1] * (tensor.dim() - 1)), tensor, others[name])
+                for name, tensor in self.tensors().items()
+            }
+        )
+
+    def mean(self, weights: Tensor) -> Self:
+        """The weighted mean of the rows, tensor by tensor, as one row `[1, ...]`."""
+        return self.each(lambda tensor: weighted_mean(tensor, weights))
+
+    def repeated(self, count: int) -> Self:
+        """The only row, `count` times, in memory of their own."""
+        return self.rows(torch.zeros(count, dtype=torch.long))
+
+    def to(self, device: torch.device) -> Self:
+        return self.each(lambda tensor: tensor.to(device))
+
+    def finite(self) -> Tensor:
+        """Which rows are finite: bool `[S]`."""
+        return torch.stack([tensor.isfinite().flatten(1).all(1) for tensor in self.tensors().values()]).all(0)
+
+    def nbytes(self) -> Tensor:
+        """Bytes of each row, int64 `[S]`."""
+        return torch.full((len(self),), sum(row_bytes(tensor) for tensor in self.tensors().values()))
+
+
+def weighted_mean(tensor: Tensor, weights: Tensor) -> Tensor:
+    """The mean of the rows of a tensor `[S, ...]` with weights `[S]`, as one row `[1, ...]`."""
+    share = weights.double() / weights.sum()
+    return torch.einsum("n,n...->...", share.to(tensor.device, tensor.dtype), tensor)[None]
+
+
+def row_bytes(tensor: Tensor) -> int:
+    """Bytes of one row of a tensor `[S, ...]`."""
+    return tensor.element_size() * (tensor[:1].numel() if len(tensor) else 0)
+
+
+class AdapterTable(Stack):
+    """S adapters of all projections of a model, each with a rank of its own.
+
+    Projections of one shape lie in one tensor; a model has as many shapes as it has banks. Rows of A and columns of B
+    beyond an adapter's rank are zero. A table that travels may lack one of the factors.
+
+    Args:
+        A: for every shape of projection, `[S, P, r, in]`; empty where the table lacks A.
+        B: likewise `[S, P, out, r]`.
+        rank: int64 `[S]` on the CPU; r for all by default.
+
+    Raises:
+        InvalidValueError: if the shapes do not belong together, or a rank exceeds r.
+    """
+
+    def __init__(self, A: Sequence[Tensor], B: Sequence[Tensor], rank: Tensor | None = None) -> None:
+        self.A, self.B = tuple(A), tuple(B)
+        if not self.A and not self.B:
+            raise InvalidValueError("a table of adapters needs A or B, got neither")
+        slots, widest = len((self.A or self.B)[0]), self.r
+        for name, factor, at in (("A", self.A, -2), ("B", self.B, -1)):
+            for tensor in factor:
+                if tensor.dim() != 4 or len(tensor) != slots or tensor.shape[at] != widest:
+                    expected = f"[{slots}, P, {widest}, in]" if name == "A" else f"[{slots}, P, out, {widest}]"
+                    raise InvalidValueError(f"{name} {tuple(tensor.shape)} does not fit: expected {expected}")
+        if self.A and self.B and [a.shape[1] for a in self.A] != [b.shape[1] for b in self.B]:
+            raise InvalidValueError("A and B are of different projections: give both for the same ones")
+        self.rank = torch.full((slots,), widest) if rank is None else rank
+        if self.rank.shape != (slots,) or (slots and int(self.rank.max()) > widest):
+            raise InvalidValueError(f"rank {self.rank.tolist()} does not fit: expected {slots} of at most {widest}")
+
+    @property
+    def r(self) -> int:
+        """The rank that there is room for."""
+        return self.A[0].shape[-2] if self.A else self.B[0].shape[-1]
+
+    @property
+    def factors(self) -> list[tuple[Tensor, Tensor]]:
+        """A `[S, P, r, in]` and B `[S, P, out, r]` for every shape of projection."""
+        return list(zip(self.A, self.B, strict=True))
+
+    def __iter__(self) -> Iterator[Any]:
+        raise TypeError("a table of adapters has factors, and rows by rows(): it is no sequence")
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {f"{index}.lora_A": tensor for index, tensor in enumerate(self.A)}
+        return named | {f"{index}.lora_B": tensor for index, tensor in enumerate(self.B)} | {"rank": self.rank}
+
+    def like(self, tensors: dict[str, Tensor]) -> AdapterTable:
+        A, B = ([tensor for name, tensor in tensors.items() if name.endswith(end)] for end in ("lora_A", "lora_B"))
+        return AdapterTable(A, B, tensors["rank"])
+
+    def only(self, factors: str) -> AdapterTable:
+        """The table without one of its factors: what is left is "A" or "B"."""
+        return AdapterTable(self.A if "A" in factors else (), self.B if "B" in factors else (), self.rank)
+
+    def joined(self, other: AdapterTable) -> AdapterTable:
+        """This table with the factors of another one in the place of its own."""
+        return AdapterTable(other.A or self.A, other.B or self.B, other.rank)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> AdapterTable:
+        return AdapterTable([change(a) for a in self.A], [change(b) for b in self.B], self.rank)
+
+    def mean(self, weights: Tensor) -> AdapterTable:
+        A, B = ([weighted_mean(tensor, weights) for tensor in factor] for factor in (self.A, self.B))
+        return AdapterTable(A, B, self.rank.max()[None])
+
+    def finite(self) -> Tensor:
+        return torch.stack([tensor.isfinite().flatten(1).all(1) for tensor in (*self.A, *self.B)]).all(0)
+
+    def nbytes(self) -> Tensor:
+        """Bytes of each adapter: of the ranks that it has, not of those that there is room for."""
+        whole = sum(row_bytes(tensor) for tensor in (*self.A, *self.B))
+        return self.rank * (whole // max(self.r, 1))
