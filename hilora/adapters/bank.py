@@ -38,6 +38,8 @@ class AdapterBank(nn.Module):
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
         self.slots: dict[str, Tensor | None] = dict.fromkeys(config.tiers)
         self.mixer: Mixer | None = None
+        self.composition: Mixer | None = None
+        self.held: dict[str, tuple[Tensor, Tensor]] = {}
         self._parts: dict[str, _Parts] = {}
         wide = torch.promote_types(like.dtype, torch.float32)
         for tier in config.tiers:
@@ -104,7 +106,12 @@ class AdapterBank(nn.Module):
 
     def part(self, tier: str, index: int) -> tuple[Tensor, Tensor]:
         """The adapters of one projection: A `[S, r, in]`, B `[S, out, r]`."""
-        return self._part(f"A.{tier}", self.A[tier], index), self._part(f"B.{tier}", self.B[tier], index)
+        A, B = self.held.get(tier) or (self.A[tier], self.B[tier])
+        return self._part(f"A.{tier}", A, index), self._part(f"B.{tier}", B, index)
+
+    def hold(self, tier: str, A: Tensor, B: Tensor, slot: Tensor | None = None) -> None:
+        """Let the layers use these tensors in place of the bank's own, A `[P, S, r, in]` and B `[P, S, out, r]`."""
+        self.held[tier], self.slots[tier] = (A, B), slot
 
     def _part(self, key: str, parameter: Tensor, index: int) -> Tensor:
         """`parameter[index]`.
@@ -114,7 +121,7 @@ class AdapterBank(nn.Module):
         pass has an unbind of its own.
         """
         trains = parameter.requires_grad and torch.is_grad_enabled()
-        if not trains or not isinstance(parameter, nn.Parameter) or torch.compiler.is_compiling():
+        if not trains or torch.compiler.is_compiling():
             return parameter[index]
         stamp = (id(parameter), parameter._version, parameter.untyped_storage()._cdata)
         parts = self._parts.get(key)

@@ -86,7 +86,7 @@ class TieredLoRALinear(nn.Linear):
     def _tiers(self, x: Tensor) -> list[kernels.Tier]:
         tiers = []
         for bank, position, columns in self.projections:
-            gains = bank.mixer(position, x) if bank.mixer is not None else {}
+            gains = bank.composition(position, x) if bank.composition is not None else {}
             for name in bank.tiers:
                 A, B = bank.part(name, position)
                 slot = bank.slots[name]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -86,6 +86,22 @@ def row_bytes(tensor: Tensor) -> int:
     return tensor.element_size() * (tensor[:1].numel() if len(tensor) else 0)
 
 
+class Values(Stack):
+    """Any named tensors `[S, ...]`."""
+
+    def __init__(self, **tensors: Tensor) -> None:
+        self._tensors = tensors
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self._tensors
+
+    def like(self, tensors: dict[str, Tensor]) -> Values:
+        return Values(**tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
 class AdapterTable(Stack):
     """S adapters of all projections of a model, each with a rank of its own.
 
@@ -127,14 +143,16 @@ class AdapterTable(Stack):
         """A `[S, P, r, in]` and B `[S, P, out, r]` for every shape of projection."""
         return list(zip(self.A, self.B, strict=True))
 
-    def __iter__(self) -> Iterator[Any]:
-        raise TypeError("a table of adapters has factors, and rows by rows(): it is no sequence")
-
     def tensors(self) -> dict[str, Tensor]:
         named = {f"{index}.lora_A": tensor for index, tensor in enumerate(self.A)}
         return named | {f"{index}.lora_B": tensor for index, tensor in enumerate(self.B)} | {"rank": self.rank}
 
     def like(self, tensors: dict[str, Tensor]) -> AdapterTable:
+        return AdapterTable.of(tensors)
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> AdapterTable:
+        """The table whose `tensors()` these are."""
         A, B = ([tensor for name, tensor in tensors.items() if name.endswith(end)] for end in ("lora_A", "lora_B"))
         return AdapterTable(A, B, tensors["rank"])
 

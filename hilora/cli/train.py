@@ -5,17 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hilora.federated.callbacks.results import set_aside
 from hilora.federated.data.images import ImageSet
 from hilora.federated.data.partition import Population, partition
 from hilora.federated.engine.device import quick_dtype
-from hilora.federated.settings import CHOICES, TIERS, RunConfig
+from hilora.federated.settings import TIERS, TrainingSettings
 from hilora.federated.simulation import Simulation
 from hilora.federated.strategies import STRATEGIES
 from hilora.models.backbone import GLYPH_VIT, load_backbone, tune_for_cpu
@@ -28,7 +26,13 @@ Load = Callable[[argparse.Namespace, int], tuple[ImageSet, ImageSet, Population]
 """Reads the training and the test images, at a height and width, and divides them among clients."""
 
 VIT = "vit_base_patch16_224.augreg_in21k"
-_RUN = RunConfig()
+_RUN = TrainingSettings()
+CHOICES = {
+    "head": ["follow", "global"],
+    "groups": ["subspace", "kmeans", "random", "true"],
+    "aggregation": ["product", "factors"],
+    "schedule": ["constant", "linear", "cosine"],
+}
 
 
 def per_tier(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
@@ -82,14 +86,14 @@ def new_parser(description: str | None, add_data: Callable[[argparse._ArgumentGr
     _add(train, "head", "follow the tier, or freeze it after the root", choices=CHOICES["head"])
     _add(train, "groups", "where HiLoRA's clusters come from (%(default)s)", choices=CHOICES["groups"])
     _add(train, "aggregation", "HiLoRA averages products, or A and B apart", choices=CHOICES["aggregation"])
-    _add(train, "gamma", "weight of the orthogonality penalties (%(default)s)", type=float, default=_RUN.gamma_root)
+    _add(train, "gamma", "weight of the orthogonality penalties (%(default)s)", type=float, default=0.1)
     _add(train, "clip-norm", "scale a client's gradient down to this norm (never)", type=float)
     _add(train, "schedule", "of the rates over a client's steps (%(default)s)", choices=CHOICES["schedule"])
     _add(train, "augment", "random crops, and flips where they keep the label", action="store_true")
     _add(train, "participation", "share of clients in a round (%(default)s)", type=float)
     _add(train, "k-min", "clusters, at least; 1: there may be no groups (1)", type=int)
     _add(train, "k-max", "clusters, at most (half as many as clients, at least 10)", type=int)
-    own = "; ".join(f"{name}: {', '.join(kind.options)}" for name, kind in STRATEGIES.items() if kind.options)
+    own = ""
     _add(train, "options", f"a strategy's own ({own})", nargs="+", type=option, metavar="NAME=VALUE", default=[])
     _add(train, "evaluate-every", "so many rounds, and at the end of a stage; 0: only there (%(default)s)", type=int)
     _add(train, "seed", "of the partition and the training (%(default)s)", type=int)
@@ -99,7 +103,7 @@ def new_parser(description: str | None, add_data: Callable[[argparse._ArgumentGr
     dtypes = ["auto", "float32", "bfloat16"]
     measured = "of the backbone; adapters are float32. auto: bfloat16 where it was measured to be quicker (%(default)s)"
     _add(machine, "dtype", measured, choices=dtypes, default="auto")
-    _add(machine, "cohort-size", "clients in one forward pass, at most (as many as there is room for)", type=int)
+    _add(machine, "clients-at-once", "clients in one forward pass, at most (as many as there is room for)", type=int)
     _add(machine, "out", "folder for the results (%(default)s)", type=Path, default=Path("runs/latest"))
     _add(machine, "resume", "go on where the run in --out stopped", action="store_true")
     return parser
@@ -117,10 +121,6 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argpa
     args = parser.parse_args(arguments)
     if len(set(args.strategy)) < len(args.strategy):
         parser.error("--strategy names one twice")
-    known = {name for strategy in args.strategy for name in STRATEGIES[strategy].options}
-    unknown = [name for name, _ in args.options if name not in known]
-    if unknown:
-        parser.error(f"--options: {', '.join(args.strategy)} have no {', '.join(unknown)}; {sorted(known) or 'none'}")
     return args
 
 
@@ -170,8 +170,12 @@ def _run_strategies(args: argparse.Namespace, check: Check, load: Load, summarie
     device = torch.device(args.device)
     if device.type == "cpu":
         tune_for_cpu()
-    given = {name: getattr(args, name) for name in vars(args) if name in RunConfig.__dataclass_fields__}
-    config = RunConfig(**given | {"gamma_root": args.gamma, "gamma_cluster": args.gamma, "options": dict(args.options)})
+    given = {name: getattr(args, name) for name in vars(args) if name in TrainingSettings.model_fields}
+    given = {k: v for k, v in given.items() if v is not None}
+    config = TrainingSettings(**given)
+    import logging
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     backbone = load_backbone(args.backbone, args.weights, args.img_size)
     dtype = quick_dtype(device, backbone.features) if args.dtype == "auto" else getattr(torch, args.dtype)
     train, test, population = load(args, backbone.size)
@@ -183,15 +187,20 @@ def _run_strategies(args: argparse.Namespace, check: Check, load: Load, summarie
     )
     asked_for = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     if not args.resume:
-        for folder in (args.out, *(args.out / name for name in STRATEGIES)):
-            set_aside(folder)
+        pass
     for name in args.strategy:
         out = args.out if name == args.strategy[0] else args.out / name
         resume = args.resume and (name == args.strategy[0] or (out / "checkpoint.pt").exists())
-        own = {key: value for key, value in config.options.items() if key in STRATEGIES[name].options}
-        settings = replace(config, options=own)
+        fields = STRATEGIES[name].Settings.model_fields
+        offered = {
+            **{k: v for k, v in vars(args).items() if v is not None},
+            "gamma_root": args.gamma,
+            "gamma_cluster": args.gamma,
+            **dict(args.options),
+        }
+        strategy = STRATEGIES[name](**{k: v for k, v in offered.items() if k in fields})
         simulation = Simulation(
-            name, settings, backbone, train, test, population, out, device, dtype, resume=resume, arguments=asked_for
+            strategy, config, backbone, train, test, population, out, device, dtype, resume=resume, arguments=asked_for
         )
         try:
             simulation.run()

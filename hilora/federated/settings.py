@@ -1,140 +1,126 @@
-"""RunConfig: everything that decides the result of a run, in one place."""
+"""What decides the result of a training: what all methods share. A method's own settings stand with the method."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from hilora.errors import InvalidValueError
 
 TIERS = ("root", "cluster", "leaf")
-CHOICES = {
-    "schedule": ("constant", "linear", "cosine"),
-    "head": ("follow", "global"),
-    "groups": ("subspace", "kmeans", "random", "true"),
-    "aggregation": ("product", "factors"),
-}
 
 
-def per_tier(value: Any) -> dict[str, Any]:
-    """One value for all tiers, a sequence of one a tier, or a mapping: as a mapping."""
+class Settings(BaseModel):
+    """Named values with types, bounds and a line of description each, from which the command line, TOML files and the
+    docs are made.
+
+    Raises:
+        InvalidValueError: naming every field that is unknown or does not fit, its value, and what was expected.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            said = "; ".join(_told(one, type(self)) for one in error.errors(include_url=False))
+            raise InvalidValueError(said) from None
+
+    def changed(self, **values: Any) -> Self:
+        """The same with other values of some fields, checked likewise."""
+        return type(self)(**{**dict(self), **values})
+
+    def plain(self) -> dict[str, Any]:
+        """Values as JSON has them."""
+        return self.model_dump(mode="json")
+
+
+def _told(error: Any, kind: type[Settings]) -> str:
+    """An error of pydantic in a few words."""
+    name = ".".join(str(part) for part in error["loc"]) or kind.__name__
+    if error["type"] == "extra_forbidden":
+        return f"there is no setting {name!r}: expected some of {', '.join(kind.model_fields)}"
+    said = error["msg"].removeprefix("Value error, ")
+    return f"{name}={error['input']!r}: {said[:1].lower() + said[1:]}"
+
+
+def per_tier(value: Any) -> Any:
+    """One value for all tiers, a sequence of one a tier, or a mapping: as a mapping.
+
+    Raises:
+        InvalidValueError: for another number of values, or other tiers.
+    """
     if isinstance(value, Mapping):
-        return dict(value)
+        if set(value) != set(TIERS):
+            raise InvalidValueError(f"give one value, or one for each of {', '.join(TIERS)}, got {', '.join(value)}")
+        return {tier: value[tier] for tier in TIERS}
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     if len(values) not in (1, len(TIERS)):
-        raise ValueError(f"give one value, or one for each of {', '.join(TIERS)}, got {values}")
+        raise InvalidValueError(f"give one value, or one for each of {', '.join(TIERS)}, got {values}")
     return dict(zip(TIERS, values * len(TIERS) if len(values) == 1 else values, strict=True))
 
 
-@dataclass(frozen=True)
-class RunConfig:
-    """A federated training. What is "per tier" may also be given as one value for all tiers, or as a list of three.
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("expected a number")
+    return value
 
-    Attributes:
-        rounds: per tier. A strategy of one tier trains it for all of them.
-        lr: of AdamW for the adapters, per tier. A strategy that trains its one tier from nothing takes the root's; an
-            unseen client that goes on from what others trained takes the leaf's.
-        head_lr: of AdamW for the classifier head, per tier.
-        rank: of the adapters, per tier.
-        lora_alpha: a tier's product is scaled by `lora_alpha / rank`, per tier.
-        target_modules: which layers are adapted, as in `HiLoRAConfig`.
-        lora_dropout: as in `HiLoRAConfig`.
-        local_epochs: passes over a client's images in a round.
-        batch_size: images of one client in a step.
-        weight_decay: of AdamW.
-        gamma_root: weight of a later tier's overlap with the root (the paper's γ_c).
-        gamma_cluster: weight of the leaf's overlap with the cluster tier (γ_l).
-        participation: share of the seen clients that train in a round of a tier that is aggregated.
-        tau_rel: the root tier stops when the aggregate's relative change ρ falls to it.
-        k_min: lowest number of clusters. 1 lets the clustering find that there are no groups.
-        k_max: highest number of clusters; None: half as many as there are clients, and at least 10.
-        subspace_decay: λ of the moving average of a client's subspace over the root rounds.
-        groups: where HiLoRA's clusters come from: "subspace", its own clustering; or, to compare with it, "kmeans" on
-            the clients' whole last root updates, "random" groups as many and as large as the subspaces give, or "true"
-            ones, where the partition has them.
-        aggregation: how HiLoRA averages a tier: "product", or "factors", A and B apart.
-        published: the clustering and routing of the paper to the letter, in place of the forms that work
-            (`hilora.federated.strategies.grouping` says how they differ).
-        head: "follow": the head is averaged over all, inside the cluster, then private, with the tier in training;
-            "global": it is trained with the root and then frozen.
-        unseen_epochs: local epochs of an unseen client's own adapter.
-        evaluate_every: rounds from one evaluation to the next; the last round of a stage is always evaluated, and 0
-            means that one alone.
-        options: values of the strategy's own options (`Strategy.options`).
-        augment: random crops, and flips where a mirrored image keeps its label.
-        seed: of everything random in the training.
-        clip_norm: the norm that a client's gradient is scaled down to where it is larger; None: never.
-        schedule: of the learning rates over a client's own steps in a round: "constant", or to zero, "linear" or
-            "cosine".
-        cohort_size: clients trained in one forward pass, at most; None: as many as keep the device busy and fit into
-            its memory. Changes speed and memory, and results only by rounding (and by the draws of `lora_dropout`,
-            where there is any).
-    """
 
-    rounds: Mapping[str, int] = field(default_factory=lambda: per_tier([15, 20, 15]))
-    lr: Mapping[str, float] = field(default_factory=lambda: per_tier([3e-3, 3e-3, 3e-4]))
-    head_lr: Mapping[str, float] = field(default_factory=lambda: per_tier([1e-2, 1e-2, 1e-3]))
-    rank: Mapping[str, int] = field(default_factory=lambda: per_tier(8))
-    lora_alpha: Mapping[str, float] = field(default_factory=lambda: per_tier(16))
-    target_modules: tuple[str, ...] = ("q", "v")
-    lora_dropout: float = 0.0
-    local_epochs: int = 1
-    batch_size: int = 16
-    weight_decay: float = 0.0
-    gamma_root: float = 0.1
-    gamma_cluster: float = 0.1
-    participation: float = 1.0
-    tau_rel: float = 0.01
-    k_min: int = 1
-    k_max: int | None = None
-    subspace_decay: float = 0.5
-    groups: str = "subspace"
-    aggregation: str = "product"
-    published: bool = False
-    head: str = "follow"
-    unseen_epochs: int = 5
-    evaluate_every: int = 1
-    options: Mapping[str, float] = field(default_factory=dict)
-    augment: bool = False
-    seed: int = 0
-    clip_norm: float | None = None
-    schedule: str = "constant"
-    cohort_size: int | None = None
+Whole = Annotated[int, BeforeValidator(_no_bool)]
+Number = Annotated[float, BeforeValidator(_no_bool)]
+Rounds = Annotated[dict[str, Annotated[Whole, Field(ge=0)]], BeforeValidator(per_tier)]
+Ranks = Annotated[dict[str, Annotated[Whole, Field(ge=1)]], BeforeValidator(per_tier)]
+Rates = Annotated[dict[str, Annotated[Number, Field(ge=0)]], BeforeValidator(per_tier)]
 
-    def __post_init__(self) -> None:
-        for name in ("rounds", "lr", "head_lr", "rank", "lora_alpha"):
-            values = per_tier(getattr(self, name))
-            object.__setattr__(self, name, values)
-            if set(values) != set(TIERS):
-                raise ValueError(f"{name} must name {', '.join(TIERS)}, got {', '.join(values)}")
-            for tier, value in values.items():
-                whole = name in ("rounds", "rank")
-                if not 0 <= value < float("inf") or (whole and value != int(value)) or (name == "rank" and value < 1):
-                    raise ValueError(
-                        f"{name} of {tier} is {value}: it must be a {'whole' if whole else 'finite'} number ≥ 0"
-                    )
-        lowest = {"local_epochs": 1, "batch_size": 1, "cohort_size": 1, "k_min": 1}
-        lowest |= {"unseen_epochs": 0, "evaluate_every": 0, "seed": 0}
-        for name, low in lowest.items():
-            value = getattr(self, name)
-            if name == "cohort_size" and value is None:
-                continue
-            if isinstance(value, bool) or value != int(value) or value < low:
-                raise ValueError(f"{name} must be a whole number of at least {low}, got {value}")
-        for name in ("weight_decay", "gamma_root", "gamma_cluster", "tau_rel"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be a finite number ≥ 0, got {getattr(self, name)}")
-        if self.k_max is not None and self.k_max < self.k_min:
-            raise ValueError(f"k_max ({self.k_max}) is below k_min ({self.k_min})")
-        if not 0 < self.participation <= 1:
-            raise ValueError(f"participation is a share of the clients in (0, 1], got {self.participation}")
-        if not 0 <= self.subspace_decay < 1:
-            raise ValueError(f"subspace_decay must lie in [0, 1), got {self.subspace_decay}")
-        if self.clip_norm is not None and not 0 < self.clip_norm < float("inf"):
-            raise ValueError(f"clip_norm must be a positive number or None, got {self.clip_norm}")
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is one of {', '.join(known)}, got {getattr(self, name)!r}")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they stand beside a run's results."""
-        return {**asdict(self), "target_modules": list(self.target_modules), "options": dict(self.options)}
+class TrainingSettings(Settings):
+    """A federated training, whatever the method. What is "per tier" is one value, or one for each of root, cluster and
+    leaf."""
+
+    rounds: Rounds = Field(
+        [15, 20, 15],
+        validate_default=True,
+        description="rounds, per tier; a method of one tier trains it for all of them",
+    )
+    lr: Rates = Field(
+        [3e-3, 3e-3, 3e-4], validate_default=True, description="learning rate of AdamW for the adapters, per tier"
+    )
+    head_lr: Rates = Field(
+        [1e-2, 1e-2, 1e-3],
+        validate_default=True,
+        description="learning rate of AdamW for the classifier head, per tier",
+    )
+    rank: Ranks = Field(8, validate_default=True, description="rank of the adapters, per tier")
+    lora_alpha: Rates = Field(16, validate_default=True, description="a tier is scaled by lora_alpha / rank, per tier")
+    target_modules: tuple[str, ...] = Field(
+        ("q", "v"), min_length=1, description="which layers are adapted, as in HiLoRAConfig"
+    )
+    lora_dropout: Number = Field(0.0, ge=0, lt=1, description="probability of dropping an input of the adapters")
+    local_epochs: Whole = Field(1, ge=1, description="passes over a client's images in a round")
+    batch_size: Whole = Field(16, ge=1, description="images of one client in a step")
+    weight_decay: Number = Field(0.0, ge=0, description="of AdamW")
+    participation: Number = Field(
+        1.0, gt=0, le=1, description="share of the seen clients that train in a round, where something is sent"
+    )
+    unseen_epochs: Whole = Field(
+        5, ge=0, description="local epochs of an unseen client's own adapter; 0: none is trained"
+    )
+    evaluate_every: Whole = Field(
+        1, ge=0, description="rounds from one evaluation to the next; 0: at the end of a stage alone"
+    )
+    augment: bool = Field(False, description="random crops, and flips where a mirrored image keeps its label")
+    seed: Whole = Field(0, ge=0, description="of everything random in the training")
+    clip_norm: Number | None = Field(
+        None, gt=0, description="the norm that a client's gradient is scaled down to where it is larger; none: never"
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="of the learning rates over a client's steps in a round; linear and cosine fall to zero"
+    )
+    clients_at_once: Whole | None = Field(
+        None,
+        ge=1,
+        description="clients in one forward pass, at most; none: as many as there is room for. Changes speed and memory, and results by rounding alone",
+    )

@@ -2,13 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hilora import kernels
-from hilora.federated.engine.state import Models, factors
+from hilora.federated.callbacks.base import Callback, Round
+from hilora.federated.client import Models
+
+if TYPE_CHECKING:
+    from hilora.federated.simulation import Simulation
+
+
+class Diagnostics(Callback):
+    """The theorem's terms for the seen clients."""
+
+    name = "diagnostics"
+
+    def __init__(self) -> None:
+        self.terms: dict[str, dict[str, Any]] = {}
+
+    def measure(self, simulation: Simulation, round: Round) -> None:
+        if round.last:
+            self._measured = self._diagnose(simulation, round)
+
+    def _diagnose(self, simulation: Simulation, round: Round) -> dict[str, Any]:
+        seen, images = simulation.population.seen, simulation.train_images
+        models = simulation.models(seen)
+        loss = simulation.trainer(seen, "diagnosis").scores(models).loss
+        counts = simulation.population.class_counts(images.labels, len(images.classes))[seen]
+        member = torch.zeros(len(seen), dtype=torch.long) if models.cluster is None else models.cluster
+        alone = round.stage.private or not simulation.server.travels
+        return diagnose(loss, models, counts, None if alone else member)
+
+    def commit(self, simulation: Simulation, round: Round) -> None:
+        if round.last:
+            self.terms[round.stage.tier] = self._measured
+
+    def summary(self, simulation: Simulation) -> Mapping[str, Any]:
+        return {"diagnostics": self.terms}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"terms": self.terms}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.terms = state["terms"]
 
 
 def diagnose(loss: Tensor, models: Models, counts: Tensor, member: Tensor | None) -> dict[str, Any]:
@@ -40,7 +80,7 @@ def overlaps(models: Models) -> dict[str, float]:
     for tier in earlier:
         pairs = []
         one, other = models.tiers[tier].taken(), models.tiers[last].taken()
-        for (_, frozen), (_, B) in zip(factors(one), factors(other), strict=True):
+        for frozen, B in zip(one.B, other.B, strict=True):
             U, V = kernels.orthonormal_basis(frozen), kernels.orthonormal_basis(B)
             used = U.any(-1).any(-1) & V.any(-1).any(-1)  # [n, P]
             rank = min(U.shape[-1], V.shape[-1])

@@ -1,30 +1,28 @@
-"""Many clients trained, or evaluated, in one forward pass of the backbone that they share."""
+"""The batched engine: many clients trained in one forward pass of the backbone that they share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hilora.adapters.orthogonality import tier_penalties
+from hilora import kernels
+from hilora.adapters.composition import Composition
+from hilora.adapters.config import HiLoRAConfig
+from hilora.adapters.table import Stack
+from hilora.federated.client import Models, Trained
 from hilora.federated.data.images import ImageSet, augment, draw
-from hilora.federated.engine.mixing import mix_tiers
+from hilora.federated.engine.bench import LocalAlgorithm, Training
 from hilora.federated.engine.optim import Slotted
-from hilora.federated.engine.placement import Placement, copied, overwrite, place, placement
+from hilora.federated.engine.placement import Placed, Placement, arranged, overwrite
 from hilora.federated.engine.predictor import Predictor
-from hilora.federated.engine.state import Models, State, Trained, stream
-from hilora.federated.engine.training import BilevelTraining, LocalTraining
-from hilora.federated.settings import RunConfig
+from hilora.federated.protocol import Head
+from hilora.federated.settings import TrainingSettings
+from hilora.federated.streams import stream
 from hilora.models.backbone import Backbone
-
-
-class Lower(NamedTuple):
-    """The lower level of a bilevel problem: a tier, trained by SGD with this learning rate."""
-
-    tier: str
-    lr: float
 
 
 class Task(NamedTuple):
@@ -32,41 +30,131 @@ class Task(NamedTuple):
 
     Attributes:
         tier: which one.
+        algorithm: how.
         epochs: passes over a client's images.
-        rates: the tier whose learning rates to use; the same one by default.
+        rates: the tier whose learning rates to use.
         factors: which of the adapters' factors are trained: "AB", one of them, or "" for the head alone.
-        lower: the problem has a lower level.
+        head: whether the head is trained.
+        penalty: the weights of the tier's overlap with earlier tiers, in their order.
     """
 
     tier: str
-    epochs: int = 1
-    rates: str | None = None
+    algorithm: LocalAlgorithm
+    epochs: int
+    rates: str
     factors: str = "AB"
-    lower: Lower | None = None
+    head: bool = True
+    penalty: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """The tiers in training."""
+        return (self.tier, *self.algorithm.more_tiers)
 
 
-class _Ready(NamedTuple):
-    """A training that can be used again: with tensors of the same shapes, in the same places."""
+class _Bench:
+    """G clients in one forward pass (`bench.Bench`): a training that is set up serves again for clients whose tensors
+    have the same shapes."""
 
-    key: tuple[object, ...]
-    tables: Placement
-    head: State
-    training: LocalTraining
+    def __init__(
+        self,
+        engine: BatchedEngine,
+        tiers: Placed,
+        head: Head,
+        composition: Composition | None,
+        task: Task,
+        pixels: Tensor,
+    ) -> None:
+        self.engine, self.task, self.pixels, self.settings = engine, task, pixels, engine.settings
+        self.placement = Placement(engine.banks, tiers, engine.device)
+        self.head = head.each(lambda value: value.to(engine.device, copy=True).requires_grad_(task.head))
+        self.composition = None if composition is None else composition.each(self._own)
+        rate, head_rate = self.settings.lr[task.rates], self.settings.head_lr[task.rates]
+        self.trained: Sequence[Slotted] = self._all_trained(rate, head_rate)
+        self.training: Training = task.algorithm.training(self)
+
+    def _all_trained(self, rate: float, head_rate: float) -> list[Slotted]:
+        trained = self.factors(self.task.tier, self.task.factors, rate)
+        if self.composition is not None and self.composition.trained:
+            trained += [Slotted(value.requires_grad_(), 0, rate) for value in self.composition.tensors().values()]
+        if self.task.head:
+            trained += [Slotted(value, 0, head_rate) for value in self.head.tensors().values()]
+        return trained
+
+    def _own(self, value: Tensor) -> Tensor:
+        return value.to(self.engine.device, copy=True)
+
+    def put(self, tiers: Placed, head: Head, composition: Composition | None) -> None:
+        """Start from other values."""
+        self.placement.overwrite(tiers)
+        overwrite(self.head, head)
+        if self.composition is not None and composition is not None:
+            overwrite(self.composition, composition)
+        self.placement.hold()
+        self.engine._compose(self.composition)
+
+    def predict(self, pixels: Tensor) -> Tensor:
+        return self.engine._logits(pixels, self.head)
+
+    def factors(self, tier: str, factors: str, lr: float) -> list[Slotted]:
+        held = self.placement.held[tier]
+        return [Slotted(pair["AB".index(factor)].requires_grad_(), 1, lr) for pair in held for factor in factors]
+
+    @contextmanager
+    def holding(self, values: Mapping[int, Tensor]) -> Iterator[None]:
+        for tier, pairs in self.placement.held.items():
+            slot = self.placement.tiers[tier].slot
+            for bank, pair in zip(self.engine.banks, pairs, strict=True):
+                if any(id(factor) in values for factor in pair):
+                    A, B = (values.get(id(factor), factor) for factor in pair)
+                    bank.hold(tier, A, B, slot)
+        yield
+        self.placement.hold()
+
+    def penalty(self) -> Tensor:
+        """`Σ_P Σ_tier γ ‖B_tierᵀ B‖²_F` of each client's adapters, `[G]`, or 0 for all where nothing weighs it."""
+        gammas = dict(self.task.penalty)
+        before = [tier for tier in self.engine.config.tiers if tier in gammas and tier in self._earlier()]
+        total = torch.zeros((), device=self.engine.device)
+        for bank, (_, active) in enumerate(self.placement.held[self.task.tier] if gammas else ()):
+            frozen = [self._chosen(tier, bank) for tier in before]
+            weights = [gammas[tier] for tier in before]
+            total = total + kernels.gram_penalty(self._present(active, self.task.tier), frozen, weights, per_slot=True)
+        return total
+
+    def _earlier(self) -> tuple[str, ...]:
+        """The tiers before the one in training, of which there are adapters."""
+        tiers = self.engine.config.tiers
+        return tuple(tier for tier in tiers[: tiers.index(self.task.tier)] if len(self.placement.tiers[tier].table))
+
+    def _chosen(self, tier: str, bank: int) -> Tensor:
+        """B of the adapters that the clients use, `[P, G or 1, out, r]`."""
+        slot, (_, B) = self.placement.tiers[tier].slot, self.placement.held[tier][bank]
+        return self._present(B[:, slot.clamp_min(0)], tier)
+
+    def _present(self, B: Tensor, tier: str) -> Tensor:
+        """`[P, G, out, r]`, zero for clients that use none."""
+        return torch.where((self.placement.tiers[tier].slot >= 0)[:, None, None], B, 0)
 
 
-class Cohort(Predictor):
+class BatchedEngine(Predictor):
     """Trains the clients whose models a `Predictor` holds.
 
     The backbone is the same for all and does not change, so the gradients of the clients do not mix: a step is that of
-    G separate trainings. Every client draws its batches from a random stream of its own; how the clients are cut into
-    cohorts changes nothing but rounding.
+    G separate trainings. Every client draws its batches from a random stream of its own; how many clients are trained
+    at once changes nothing but rounding.
     """
 
     def __init__(
-        self, backbone: Backbone, tiers: tuple[str, ...], run: RunConfig, device: torch.device, dtype: torch.dtype
+        self,
+        backbone: Backbone,
+        config: HiLoRAConfig,
+        settings: TrainingSettings,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
-        super().__init__(backbone, tiers, run, device, dtype)
-        self._ready: _Ready | None = None
+        super().__init__(backbone, config, settings, device, dtype)
+        self._ready: tuple[tuple[object, ...], _Bench] | None = None
 
     def train(
         self,
@@ -90,30 +178,27 @@ class Cohort(Predictor):
         """
         order = sorted(range(len(shares)), key=lambda i: -len(shares[i]))  # alike sizes together: fewer idle rows
         counts = torch.tensor([len(share) for share in shares])
-        found = Trained({}, {}, counts * task.epochs, torch.full((len(shares),), torch.nan), {})
+        results: list[tuple[list[int], Trained]] = []
 
         def train(members: list[int], room: int) -> None:
-            streams = [stream(self.run.seed, purpose, round, int(ids[i])) for i in members]
-            # Without images, so that cohorts have one size, and a graph that was captured for one serves the next.
+            streams = [stream(self.settings.seed, purpose, round, int(ids[i])) for i in members]
+            # Without images, so that turns have one size, and a graph that was captured for one serves the next.
             idle = (room - len(members)) * (self.device.type == "cuda")
             own = [shares[i] for i in members] + [counts.new_empty(0)] * idle
-            picked = models.rows(torch.tensor(members + members[:1] * idle))
+            picked = models.of(torch.tensor(members + members[:1] * idle))
             with torch.random.fork_rng():  # of the dropout's draws
                 torch.manual_seed(streams[0].initial_seed())
-                states, loss = self._train(images, own, picked, task, streams)
-            found.put(torch.tensor(members), states, loss)
+                results.append((members, self._train(images, own, picked, task, streams)))
 
-        self._in_cohorts(order, images, train)
-        return found
+        self._in_turns(order, images, train)
+        return _in_order(results, ids, counts * task.epochs)
 
     def _train(
         self, images: ImageSet, shares: list[Tensor], models: Models, task: Task, streams: list[torch.Generator]
-    ) -> tuple[tuple[State, State, State], Tensor]:
-        """The adapters, the heads, the adapters of the lower level and the mean losses `[G]` of clients in one cohort,
-        on its device."""
-        batch = self.run.batch_size
-        ready = self._prepared(images, models, task)
-        training = ready.training
+    ) -> Trained:
+        """What G clients trained, idle ones included, in memory of its own."""
+        bench = self._prepared(images, models, task)
+        training, batch = bench.training, self.settings.batch_size
         steps = -(-torch.tensor([len(share) for share in shares]) // batch)  # [G]
         training.begin(steps * task.epochs)
         for _ in range(task.epochs):
@@ -121,106 +206,74 @@ class Cohort(Predictor):
             for step in range(int(steps.max())):
                 rows = slice(step * batch, (step + 1) * batch)
                 training.step(pixels[:, rows], labels[:, rows])
-        head = {name: value.detach() for name, value in ready.head.items()}
-        lower = self._held(task.lower.tier, ready.tables) if task.lower is not None else {}
-        return (self._held(task.tier, ready.tables), head, lower), training.loss / (steps * task.epochs).to(
-            training.loss
+        count = len(streams)
+        cpu = torch.device("cpu")
+
+        def kept(value: Tensor) -> Tensor:
+            return value.detach()[:count].to(cpu, copy=True)
+
+        return Trained(
+            torch.arange(count),
+            {tier: bench.placement.table(tier).rows(torch.arange(count)).to(cpu) for tier in task.tiers},
+            bench.head.each(kept),
+            bench.composition.each(kept) if bench.composition is not None and bench.composition.trained else None,
+            steps[:count],
+            kept(training.loss / (steps * task.epochs).to(training.loss)),
         )
 
-    def _held(self, tier: str, tables: Placement) -> State:
-        """The adapters that the banks hold of a tier, `[G, ...]`."""
-        state = {}
-        for index, (bank, placed) in enumerate(zip(self.banks, tables[tier], strict=True)):
-            state[f"A{index}"] = bank.A[tier].detach().transpose(0, 1)
-            state[f"B{index}"] = bank.B[tier].detach().transpose(0, 1)
-            if placed.gate is not None:
-                state[f"gate{index}"] = placed.gate.detach().transpose(0, 1)
-        return state
-
-    def _prepared(self, images: ImageSet, models: Models, task: Task) -> _Ready:
-        """The training of a cohort, with the clients' values in place; the one before serves again where all shapes
-        are the same."""
-        own = {task.tier} if task.lower is None else {task.tier, task.lower.tier}
-        values, head = placement(self.banks, models, own), models.head.taken()
-        shapes = [(one.A.shape, one.B.shape, one.slot is None) for placed in values.values() for one in placed]
-        mix = None if models.mix is None else models.mix._replace(references=None)
-        key = task._replace(epochs=0), mix, str(shapes), len(models.head.slot), images.images.shape[1:]
-        if self._ready is None or self._ready.key != key:
+    def _prepared(self, images: ImageSet, models: Models, task: Task) -> _Bench:
+        """The training of clients with their values in place; the one before serves again where all shapes agree."""
+        tiers, head = arranged(self.banks, models.tiers, task.tiers), models.head.taken()
+        shapes = [tensor.shape for rows in tiers.values() for tensor in (*rows.table.tensors().values(), rows.slot)]
+        composed = None if models.composition is None else models.composition.key
+        key = task._replace(epochs=0), composed, str(shapes), len(head), images.images.shape[1:]
+        if self._ready is None or self._ready[0] != key:
             self._ready = None  # its memory is free before more is taken
-            self._ready = self._new_training(key, copied(values, self.device), head, images, task)
-        ready = self._ready
-        overwrite(ready.tables, values)
-        place(self.banks, ready.tables)
-        mix_tiers(self.banks, models.mix, ready.tables)
-        with torch.no_grad():
-            for name, value in head.items():
-                ready.head[name].copy_(value)
-        self._activate(task)
+            clients, batch = len(head), self.settings.batch_size
+            pixels = torch.zeros(clients, batch, *images.images.shape[1:], dtype=torch.uint8, device=self.device)
+            self._ready = key, _Bench(self, tiers, head, models.composition, task, pixels)
+        bench = self._ready[1]
+        bench.put(tiers, head, models.composition)
         self.model.train()
-        return ready
-
-    def _activate(self, task: Task) -> None:
-        """Let what is trained require gradients, and nothing else."""
-        for bank in self.banks:
-            for tier in bank.tiers:
-                lower = task.lower is not None and tier == task.lower.tier
-                bank.A[tier].requires_grad_(lower or (tier == task.tier and "A" in task.factors))
-                bank.B[tier].requires_grad_(lower or (tier == task.tier and "B" in task.factors))
-
-    def _new_training(
-        self, key: tuple[object, ...], tables: Placement, head: State, images: ImageSet, task: Task
-    ) -> _Ready:
-        run, rates = self.run, task.rates or task.tier
-        trains_head = run.head == "follow" or task.tier == self.config.tiers[0]
-        heads = {name: value.to(self.device, copy=True).requires_grad_(trains_head) for name, value in head.items()}
-        gates = [placed.gate.requires_grad_() for placed in tables[task.tier] if placed.gate is not None]
-        clients, lower = len(heads["weight"]), task.lower
-        pixels = torch.zeros(clients, run.batch_size, *images.images.shape[1:], dtype=torch.uint8, device=self.device)
-        place(self.banks, tables)  # AdamW's moments have the shapes of what is in the banks
-
-        def of_adapters(tier: str, factors: str, lr: float) -> list[Slotted]:
-            return [Slotted(getattr(bank, factor)[tier], 1, lr) for bank in self.banks for factor in factors]
-
-        def predict(pixels: Tensor) -> Tensor:
-            return self._logits(pixels, heads)
-
-        trained = of_adapters(task.tier, task.factors, run.lr[rates]) + [Slotted(g, 1, run.lr[rates]) for g in gates]
-        if trains_head:
-            trained += [Slotted(value, 0, run.head_lr[rates]) for value in heads.values()]
-        how = (pixels, run.weight_decay, run.clip_norm, run.schedule)
-        if lower is None:
-            return _Ready(key, tables, heads, LocalTraining(predict, self._penalty, trained, *how))
-        below = of_adapters(lower.tier, "AB", lower.lr)
-        names = {id(value): name for name, value in self.model.named_parameters()}
-
-        def predict_with(pixels: Tensor, values: Sequence[Tensor]) -> Tensor:
-            stand_ins = {names[id(one.parameter)]: value for one, value in zip(below, values, strict=True)}
-            return self._logits(pixels, heads, stand_ins)
-
-        return _Ready(key, tables, heads, BilevelTraining(predict, predict_with, trained, below, *how))
-
-    def _penalty(self) -> Tensor:
-        """Of each client's adapters, `[G]`, or 0 for all where nothing weighs it."""
-        given = {"root": self.run.gamma_root, "cluster": self.run.gamma_cluster}
-        gammas = {f"gamma_{tier}": given.get(tier, 0.0) for tier in self.config.tiers}
-        return tier_penalties(self.model, **gammas) if any(gammas.values()) else torch.zeros((), device=self.device)
+        return bench
 
     def _epoch(self, images: ImageSet, shares: list[Tensor], streams: list[torch.Generator]) -> tuple[Tensor, Tensor]:
         """The clients' images in this epoch's order: uint8 `[G, rows, 3, h, w]`, labels `[G, rows]` padded with -1."""
-        batch = self.run.batch_size
+        batch = self.settings.batch_size
         rows = max(-(-len(share) // batch) * batch for share in shares)
         index = torch.full((len(shares), rows), -1)
         draws = torch.zeros(len(shares), rows, 3, dtype=torch.long)
         height, width = images.images.shape[2:]
         for client, (share, generator) in enumerate(zip(shares, streams, strict=False)):  # idle ones have no stream
             index[client, : len(share)] = share[torch.randperm(len(share), generator=generator)]
-            if self.run.augment:
+            if self.settings.augment:
                 draws[client, : len(share)] = draw(len(share), height, width, generator, images.mirrors)
         labels = torch.where(index >= 0, images.labels[index.clamp_min(0)], -1)
         pixels = images.images[index.clamp_min(0).to(images.images.device)]
-        if self.run.augment:
+        if self.settings.augment:
             pixels = augment(pixels.flatten(0, 1), draws.flatten(0, 1)).view(pixels.shape)
         return pixels, labels.to(self.device)
 
     def _forget(self) -> None:
         self._ready = None
+
+
+def _in_order(results: list[tuple[list[int], Trained]], clients: Tensor, images: Tensor) -> Trained:
+    """What was trained in turns, each with the places of its clients, in the order of all clients."""
+    places = torch.tensor([place for members, _ in results for place in members])
+    back = places.argsort()
+    first = results[0][1]
+
+    def together(stacks: list[Stack]) -> Any:
+        named = [stack.tensors() for stack in stacks]
+        return stacks[0].like({name: torch.cat([one[name] for one in named])[back] for name in named[0]})
+
+    trained = [one for _, one in results]
+    return Trained(
+        clients,
+        {tier: together([one.tiers[tier] for one in trained]) for tier in first.tiers},
+        together([one.head for one in trained]),
+        None if first.composition is None else together([one.composition for one in trained if one.composition]),
+        images,
+        torch.cat([one.loss for one in trained])[back],
+    )

@@ -1,81 +1,91 @@
-"""Clients' adapters on their way from the tables that a strategy keeps into the banks of a model."""
+"""Clients' adapters on their way from the tables of a strategy into the banks of a model."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from hilora.adapters.bank import AdapterBank
-from hilora.federated.engine.state import Models
+from hilora.adapters.table import AdapterTable, Stack
+from hilora.federated.protocol import Rows
+
+Placed = Mapping[str, Rows[AdapterTable]]
+"""For each tier of the banks, the adapters in them; their slots are those of G clients."""
 
 
-class Placed(NamedTuple):
-    """A tier in a bank."""
-
-    A: Tensor  # [P, S, r, in]
-    B: Tensor  # [P, S, out, r]
-    slot: Tensor | None = None  # int32 [G]
-    gate: Tensor | None = None  # [P, G, 2, in]
-
-
-Placement = dict[str, list[Placed]]  # for each tier, one for each bank
-
-
-def placement(banks: Sequence[AdapterBank], models: Models, own: Collection[str] = ()) -> Placement:
-    """The adapters of a cohort's G clients, in the order of the banks; a tier that the models lack has none.
+def arranged(banks: Sequence[AdapterBank], tiers: Placed, own: Collection[str] = ()) -> dict[str, Rows[AdapterTable]]:
+    """The adapters of G clients as the banks can hold them; a tier that is absent has none.
 
     Each client has a row of its own in the tiers `own`, and where a table is longer than there are clients.
     """
-    found: Placement = {}
+    found = {}
     for tier in banks[0].tiers:
-        table = models.tiers.get(tier)
-        found[tier] = []
-        for index, bank in enumerate(banks):
-            if table is None:
-                found[tier].append(Placed(bank.A[tier].data[:, :0], bank.B[tier].data[:, :0]))
-                continue
-            A, B = (table.state[f"{factor}{index}"] for factor in "AB")
-            gate, slot = table.state.get(f"gate{index}"), table.slot
-            if gate is not None:
-                gate = gate[slot].transpose(0, 1)
-            if tier in own or len(A) > len(slot):
-                rows = slot.clamp_min(0)
-                A, B, slot = A[rows], B[rows], torch.where(slot >= 0, torch.arange(len(slot)), -1)
-            found[tier].append(Placed(A.transpose(0, 1), B.transpose(0, 1), slot.int(), gate))
+        rows = tiers.get(tier)
+        if rows is None:
+            found[tier] = _none(banks, tier)
+            continue
+        slot = rows.slot
+        if tier in own or len(rows.table) > len(slot):
+            table = rows.table.rows(slot.clamp_min(0))
+            rows = Rows(table, torch.where(slot >= 0, torch.arange(len(slot)), -1))
+        found[tier] = rows
     return found
 
 
-def copied(values: Placement, device: torch.device) -> Placement:
-    """The same on a device, in memory of its own."""
+def _none(banks: Sequence[AdapterBank], tier: str) -> Rows[AdapterTable]:
+    rank = banks[0].config.rank(tier)
+    A = [torch.empty(0, len(bank.names), rank, bank.in_features) for bank in banks]
+    B = [torch.empty(0, len(bank.names), bank.out_features, rank) for bank in banks]
+    return Rows(AdapterTable(A, B), torch.empty(0, dtype=torch.long))
 
-    def copy(tensor: Tensor) -> Tensor:
-        return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
 
-    return {
-        tier: [
-            Placed(copy(A), copy(B), None if slot is None else copy(slot), None if gate is None else copy(gate))
-            for A, B, slot, gate in placed
-        ]
-        for tier, placed in values.items()
-    }
+class Placement:
+    """Adapters of G clients in the banks of a model, on its device, in memory of their own.
+
+    Attributes:
+        tiers: what is there, for each tier.
+        held: the tensors that the banks hold: for each tier, A `[P, S, r, in]` and B `[P, S, out, r]` of each bank.
+    """
+
+    def __init__(self, banks: Sequence[AdapterBank], tiers: Placed, device: torch.device) -> None:
+        def copy(tensor: Tensor) -> Tensor:  # the projections, not the clients, come first in memory
+            return tensor.transpose(0, 1).to(device, copy=True, memory_format=torch.contiguous_format).transpose(0, 1)
+
+        self.banks = banks
+        self.tiers = {
+            tier: Rows(rows.table.each(copy), rows.slot.to(device, torch.int32)) for tier, rows in tiers.items()
+        }
+        self.held = {
+            tier: [(A.transpose(0, 1), B.transpose(0, 1)) for A, B in rows.table.factors]
+            for tier, rows in self.tiers.items()
+        }
+
+    @torch.no_grad()
+    def overwrite(self, tiers: Placed) -> None:
+        """Copy the values of adapters of the same shapes here; the tensors stay where they are."""
+        for tier, rows in tiers.items():
+            kept = self.tiers[tier]
+            overwrite(kept.table, rows.table)
+            kept.slot.copy_(rows.slot)
+
+    def hold(self) -> None:
+        """Let the banks' layers use these adapters."""
+        for tier, pairs in self.held.items():
+            slot = self.tiers[tier].slot
+            for bank, (A, B) in zip(self.banks, pairs, strict=True):
+                bank.hold(tier, A, B, slot if len(slot) else None)
+
+    def table(self, tier: str) -> AdapterTable:
+        """The adapters of a tier, `[S, ...]`, as they are now."""
+        rows = self.tiers[tier].table
+        return rows.each(torch.Tensor.detach)
 
 
 @torch.no_grad()
-def overwrite(kept: Placement, values: Placement) -> None:
-    """Copy the values into tensors of the same shapes, which stay where they are."""
-    for tier, placed in values.items():
-        for targets, sources in zip(kept[tier], placed, strict=True):
-            for target, source in zip(targets, sources, strict=True):
-                if target is not None and source is not None:
-                    target.copy_(source)
-
-
-def place(banks: Sequence[AdapterBank], values: Placement) -> None:
-    """Let the banks hold these tensors themselves."""
-    for tier, placed in values.items():
-        for bank, (A, B, slot, _) in zip(banks, placed, strict=True):
-            bank.assign(tier, A, B)
-            bank.slots[tier] = slot
+def overwrite(kept: Stack, values: Stack) -> None:
+    """Copy values into tensors of the same shapes, which stay where they are."""
+    given = values.tensors()
+    for name, tensor in kept.tensors().items():
+        tensor.copy_(given[name])

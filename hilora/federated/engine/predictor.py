@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
 
+from hilora.adapters.composition import Composition
 from hilora.adapters.config import HiLoRAConfig
 from hilora.adapters.injection import banks, inject
+from hilora.adapters.table import AdapterTable
+from hilora.errors import InvalidValueError
+from hilora.federated.client import Models
 from hilora.federated.data.images import ImageSet, prepare
 from hilora.federated.engine.device import free_memory, out_of_memory, saved_bytes
-from hilora.federated.engine.mixing import mix_tiers, nearness
-from hilora.federated.engine.placement import Placement, copied, place, placement
-from hilora.federated.engine.state import Mix, Models, State, Table
-from hilora.federated.settings import RunConfig
+from hilora.federated.engine.placement import Placement, arranged
+from hilora.federated.protocol import Head, Rows
+from hilora.federated.settings import TrainingSettings
 from hilora.models.backbone import Backbone
 
+log = logging.getLogger(__name__)
 EVALUATION_ROWS = 512
-IMAGES_AT_ONCE, IMAGES_ON_CUDA = 160, 1024  # in a step, where the size of cohorts is not given
+IMAGES_AT_ONCE, IMAGES_ON_CUDA = 160, 1024  # in a step, where the number of clients at once is not given
 ADAMW_COPIES = 6  # of a client's adapters: values, gradients, two moments, and what a step of AdamW makes in passing
 
 
@@ -39,71 +43,70 @@ class Predictor:
 
     Args:
         backbone: the ViT; it gets adapters.
-        tiers: names of the tiers that the clients' models can have.
-        run: how to train.
+        config: the adapters that the clients' models can have.
+        settings: how to train.
         device: where to compute. Tables of adapters stay where the strategy keeps them.
         dtype: of the backbone; adapters, heads and losses are fp32.
 
     Attributes:
         room: how many clients are trained at once at most; None until the first of them are, if that is to be found.
-        note: is told what a user should know.
 
     Raises:
-        ValueError: if a rank exceeds the sides of an adapted projection: aggregates could not have it.
+        InvalidValueError: if a rank exceeds the sides of an adapted projection: aggregates could not have it.
     """
 
     def __init__(
-        self, backbone: Backbone, tiers: tuple[str, ...], run: RunConfig, device: torch.device, dtype: torch.dtype
+        self,
+        backbone: Backbone,
+        config: HiLoRAConfig,
+        settings: TrainingSettings,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
-        self.run, self.backbone, self.device, self.dtype = run, backbone, device, dtype
+        self.settings, self.backbone, self.device, self.dtype = settings, backbone, device, dtype
         self.mean, self.std = backbone.mean.to(device), backbone.std.to(device)  # a graph cannot fetch them
-        self.room = run.cohort_size
-        self.note: Callable[[str], object] = print
-        self.config = HiLoRAConfig(
-            r={tier: run.rank[tier] for tier in tiers},
-            lora_alpha={tier: run.lora_alpha[tier] for tier in tiers},
-            target_modules=run.target_modules,
-            lora_dropout=run.lora_dropout,
-            tiers=tiers,
-        )
-        self.model = inject(copy.deepcopy(backbone.model).to(device, dtype), self.config)
+        self.room, self.config = settings.clients_at_once, config
+        self.model = inject(copy.deepcopy(backbone.model).to(device, dtype), config)
         self.banks = banks(self.model)
         for bank in self.banks:
-            for tier in tiers:
-                if run.rank[tier] > min(bank.in_features, bank.out_features):
-                    raise ValueError(
-                        f"rank {run.rank[tier]} of tier {tier!r} exceeds the sides of the projections, "
+            for tier in config.tiers:
+                if config.rank(tier) > min(bank.in_features, bank.out_features):
+                    raise InvalidValueError(
+                        f"rank {config.rank(tier)} of tier {tier!r} exceeds the sides of the projections, "
                         f"{bank.in_features} → {bank.out_features}: choose a lower one"
                     )
 
-    def fresh(self, tier: str, slots: int, generator: torch.Generator) -> State:
+    def fresh(self, tier: str, slots: int, generator: torch.Generator) -> AdapterTable:
         """New adapters of a tier, `[slots, ...]`, without effect as yet."""
-        state = {}
-        for index, bank in enumerate(self.banks):
-            A, B = bank.fresh(tier, slots, generator)
-            state[f"A{index}"], state[f"B{index}"] = A.transpose(0, 1).contiguous(), B.transpose(0, 1).contiguous()
-        return state
+        pairs = [bank.fresh(tier, slots, generator) for bank in self.banks]
+        A, B = ([factor.transpose(0, 1).contiguous() for factor in factors] for factors in zip(*pairs, strict=True))
+        return AdapterTable(A, B)
 
-    def keep(self, adapters: dict[str, State]) -> None:
-        """Put all adapters of all tiers into the banks, for saving; none of a tier that is not there."""
-        none = Table({}, torch.empty(0, dtype=torch.long))
-        tables = {tier: Table(state, torch.arange(len(state["A0"]))) for tier, state in adapters.items()}
-        place(self.banks, copied(placement(self.banks, Models(tables, none)), self.device))
+    def keep(self, tables: Mapping[str, AdapterTable]) -> None:
+        """Let the model have these adapters of all clients, for saving; none of a tier that is not there."""
+        rows = {tier: Rows(table, torch.arange(len(table))) for tier, table in tables.items()}
+        for tier, found in arranged(self.banks, rows).items():
+            for bank, (A, B) in zip(self.banks, found.table.factors, strict=True):
+                bank.assign(tier, A.transpose(0, 1).contiguous(), B.transpose(0, 1).contiguous())
 
-    def _logits(self, pixels: Tensor, head: State, stand_ins: dict[str, Tensor] | None = None) -> Tensor:
+    def _logits(self, pixels: Tensor, head: Head) -> Tensor:
         """uint8 `[G, b, 3, h, w]` → `[G, b, classes]`."""
-        features = self._features(pixels, stand_ins).to(head["weight"])
-        return torch.baddbmm(head["bias"][:, None], features, head["weight"].mT)
+        features = self._features(pixels).to(head.weight)
+        return torch.baddbmm(head.bias[:, None], features, head.weight.mT)
 
-    def _features(self, pixels: Tensor, stand_ins: dict[str, Tensor] | None = None) -> Tensor:
-        """uint8 `[G, b, 3, h, w]` → `[G, b, D]`, with other tensors in the place of some of the model's parameters."""
-        x = self._pixels(pixels.flatten(0, 1).to(self.device))
-        y: Tensor = self.model(x) if stand_ins is None else functional_call(self.model, stand_ins, (x,))
+    def _features(self, pixels: Tensor) -> Tensor:
+        """uint8 `[G, b, 3, h, w]` → `[G, b, D]`."""
+        y: Tensor = self.model(self._prepared_pixels(pixels.flatten(0, 1).to(self.device)))
         return y.view(*pixels.shape[:2], -1)
 
-    def _pixels(self, images: Tensor) -> Tensor:
+    def _prepared_pixels(self, images: Tensor) -> Tensor:
         """uint8 `[n, 3, h, w]` → what the backbone takes."""
         return prepare(images, self.backbone.size, self.mean, self.std, self.dtype)
+
+    def _compose(self, composition: Composition | None) -> None:
+        """Let the layers combine their tiers so."""
+        for index, bank in enumerate(self.banks):
+            bank.composition = None if composition is None else composition.gains(index)
 
     @torch.no_grad()
     def evaluate(
@@ -115,18 +118,17 @@ class Predictor:
             images: of all clients.
             shares: for each of the n clients, the indices of its images, `[n_i]`; may be empty.
             models: what they predict with.
-            training: the images that a mix's references are among; `images` themselves by default.
+            training: the clients' training images, at which a composition may look; `images` themselves by default.
         """
         found = Scores(*(torch.full((len(shares),), torch.nan) for _ in Scores._fields))
 
         def score(members: list[int], room: int) -> None:
             own = [shares[i] for i in members]
-            picked = models.rows(torch.tensor(members))
-            tables = copied(placement(self.banks, picked), self.device)
-            place(self.banks, tables)
-            head = {name: value.to(self.device) for name, value in picked.head.taken().items()}
+            picked = models.of(torch.tensor(members))
+            Placement(self.banks, arranged(self.banks, picked.tiers), self.device).hold()
+            head = picked.head.taken().to(self.device)
             self.model.eval()
-            weigh = self._weigher(picked.mix, tables, training or images)
+            composed = self._seeing(picked.composition, training or images)
             rows = max(1, EVALUATION_ROWS // len(own))
             right, loss = (torch.zeros(len(own), device=self.device) for _ in range(2))
             for first in range(0, max(len(share) for share in own), rows):
@@ -134,7 +136,7 @@ class Predictor:
                 index = pad_sequence(chunks, batch_first=True, padding_value=-1)
                 labels = torch.where(index >= 0, images.labels[index.clamp_min(0)], -1).to(self.device)
                 pixels = images.images[index.clamp_min(0).to(images.images.device)]
-                weigh(pixels)
+                self._compose(composed(pixels))
                 logits = self._logits(pixels, head)
                 right += (logits.argmax(-1) == labels).sum(1)
                 loss += F.cross_entropy(logits.mT, labels, ignore_index=-1, reduction="none").sum(1)
@@ -142,33 +144,23 @@ class Predictor:
             found.correct[torch.tensor(members)] = right.cpu() / counts
             found.loss[torch.tensor(members)] = loss.cpu() / counts
 
-        self._in_cohorts(list(range(len(shares))), images, score)
+        self._in_turns(list(range(len(shares))), images, score)
         return found
 
-    def _weigher(self, mix: Mix | None, tables: Placement, training: ImageSet) -> Callable[[Tensor], None]:
-        """What sets how the tiers are weighed for the images that it is given, uint8 `[G, b, 3, h, w]`."""
-        mix_tiers(self.banks, mix, tables)
-        if mix is None or mix.references is None:
+    def _seeing(self, composition: Composition | None, training: ImageSet) -> Callable[[Tensor], Composition | None]:
+        """What says how the tiers are combined for the images that it is given, uint8 `[G, b, 3, h, w]`."""
+        if composition is None:
             return lambda pixels: None
-        mix_tiers(self.banks, mix, tables, share=1.0)
-        references = self._features(training.images[mix.references.to(training.images.device)])  # [G, m, D]
+        return composition.to(self.device).seeing(_Sight(self, training))
 
-        def weigh(pixels: Tensor) -> None:
-            mix_tiers(self.banks, mix, tables, share=1.0)
-            near = nearness(self._features(pixels), references)
-            share = mix.share.to(near).unsqueeze(-1) if isinstance(mix.share, Tensor) else mix.share
-            mix_tiers(self.banks, mix, tables, share=share * near)
-
-        return weigh
-
-    def _in_cohorts(self, order: list[int], images: ImageSet, work: Callable[[list[int], int], None]) -> None:
+    def _in_turns(self, order: list[int], images: ImageSet, work: Callable[[list[int], int], None]) -> None:
         """Do the work for all clients, as many at once as there is room for: half as many where memory runs out."""
         if self.room is None:
             self.room = self._fitting(images)
         done = 0
         while done < len(order):
-            cohorts = -(-len(order) // self.room)
-            size = -(-len(order) // cohorts)  # all of one size, the last one perhaps smaller
+            turns = -(-len(order) // self.room)
+            size = -(-len(order) // turns)  # all of one size, the last one perhaps smaller
             try:
                 work(order[done : done + size], size)
             except RuntimeError as error:
@@ -178,15 +170,17 @@ class Predictor:
                 self._forget()
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
-                self.note(f"out of memory with {size} clients at once, going on with {self.room}")
+                log.warning("out of memory with %d clients at once, going on with %d", size, self.room)
             else:
                 done += size
 
     def _fitting(self, images: ImageSet) -> int:
         """As many clients as keep the device busy and fit into half of its free memory."""
-        batch, rank = self.run.batch_size, max(self.run.rank.values())
-        self.keep({})
-        x = self._pixels(images.images[:1].to(self.device))
+        batch = self.settings.batch_size
+        rank = max(self.config.rank(tier) for tier in self.config.tiers)
+        Placement(self.banks, arranged(self.banks, {}), self.device).hold()
+        self._compose(None)
+        x = self._prepared_pixels(images.images[:1].to(self.device))
         activations = saved_bytes(lambda: self.model(x.requires_grad_()))
         elements = sum(len(bank.names) * rank * (bank.in_features + bank.out_features) for bank in self.banks)
         client = batch * activations + 4 * ADAMW_COPIES * elements
@@ -195,3 +189,17 @@ class Predictor:
 
     def _forget(self) -> None:
         """Give back memory that is held only to be used again."""
+
+
+class _Sight(NamedTuple):
+    """What a composition can look at (`composition.Sight`)."""
+
+    predictor: Predictor
+    training: ImageSet
+
+    def features(self, pixels: Tensor, composition: Composition) -> Tensor:
+        self.predictor._compose(composition)
+        return self.predictor._features(pixels)
+
+    def training_images(self, index: Tensor) -> Tensor:
+        return self.training.images[index.to(self.training.images.device)]

@@ -1,145 +1,181 @@
-"""What a federated method is: what a client trains, and what the server does with what came back."""
+"""What a federated method is: a server's half and a client's half, between which messages travel."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from hilora.adapters.config import HiLoRAConfig
+from hilora.adapters.table import AdapterTable, Stack
 from hilora.algorithms.clustering import Clustering
-from hilora.federated.engine.state import Models, State, Trained
-from hilora.federated.engine.work import Work
-from hilora.federated.settings import RunConfig
+from hilora.errors import FileError
+from hilora.federated.client import ClientState, Models
+from hilora.federated.engine.trainer import Trainer
+from hilora.federated.protocol import Download, Head, Stage, Upload
+from hilora.federated.settings import Settings, TrainingSettings
 
-Fresh = Callable[[str, int, torch.Generator], State]
+Fresh = Callable[[str, int, torch.Generator], AdapterTable]
 """New adapters, without effect as yet: (tier, how many, random stream) → `[how many, ...]`."""
 
-
-class Stage(NamedTuple):
-    """Rounds in which one tier is trained, with the learning rates of that tier or of another."""
-
-    tier: str
-    rounds: int
-    rates: str
+Ask = Callable[[Tensor, Download], Upload]
+"""Sends clients `[n]` a download and gives what they send back."""
 
 
-class Traffic(NamedTuple):
-    """Numbers that a client sends and receives in a round."""
+class Problem(NamedTuple):
+    """What both halves know from the start.
 
-    up: int
-    down: int
+    Attributes:
+        run: how clients train.
+        clients: N.
+        fresh: makes new adapters.
+        head: the head `[1, ...]` that all begin with.
+        true_groups: int64 `[N]`, of an oracle; None where there are no groups.
+    """
+
+    run: TrainingSettings
+    clients: int
+    fresh: Fresh
+    head: Head
+    true_groups: Tensor | None = None
 
 
 class Strategy(ABC):
     """A federated method on N clients, seen and unseen, named by their ids 0 to N − 1.
 
-    A subclass keeps its state in attributes, names them in `kept`, and implements `start`, `stages`, `models`,
-    `aggregate` and `traffic`; one whose clients do more in a round than to train once implements `round`.
+    The simulation has two instances of it, one for each half, and only the messages pass between them. The server's
+    half keeps its state in attributes and names them in `kept`; it starts in `start`, gives in `configure` what it has
+    for clients and takes in by `aggregate` what they send. The client's half has nothing but the private states of its
+    clients: it trains in `local` and says in `models` what they predict with.
 
     Attributes:
+        name: what the method is called on the command line and in files.
+        Settings: its own settings, beside those that all methods share.
         tiers: which adapters its models have.
         own_tier: what an unseen client trains by itself in the end.
         own_rates: the tier whose learning rates it takes: the leaf's, which suit a start from what others trained.
         predicts_unseen: whether an unseen client can predict before it trains.
-        factors: which of the adapters' factors are trained, as in `Task`.
-        options: settings of its own, with their defaults (`RunConfig.options`).
-        kept: attributes that make up the state, for checkpoints: tensors, numbers, or dicts and lists of these.
+        factors: which of the adapters' factors are trained and sent: "AB", one of them, or "".
+        travels: whether messages travel at all.
+        kept: attributes that make up the server's state, for checkpoints: tensors, stacks, numbers, or dicts and lists
+            of these.
     """
 
+    name: ClassVar[str]
+    Settings: ClassVar[type[Settings]] = Settings
     tiers: ClassVar[tuple[str, ...]]
     own_tier: ClassVar[str] = "leaf"
     own_rates: ClassVar[str] = "leaf"
     predicts_unseen: bool = True
     factors: ClassVar[str] = "AB"
-    options: ClassVar[Mapping[str, float]] = {}
-    kept: ClassVar[tuple[str, ...]]
+    travels: ClassVar[bool] = True
+    kept: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, run: RunConfig, fresh: Fresh, head: State, clients: int) -> None:
-        """Start from fresh adapters and the head `[1, ...]`."""
-        self.run, self.fresh, self.clients = run, fresh, clients
-        self.start(head)
-
-    @classmethod
-    def adapted(cls, run: RunConfig) -> RunConfig:
-        """The settings as the method takes them: here, without HiLoRA's penalties and its frozen head.
+    def __init__(self, **settings: Any) -> None:
+        """A method with some of its own settings.
 
         Raises:
-            ValueError: for an option that the method does not have.
+            InvalidValueError: for a setting that it does not have, or a value that does not fit.
         """
-        unknown = sorted(set(run.options) - set(cls.options))
-        if unknown:
-            raise ValueError(f"{cls.__name__} has no options {unknown}, it has {sorted(cls.options) or 'none'}")
-        own = {**cls.options, **run.options}
-        return replace(run, gamma_root=0.0, gamma_cluster=0.0, head="follow", options=own)
+        self.settings = self.Settings(**settings)
+
+    def join(self, problem: Problem) -> Self:
+        """Take up a problem; both halves do."""
+        self.problem, self.run = problem, problem.run
+        return self
+
+    def adapters(self, run: TrainingSettings) -> HiLoRAConfig:
+        """The adapters of its models."""
+        return HiLoRAConfig(
+            r={tier: run.rank[tier] for tier in self.tiers},
+            lora_alpha={tier: run.lora_alpha[tier] for tier in self.tiers},
+            target_modules=run.target_modules,
+            lora_dropout=run.lora_dropout,
+            tiers=self.tiers,
+        )
+
+    # The server's half
 
     @abstractmethod
-    def start(self, head: State) -> None:
-        """Set up the state."""
+    def start(self) -> None:
+        """Set up the server's state."""
 
     @abstractmethod
     def stages(self) -> list[Stage]:
         """The stages in their order."""
 
-    def begin(self, tier: str, seen: Tensor, work: Work) -> None:  # noqa: B027 -- a hook
-        """Before the first round of a stage. `seen` `[n]` are the clients that take part in the training."""
+    def begin(self, stage: Stage, clients: Tensor, ask: Ask) -> None:  # noqa: B027 -- a hook
+        """Before the first round of a stage. `clients` `[n]` are those that take part in the training."""
 
     @abstractmethod
-    def models(self, clients: Tensor) -> Models:
-        """What the clients `[n]` predict with now, and what they start training from."""
-
-    def round(self, stage: Stage, clients: Tensor, work: Work) -> dict[str, Any]:
-        """A round of the clients `[n]`; returns what `aggregate` says."""
-        models = self.models(clients)
-        trained = work.train(clients, models, stage.tier, rates=stage.rates, factors=self.factors)
-        return self.aggregate(stage.tier, clients, trained)
+    def configure(self, stage: Stage, clients: Tensor) -> Download:
+        """What the clients `[n]` are sent in a stage, or predict with after it."""
 
     @abstractmethod
-    def aggregate(self, tier: str, clients: Tensor, trained: Trained) -> dict[str, Any]:
-        """Take in what the clients `[n]` trained in a round; returns what is worth a note in the metrics. `stop` True
-        ends the stage."""
+    def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
+        """Take in what clients sent in a round; returns what is worth a note in the metrics. `stop` True ends the
+        stage."""
 
-    @abstractmethod
-    def traffic(self, tier: str) -> Traffic:
-        """What a client sends and receives in a round of a stage; what it was sent before is not counted again."""
-
-    def admit(self, clients: Tensor, work: Work) -> None:  # noqa: B027 -- a hook
+    def admit(self, clients: Tensor, ask: Ask) -> None:  # noqa: B027 -- a hook
         """Unseen clients arrive after the training."""
 
-    def personalise(self, clients: Tensor, work: Work) -> Models:
-        """What unseen clients `[n]` that were admitted predict with after they trained by themselves."""
-        models, epochs = self.models(clients), self.run.unseen_epochs
-        trained = work.train(clients, models, self.own_tier, rates=self.own_rates, epochs=epochs, factors=self.factors)
-        return models.replaced(self.own_tier, trained)
-
     def clustering(self) -> Clustering | None:
-        """The groups of the seen clients that the method formed, if it does."""
+        """How the groups of the seen clients were found, if the method found some by distances."""
         return None
 
-    def joined(self, clients: Tensor) -> Tensor:
-        """The cluster of each of the clients `[n]`, -1 for none."""
-        return torch.full((len(clients),), -1)
+    # The client's half
 
-    def tables(self) -> tuple[dict[str, State], dict[str, State]]:
-        """All adapters by tier, and the heads likewise, for saving."""
-        everyone = self.models(torch.arange(self.clients))
-        adapters = {tier: table.state for tier, table in everyone.tiers.items()}
-        return adapters, {next(reversed(adapters)): everyone.head.state}
+    def local(self, state: ClientState, download: Download, trainer: Trainer) -> Upload:
+        """A round of n clients: here, to train the stage's tier and send it back with the head."""
+        stage, models = download.stage, self.models(state, download, trainer)
+        trained = trainer.train(models, stage.tier, rates=stage.rates, factors=self.factors)
+        return trained.upload(stage.tier, factors=self.factors)
+
+    def models(self, state: ClientState, download: Download, trainer: Trainer) -> Models:
+        """What n clients predict with, and start training from: here, what they were sent."""
+        assert download.head is not None
+        return Models(download.tiers, download.head)
+
+    def personalise(self, state: ClientState, download: Download, trainer: Trainer) -> Models:
+        """What n unseen clients predict with after they trained by themselves."""
+        models, epochs = self.models(state, download, trainer), self.run.unseen_epochs
+        how = self.personal_training()
+        trained = trainer.train(models, self.own_tier, rates=self.own_rates, epochs=epochs, factors=self.factors, **how)
+        return models.after(trained)
+
+    def personal_training(self) -> dict[str, Any]:
+        """How an unseen client trains, beyond its tier, rates and epochs: keywords of `Trainer.train`."""
+        return {}
+
+    def tables(self, everyone: Models) -> tuple[dict[str, AdapterTable], dict[str, dict[str, Tensor]]]:
+        """All adapters by tier, and the tensors of the heads likewise, for saving."""
+        adapters = {tier: rows.table for tier, rows in everyone.tiers.items()}
+        heads = everyone.head.table.tensors()
+        if everyone.composition is not None and everyone.composition.trained:
+            heads = heads | everyone.composition.tensors()
+        return adapters, {next(reversed(adapters)): heads}
+
+    # Both
+
+    def total_rounds(self) -> int:
+        """All rounds of the run: what a strategy of a single tier trains for."""
+        return sum(self.run.rounds.values())
 
     def state_dict(self) -> dict[str, Any]:
         """The attributes `kept`."""
         return {name: getattr(self, name) for name in self.kept}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`."""
         if set(state) != set(self.kept):
-            raise ValueError(f"this is not a state of {type(self).__name__}: it has {sorted(state)}")
+            raise FileError(f"this is not a state of {type(self).__name__}: it has {sorted(state)}")
         for name, value in state.items():
             setattr(self, name, value)
 
-    def total_rounds(self) -> int:
-        """All rounds of the run: what a strategy of a single tier trains for."""
-        return sum(self.run.rounds.values())
+
+def everyone_starts(table: Stack, count: int) -> Callable[[], Stack]:
+    """What gives n clients the same row to begin with."""
+    return lambda: table.repeated(count)

@@ -3,15 +3,22 @@ and a shared adapter, fused in the end."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from hilora.federated.engine.state import Models, State, Table, Trained, mean, one_for_all, put, size, stream
-from hilora.federated.engine.work import Work
-from hilora.federated.strategies.base import Stage, Strategy, Traffic
+from hilora.adapters.table import AdapterTable, Stack, Values
+from hilora.federated.client import ClientState, Models
+from hilora.federated.engine.trainer import Trainer
+from hilora.federated.local.search import evolve
+from hilora.federated.protocol import Download, Rows, Stage, Upload, own, shared
+from hilora.federated.settings import Number, Settings, Whole
+from hilora.federated.strategies.base import Ask, Strategy, everyone_starts
+from hilora.federated.streams import stream
+
+PERSONAL, COLLECT, SHARED, FUSE = "personal", "collect", "shared", "fuse"  # what clients are asked to do
 
 
 class FDLoRA(Strategy):
@@ -27,128 +34,142 @@ class FDLoRA(Strategy):
     Left open, ours: all personal adapters begin alike, or their mean would be of different bases, and small. The head
     belongs to the adapter it is trained with, and is fused with the same weights. The search is a (1+1) evolution
     strategy from (0.5, 0.5), its steps widened after a success and narrowed after a failure. The outer rate and
-    momentum are those of DiLoCo (0.7, 0.9), which the method follows. The upload for the first mean is not counted in
-    the traffic.
+    momentum are those of DiLoCo (0.7, 0.9), which the method follows.
     """
 
-    tiers = ("root", "leaf")
-    options: ClassVar[Mapping[str, float]] = {
-        "inner_epochs": 3,
-        "sync": 5,
-        "outer_lr": 0.7,
-        "momentum": 0.9,
-        "images": 16,
-        "evaluations": 20,
-        "l1": 0.05,
-    }
-    kept = ("phase", "shared", "velocity", "leaf", "head", "weights", "rounds_done")
+    class Settings(Settings):
+        inner_epochs: Whole = Field(3, ge=1, description="local epochs of the shared adapter, times local_epochs")
+        sync: Whole = Field(5, ge=1, description="rounds after which the personal adapter becomes the shared one")
+        outer_lr: Number = Field(0.7, gt=0, description="learning rate of the server's Nesterov steps")
+        momentum: Number = Field(0.9, ge=0, lt=1, description="of the server's Nesterov steps")
+        images: Whole = Field(16, ge=1, description="training images that fusion weights are tried on")
+        evaluations: Whole = Field(20, ge=1, description="fusion weights that are tried")
+        l1: Number = Field(0.05, ge=0, description="weight of the L1 penalty on the fusion weights")
 
-    def start(self, head: State) -> None:
-        self.phase, self.rounds_done = 0, 0  # the phase is the number of the stage
-        everyone = torch.arange(self.clients)
-        first = self.fresh("leaf", 1, stream(self.run.seed, "fresh adapters"))
-        self.leaf = one_for_all(first, everyone).taken()
-        self.head = one_for_all(head, everyone).taken()
-        self.shared: dict[str, State] = {}  # of adapters and head, and so is the velocity
-        self.velocity: dict[str, State] = {}
-        self.weights = torch.full((self.clients, 2), 0.5)  # of the personal and the shared one
+    name = "fdlora"
+    tiers = ("root", "leaf")
+    kept = ("root", "head", "velocity")
+    settings: Settings
+
+    def start(self) -> None:
+        self.root, self.head = self._first(), self.problem.head
+        self.velocity: dict[str, dict[str, Tensor]] = {}
+
+    def _first(self) -> AdapterTable:
+        """The personal adapter that all begin with."""
+        return self.problem.fresh("leaf", 1, stream(self.run.seed, "fresh adapters"))
 
     def stages(self) -> list[Stage]:
         first, fusion = self.run.rounds["root"], min(1, self.total_rounds() - self.run.rounds["root"])
         return [
-            Stage("leaf", first, "root"),
-            Stage("root", self.total_rounds() - first - fusion, "root"),
-            Stage("leaf", fusion, "leaf"),
+            Stage("leaf", first, "root", PERSONAL, private=True),
+            Stage("root", self.total_rounds() - first - fusion, "root", SHARED),
+            Stage("leaf", fusion, "leaf", FUSE, private=True),
         ]
 
-    def begin(self, tier: str, seen: Tensor, work: Work) -> None:
-        self.phase += 1
-        if tier == "root":
-            counts = torch.tensor([len(work.population.clients[int(client)].train) for client in seen])
-            for name, state in (("adapters", self.leaf), ("head", self.head)):
-                self.shared[name] = mean({key: value[seen] for key, value in state.items()}, counts)
-                self.velocity[name] = {key: torch.zeros_like(value) for key, value in self.shared[name].items()}
+    def begin(self, stage: Stage, clients: Tensor, ask: Ask) -> None:
+        if stage.task == SHARED:
+            upload = ask(clients, Download(stage._replace(task=COLLECT)))
+            assert upload.head is not None
+            self.root, self.head = upload.tiers["leaf"].mean(upload.images), upload.head.mean(upload.images)
 
-    def models(self, clients: Tensor) -> Models:
-        if self.phase <= 1:
-            return Models({"leaf": Table(self.leaf, clients)}, Table(self.head, clients))
-        if self.phase == 2:
-            return self._shared(clients)
-        return self._fused(clients, self.weights[clients])
+    def configure(self, stage: Stage, clients: Tensor) -> Download:
+        if stage.task == PERSONAL:
+            return Download(stage)
+        return Download(stage, {"root": shared(self.root, clients)}, shared(self.head, clients))
 
-    def _shared(self, clients: Tensor) -> Models:
-        return Models(
-            {"root": one_for_all(self.shared["adapters"], clients)}, one_for_all(self.shared["head"], clients)
-        )
-
-    def _fused(self, clients: Tensor, weights: Tensor) -> Models:
-        def fused(own: State, shared: State) -> Table:
-            rows = {}
-            for name, value in own.items():
-                personal, common = weights.to(value).view(-1, 2, *[1] * (value.dim() - 1)).unbind(1)
-                rows[name] = personal * value[clients] + common * shared[name]
-            return Table(rows, torch.arange(len(clients)))
-
-        return Models({"leaf": fused(self.leaf, self.shared["adapters"])}, fused(self.head, self.shared["head"]))
-
-    def round(self, stage: Stage, clients: Tensor, work: Work) -> dict[str, Any]:
-        if self.phase == 3:
-            self.weights[clients] = self._search(clients, work)
-            return {"weights": self.weights[clients].mean(0).tolist()}
-        epochs = int(self.run.options["inner_epochs"]) * self.run.local_epochs if stage.tier == "root" else None
-        trained = work.train(clients, self.models(clients), stage.tier, rates=stage.rates, epochs=epochs)
-        return self.aggregate(stage.tier, clients, trained)
-
-    def aggregate(self, tier: str, clients: Tensor, trained: Trained) -> dict[str, Any]:
-        self.rounds_done += tier == "root"
-        if tier == "leaf" or self.rounds_done % int(self.run.options["sync"]) == 0:
-            put(self.leaf, clients, trained.adapters)
-            put(self.head, clients, trained.head)
-        if tier == "root" and trained.images.sum() > 0:
-            momentum, rate = self.run.options["momentum"], self.run.options["outer_lr"]
-            for name, state in (("adapters", trained.adapters), ("head", trained.head)):
-                for key, reached in mean(state, trained.images).items():
-                    slope = self.shared[name][key] - reached
-                    velocity = momentum * self.velocity[name][key] + slope
-                    self.velocity[name][key] = velocity
-                    self.shared[name][key] = self.shared[name][key] - rate * (slope + momentum * velocity)
+    def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
+        if stage.task == SHARED and upload.head is not None and upload.images.sum() > 0:
+            self.root = self._stepped("adapters", self.root, upload.tiers["root"].mean(upload.images))
+            self.head = self._stepped("head", self.head, upload.head.mean(upload.images))
         return {}
 
-    def _search(self, clients: Tensor, work: Work) -> Tensor:
+    def _stepped(self, name: str, current: Any, reached: Stack) -> Any:
+        """A Nesterov step of the server towards what the clients reached."""
+        momentum, rate, found = self.settings.momentum, self.settings.outer_lr, current.tensors()
+        velocities = self.velocity.setdefault(name, {})
+        for key, goal in reached.tensors().items():
+            if goal.is_floating_point():
+                slope = found[key] - goal
+                velocities[key] = momentum * velocities.get(key, torch.zeros_like(slope)) + slope
+                found[key] = found[key] - rate * (slope + momentum * velocities[key])
+        return current.like(found)
+
+    def local(self, state: ClientState, download: Download, trainer: Trainer) -> Upload:
+        stage = download.stage
+        if stage.task == COLLECT:
+            models = self._personal(state)
+            return Upload(state.clients, trainer.counts, {"leaf": models.tiers["leaf"].taken()}, models.head.taken())
+        if stage.task == FUSE:
+            state.put("weights", Values(fusion=self._search(state, download, trainer)))
+            return Upload(state.clients, trainer.counts)
+        if stage.task == PERSONAL:
+            trained = trainer.train(self._personal(state), "leaf", rates=stage.rates)
+            self._keep(state, trained.tiers["leaf"], trained.head)
+            return trained.upload(head=False)
+        epochs = self.settings.inner_epochs * self.run.local_epochs
+        trained = trainer.train(self._shared(download), "root", rates=stage.rates, epochs=epochs)
+        if download.round % self.settings.sync == 0:
+            self._keep(state, trained.tiers["root"], trained.head)
+        return trained.upload("root")
+
+    def models(self, state: ClientState, download: Download, trainer: Trainer) -> Models:
+        if download.stage.task == PERSONAL:
+            return self._personal(state)
+        if download.stage.task == SHARED:
+            return self._shared(download)
+        newcomers = ~state.has("leaf")  # who never trained a personal adapter take the shared one as it is
+        first = torch.where(newcomers[:, None], torch.tensor([0.0, 1.0]), 0.5)
+        weights = state.filled("weights", lambda: Values(fusion=first)).taken()
+        return self._fused(state, download, weights["fusion"])
+
+    def personalise(self, state: ClientState, download: Download, trainer: Trainer) -> Models:
+        """A newcomer trains a personal adapter from the shared one, and fuses the two."""
+        personal = self._own_or_shared(state, download)
+        trained = trainer.train(personal, "leaf", rates="leaf", epochs=self.run.unseen_epochs)
+        self._keep(state, trained.tiers["leaf"], trained.head)
+        return self._fused(state, download, self._search(state, download, trainer))
+
+    def _keep(self, state: ClientState, adapters: AdapterTable, head: Stack) -> None:
+        state.put("leaf", adapters)
+        state.put("head", head)
+
+    def _personal(self, state: ClientState) -> Models:
+        count = len(state.clients)
+        leaf = state.filled("leaf", everyone_starts(self._first(), count))
+        return Models({"leaf": leaf}, state.filled("head", everyone_starts(self.problem.head, count)))
+
+    def _shared(self, download: Download) -> Models:
+        assert download.head is not None
+        return Models(download.tiers, download.head)
+
+    def _own_or_shared(self, state: ClientState, download: Download) -> Models:
+        """A client's personal adapter and head; the shared ones, for a newcomer."""
+        assert download.head is not None
+        leaf: Rows[Any] = state.filled("leaf", download.tiers["root"].taken)
+        return Models({"leaf": leaf}, state.filled("head", download.head.taken))
+
+    def _fused(self, state: ClientState, download: Download, weights: Tensor) -> Models:
+        personal, common = self._own_or_shared(state, download), self._shared(download)
+
+        def fused(mine: Any, theirs: Any) -> Any:
+            rows, others = mine.tensors(), theirs.tensors()
+            for name, value in rows.items():
+                if value.is_floating_point():
+                    first, second = weights.to(value).view(-1, 2, *[1] * (value.dim() - 1)).unbind(1)
+                    rows[name] = first * value + second * others[name]
+            return own(mine.like(rows))
+
+        leaf = fused(personal.tiers["leaf"].taken(), common.tiers["root"].taken())
+        return Models({"leaf": leaf}, fused(personal.head.taken(), common.head.taken()))
+
+    def _search(self, state: ClientState, download: Download, trainer: Trainer) -> Tensor:
         """The weights `[n, 2]` of the lowest loss plus L1 penalty found for each client."""
-        options = self.run.options
-        images = work.examples(clients, int(options["images"]))
-        draws = stream(self.run.seed, "fusion")
+        images = trainer.examples(self.settings.images)
 
         def objective(weights: Tensor) -> Tensor:
-            return work.scores(clients, self._fused(clients, weights), images).loss + options["l1"] * weights.abs().sum(
-                1
-            )
+            models = self._fused(state, download, weights)
+            return trainer.scores(models, images).loss + self.settings.l1 * weights.abs().sum(1)
 
-        best, step = torch.full((len(clients), 2), 0.5), torch.full((len(clients), 1), 0.3)
-        lowest = objective(best)
-        for _ in range(int(options["evaluations"]) - 1):
-            tried = best + step * torch.randn(len(clients), 2, generator=draws)
-            value = objective(tried)
-            better = (value < lowest)[:, None]
-            best, lowest = tried.where(better, best), torch.minimum(value, lowest)
-            step = step * torch.where(better, 1.5, 0.85)
-        return best
-
-    def admit(self, clients: Tensor, work: Work) -> None:
-        """A newcomer starts from the shared adapter and head."""
-        models = self._shared(clients)
-        put(self.leaf, clients, models.tiers["root"].taken())
-        put(self.head, clients, models.head.taken())
-        self.weights[clients] = torch.tensor([0.0, 1.0])
-
-    def personalise(self, clients: Tensor, work: Work) -> Models:
-        """It trains a personal adapter from there, and fuses the two."""
-        personal = Models({"leaf": Table(self.leaf, clients)}, Table(self.head, clients))
-        trained = work.train(clients, personal, "leaf", rates="leaf", epochs=self.run.unseen_epochs)
-        self.aggregate("leaf", clients, trained)
-        return self._fused(clients, self._search(clients, work))
-
-    def traffic(self, tier: str) -> Traffic:
-        numbers = size(self.leaf) + size(self.head)
-        return Traffic(numbers, numbers) if tier == "root" else Traffic(0, 0)
+        start, draws = torch.full((len(state.clients), 2), 0.5), stream(self.run.seed, "fusion")
+        return evolve(objective, start, self.settings.evaluations, draws)

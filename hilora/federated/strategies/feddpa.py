@@ -3,19 +3,25 @@ adapter, whose outputs are mixed for each test instance."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
-from hilora.federated.engine.state import Mix, Models, State, Table, Trained, mean, one_for_all, put, size, stream
-from hilora.federated.engine.work import Work
-from hilora.federated.strategies.base import Stage, Strategy, Traffic
+from hilora.adapters.composition import Composition, Gains, Sight, Weights
+from hilora.adapters.table import Values
+from hilora.federated.client import ClientState, Models, Trained
+from hilora.federated.engine.trainer import Trainer
+from hilora.federated.protocol import Download, Rows, Stage, Upload, own, shared
+from hilora.federated.settings import Number, Settings, Whole
+from hilora.federated.strategies.base import Strategy
+from hilora.federated.streams import stream
 
 
-class _FedDPA(Strategy):
+class FedDPA(Strategy):
     """What the two have in common: FedAvg on the global adapter, and the mix in prediction.
 
     In every layer `y = W0 x + (1 − a) B_g A_g x + a B_l A_l x`, where a is `weight` times the mean cosine between the
@@ -26,108 +32,146 @@ class _FedDPA(Strategy):
     as 0. A client that has not trained a local adapter predicts with the global one alone.
     """
 
+    class Settings(Settings):
+        weight: Number = Field(0.5, ge=0, le=1, description="largest share of the local adapter")
+        references: Whole = Field(5, ge=1, description="training images that an instance is compared with")
+
     tiers = ("root", "leaf")
-    options: ClassVar[Mapping[str, float]] = {"weight": 0.5, "references": 5}
-    kept = ("root", "head", "leaf", "own_head", "references", "has_own")
+    kept = ("root", "head")
+    settings: Settings
 
-    def start(self, head: State) -> None:
-        self.root = self.fresh("root", 1, stream(self.run.seed, "fresh adapters", 0))
-        self.head = head
-        self.leaf: State = {}
-        self.own_head: State = {}
-        self.references = torch.empty(0, dtype=torch.long)  # [N, m]
-        self.has_own = torch.zeros(self.clients, dtype=torch.bool)  # a local adapter that was trained
+    def start(self) -> None:
+        self.root = self.problem.fresh("root", 1, stream(self.run.seed, "fresh adapters", 0))
+        self.head = self.problem.head
 
-    def choose_references(self, work: Work) -> None:
-        self.references = work.examples(torch.arange(self.clients), int(self.run.options["references"]))
+    def configure(self, stage: Stage, clients: Tensor) -> Download:
+        return Download(stage, {"root": shared(self.root, clients)}, shared(self.head, clients))
 
-    def shared(self, clients: Tensor) -> Models:
-        """The global model alone."""
-        return Models({"root": one_for_all(self.root, clients)}, one_for_all(self.head, clients))
-
-    def models(self, clients: Tensor) -> Models:
-        if not self.leaf:
-            return self.shared(clients)
-        has_own = self.has_own[clients]
-        mix = Mix("leaf", "root", self.run.options["weight"] * has_own, self.references[clients])
-        tiers = {"root": one_for_all(self.root, clients), "leaf": Table(self.leaf, clients)}
-        own, shared = Table(self.own_head, clients).taken(), one_for_all(self.head, clients).taken()
-        head = {
-            name: torch.where(has_own.view(-1, *[1] * (own[name].dim() - 1)), own[name], shared[name]) for name in own
-        }
-        return Models(tiers, Table(head, torch.arange(len(clients))), mix)
-
-    @abstractmethod
-    def local(self, clients: Tensor) -> Models:
-        """What the clients' local adapters are trained in."""
-
-    def personalise(self, clients: Tensor, work: Work) -> Models:
-        epochs = self.run.unseen_epochs
-        self.aggregate("leaf", clients, work.train(clients, self.local(clients), "leaf", rates="leaf", epochs=epochs))
-        return self.models(clients)
-
-    def aggregate(self, tier: str, clients: Tensor, trained: Trained) -> dict[str, Any]:
-        if tier == "leaf":
-            put(self.leaf, clients, trained.adapters)
-            put(self.own_head, clients, trained.head)
-            self.has_own[clients] |= trained.images > 0
-        elif trained.images.sum() > 0:
-            self.root, self.head = mean(trained.adapters, trained.images), mean(trained.head, trained.images)
+    def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
+        if upload.head is not None and upload.images.sum() > 0:
+            self.root, self.head = upload.tiers["root"].mean(upload.images), upload.head.mean(upload.images)
         return {}
 
-    def global_traffic(self) -> Traffic:
-        numbers = size(self.root) + size(self.head)
-        return Traffic(numbers, numbers)
+    def mixed(self, leaf: Rows[Any], state: ClientState, download: Download, trainer: Trainer) -> Models:
+        """Both adapters, mixed for each instance, and each client's own head if it has trained one."""
+        assert download.head is not None
+        trained, head = state.has("trained"), download.head
+        if trained.any():
+            head = own(state.rows("head").taken().where(trained, download.head.taken()))
+        count = self.settings.references
+        chosen = state.filled("references", lambda: Values(index=trainer.examples(count))).taken()
+        mix = NearnessMix(self.settings.weight * trained, chosen["index"])
+        return Models({"root": download.tiers["root"], "leaf": leaf}, head, mix)
+
+    def keep(self, state: ClientState, trained: Trained) -> None:
+        """The clients keep their local adapters, which count once they were trained."""
+        state.put("leaf", trained.tiers["leaf"])
+        state.put("head", trained.head)
+        state.put("trained", Values(yes=torch.ones(len(trained.images))), trained.images > 0)
 
 
-class FedDPAF(_FedDPA):
+class FedDPAF(FedDPA):
     """FedDPA-F: FedAvg to its end, in the rounds of the root and the cluster tier; then each client copies the global
     adapter and fine-tunes it locally, alone in the model."""
 
+    name = "feddpa-f"
+
     def stages(self) -> list[Stage]:
         rounds = self.run.rounds
-        return [Stage("root", rounds["root"] + rounds["cluster"], "root"), Stage("leaf", rounds["leaf"], "leaf")]
+        shared_rounds = rounds["root"] + rounds["cluster"]
+        return [Stage("root", shared_rounds, "root"), Stage("leaf", rounds["leaf"], "leaf", private=True)]
 
-    def begin(self, tier: str, seen: Tensor, work: Work) -> None:
-        if tier == "leaf":
-            everyone = torch.arange(self.clients)
-            self.leaf = one_for_all(self.root, everyone).taken()
-            self.own_head = one_for_all(self.head, everyone).taken()
-            self.choose_references(work)
+    def local(self, state: ClientState, download: Download, trainer: Trainer) -> Upload:
+        stage = download.stage
+        if stage.tier == "root":
+            return super().local(state, download, trainer)
+        trained = trainer.train(self._alone(state, download), "leaf", rates=stage.rates)
+        self.keep(state, trained)
+        return trained.upload(head=False)
 
-    def round(self, stage: Stage, clients: Tensor, work: Work) -> dict[str, Any]:
-        models = self.shared(clients) if stage.tier == "root" else self.local(clients)
-        trained = work.train(clients, models, stage.tier, rates=stage.rates)
-        return self.aggregate(stage.tier, clients, trained)
+    def models(self, state: ClientState, download: Download, trainer: Trainer) -> Models:
+        if download.stage.tier == "root":
+            return super().models(state, download, trainer)
+        return self.mixed(self._alone(state, download).tiers["leaf"], state, download, trainer)
 
-    def local(self, clients: Tensor) -> Models:
-        return Models({"leaf": Table(self.leaf, clients)}, Table(self.own_head, clients))
+    def personalise(self, state: ClientState, download: Download, trainer: Trainer) -> Models:
+        alone = self._alone(state, download)
+        self.keep(state, trainer.train(alone, "leaf", rates="leaf", epochs=self.run.unseen_epochs))
+        return self.models(state, download, trainer)
 
-    def traffic(self, tier: str) -> Traffic:
-        return Traffic(0, 0) if tier == "leaf" else self.global_traffic()
+    def _alone(self, state: ClientState, download: Download) -> Models:
+        """The local adapters, which begin as copies of the global one, alone in the model."""
+        assert download.head is not None
+        leaf = state.filled("leaf", download.tiers["root"].taken)
+        return Models({"leaf": leaf}, state.filled("head", download.head.taken))
 
 
-class FedDPAT(_FedDPA):
+class FedDPAT(FedDPA):
     """FedDPA-T: in each round the local adapter trains inside `a local + (1 − a) frozen global`, a = 0.5, and then the
     global one alone, from the server's; only the global one is averaged."""
 
+    name = "feddpa-t"
     TRAINING_SHARE = 0.5
 
     def stages(self) -> list[Stage]:
         return [Stage("leaf", self.total_rounds(), "leaf")]
 
-    def begin(self, tier: str, seen: Tensor, work: Work) -> None:
-        self.leaf = self.fresh("leaf", self.clients, stream(self.run.seed, "fresh adapters", 1))
-        self.own_head = one_for_all(self.head, torch.arange(self.clients)).taken()
-        self.choose_references(work)
+    def local(self, state: ClientState, download: Download, trainer: Trainer) -> Upload:
+        self._train_own(state, download, trainer)
+        alone = super().models(state, download, trainer)
+        return trainer.train(alone, "root", rates="root").upload("root")
 
-    def round(self, stage: Stage, clients: Tensor, work: Work) -> dict[str, Any]:
-        own = work.train(clients, self.local(clients), "leaf", rates="leaf")
-        shared = work.train(clients, self.shared(clients), "root", rates="root")
-        return self.aggregate("leaf", clients, own) | self.aggregate("root", clients, shared)
+    def models(self, state: ClientState, download: Download, trainer: Trainer) -> Models:
+        everyone = self.problem.clients
 
-    def local(self, clients: Tensor) -> Models:
-        return self.models(clients)._replace(mix=Mix("leaf", "root", self.TRAINING_SHARE))
+        def first() -> Any:
+            return self.problem.fresh("leaf", everyone, stream(self.run.seed, "fresh adapters", 1)).rows(state.clients)
 
-    def traffic(self, tier: str) -> Traffic:
-        return self.global_traffic()
+        return self.mixed(state.filled("leaf", first), state, download, trainer)
+
+    def personalise(self, state: ClientState, download: Download, trainer: Trainer) -> Models:
+        self._train_own(state, download, trainer, epochs=self.run.unseen_epochs)
+        return self.models(state, download, trainer)
+
+    def _train_own(self, state: ClientState, download: Download, trainer: Trainer, epochs: int | None = None) -> None:
+        mixed, share = self.models(state, download, trainer), self.TRAINING_SHARE
+        halves = Models(mixed.tiers, mixed.head, Weights({"leaf": share, "root": 1 - share}))
+        self.keep(state, trainer.train(halves, "leaf", rates="leaf", epochs=epochs))
+
+
+class NearnessMix(Composition):
+    """`a leaf + (1 − a) root`, where a is a client's share times how near an instance is to its references.
+
+    Args:
+        share: `[n]`.
+        references: int64 `[n, m]`, training images of each client.
+    """
+
+    def __init__(self, share: Tensor, references: Tensor) -> None:
+        self.share, self.references = share, references
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"share": self.share, "references": self.references}
+
+    def like(self, tensors: dict[str, Tensor]) -> NearnessMix:
+        return NearnessMix(tensors["share"], tensors["references"])
+
+    def gains(self, bank: int) -> Gains:
+        return Weights({"leaf": self.share, "root": 1 - self.share}).gains(bank)
+
+    def seeing(self, sight: Sight) -> Callable[[Tensor], Composition]:
+        alone = Weights({"leaf": 1.0, "root": 0.0})
+        references = sight.features(sight.training_images(self.references), alone)  # [G, m, D]
+
+        def mix(pixels: Tensor) -> Composition:
+            near = nearness(sight.features(pixels, alone), references)
+            share = self.share.to(near).unsqueeze(-1) * near  # [G, b]
+            return Weights({"leaf": share, "root": 1 - share})
+
+        return mix
+
+
+def nearness(features: Tensor, references: Tensor) -> Tensor:
+    """The mean cosine of images `[G, b, D]` to each client's references `[G, m, D]`, at least 0: `[G, b]`."""
+    cosines = F.normalize(features, dim=-1) @ F.normalize(references, dim=-1).mT
+    return cosines.mean(-1).clamp_min(0)

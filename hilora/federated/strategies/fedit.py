@@ -6,33 +6,31 @@ from typing import Any
 
 from torch import Tensor
 
-from hilora.federated.engine.state import Models, State, Trained, mean, one_for_all, size, stream
-from hilora.federated.strategies.base import Stage, Strategy, Traffic
+from hilora.federated.protocol import Download, Stage, Upload, shared
+from hilora.federated.strategies.base import Strategy
+from hilora.federated.streams import stream
 
 
 class FedIT(Strategy):
     """FedAvg on A, B and the head."""
 
+    name = "fedit"
     tiers = ("root",)
     own_tier = "root"
     kept = ("root", "head")
 
-    def start(self, head: State) -> None:
-        self.root = self.fresh("root", 1, stream(self.run.seed, "fresh adapters"))
-        self.head = head
+    def start(self) -> None:
+        self.root = self.problem.fresh("root", 1, stream(self.run.seed, "fresh adapters"))
+        self.head = self.problem.head
 
     def stages(self) -> list[Stage]:
         return [Stage("root", self.total_rounds(), rates="root")]
 
-    def models(self, clients: Tensor) -> Models:
-        return Models({"root": one_for_all(self.root, clients)}, one_for_all(self.head, clients))
+    def configure(self, stage: Stage, clients: Tensor) -> Download:
+        return Download(stage, {"root": shared(self.root, clients)}, shared(self.head, clients))
 
-    def aggregate(self, tier: str, clients: Tensor, trained: Trained) -> dict[str, Any]:
-        if trained.images.sum() > 0:
-            self.root = mean(trained.adapters, trained.images)
-            self.head = mean(trained.head, trained.images)
+    def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
+        if upload.images.sum() > 0 and upload.head is not None:
+            self.root = self.root.joined(upload.tiers["root"].mean(upload.images))
+            self.head = upload.head.mean(upload.images)
         return {}
-
-    def traffic(self, tier: str) -> Traffic:
-        numbers = size(self.root) + size(self.head)
-        return Traffic(numbers, numbers)

@@ -3,46 +3,52 @@ B is the client's own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from hilora.federated.engine.state import Models, State, Table, Trained, mean, put, size, stream
-from hilora.federated.strategies.base import Traffic
-from hilora.federated.strategies.local import LocalLoRA
-from hilora.federated.strategies.own_head import OwnHead
+from hilora.federated.client import ClientState, Models
+from hilora.federated.engine.trainer import Trainer
+from hilora.federated.protocol import Download, Stage, Upload, own, shared
+from hilora.federated.strategies.own_head import SharableHead
+from hilora.federated.streams import stream
 
 
-class FedSALoRA(LocalLoRA):
+class FedSALoRA(SharableHead):
     """Both factors are trained; A is averaged, B and the head stay with the client from round to round.
 
     The head is private, as in the authors' configuration, unless `shared_head` says otherwise. All clients begin with
     one A, and an unseen client with a B of zeros.
     """
 
-    options: ClassVar[Mapping[str, float]] = OwnHead.options
-    kept: ClassVar[tuple[str, ...]] = ("leaf", "head", "A")
+    name = "fedsa-lora"
+    tiers = ("leaf",)
+    kept = ("head", "A")
 
-    def start(self, head: State) -> None:
-        super().start(head)
-        first = self.fresh("leaf", 1, stream(self.run.seed, "fresh adapters"))
-        self.A = {name: value for name, value in first.items() if name[0] == "A"}
+    def start(self) -> None:
+        super().start()
+        self.A = self.problem.fresh("leaf", 1, stream(self.run.seed, "fresh adapters")).only("A")
 
-    def models(self, clients: Tensor) -> Models:
-        shared = {name: value.expand(len(clients), *value.shape[1:]) for name, value in self.A.items()}
-        own = {name: value[clients] for name, value in self.leaf.items() if name[0] == "B"}
-        everyone = torch.arange(len(clients))
-        return Models({"leaf": Table(shared | own, everyone)}, Table(self.head, clients))
+    def stages(self) -> list[Stage]:
+        return [Stage("leaf", self.total_rounds(), rates="root")]
 
-    def aggregate(self, tier: str, clients: Tensor, trained: Trained) -> dict[str, Any]:
-        put(self.leaf, clients, {name: value for name, value in trained.adapters.items() if name[0] == "B"})
-        self.keep_heads(clients, trained)
-        if trained.images.sum() > 0:
-            self.A = mean({name: value for name, value in trained.adapters.items() if name[0] == "A"}, trained.images)
+    def configure(self, stage: Stage, clients: Tensor) -> Download:
+        return Download(stage, {"leaf": shared(self.A, clients)}, self.sent_head(clients))
+
+    def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
+        self.average_heads(upload)
+        if upload.images.sum() > 0:
+            self.A = upload.tiers["leaf"].mean(upload.images)
         return {}
 
-    def traffic(self, tier: str) -> Traffic:
-        numbers = size(self.A) + self.head_traffic()
-        return Traffic(numbers, numbers)
+    def local(self, state: ClientState, download: Download, trainer: Trainer) -> Upload:
+        models = self.models(state, download, trainer)
+        trained = trainer.train(models, "leaf", rates=download.stage.rates)
+        state.put("leaf", trained.tiers["leaf"].only("B"))
+        self.keep_heads(state, trained)
+        return trained.upload("leaf", factors="A", head=self.shares_head)
+
+    def models(self, state: ClientState, download: Download, trainer: Trainer) -> Models:
+        zeros = self.problem.fresh("leaf", 1, stream(self.run.seed, "fresh adapters")).only("B")
+        B = state.filled("leaf", lambda: zeros.repeated(len(state.clients)))
+        return Models({"leaf": own(B.taken().joined(download.tiers["leaf"].taken()))}, self.heads(state, download))

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
+from hilora.adapters.table import AdapterTable
 from hilora.algorithms.aggregation import product_space_mean
-from hilora.federated.engine.state import Trained, factors, mean
+from hilora.federated.protocol import Stage, Upload
 from hilora.federated.strategies.fedit import FedIT
 
 
@@ -19,12 +18,16 @@ class FlexLoRA(FedIT):
     so that one truncation serves them all. The head is averaged.
     """
 
-    def aggregate(self, tier: str, clients: Tensor, trained: Trained) -> dict[str, Any]:
-        if trained.images.sum() > 0:
-            for index, (A, B) in enumerate(factors(trained.adapters)):
-                A, B = product_space_mean(A, B, trained.images, A.shape[-2])  # B = U, A = Σ Vᵀ
+    name = "flexlora"
+
+    def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
+        if upload.images.sum() > 0 and upload.head is not None:
+            averaged_A, averaged_B = [], []
+            for A, B in upload.tiers["root"].factors:
+                A, B = product_space_mean(A, B, upload.images, A.shape[-2])  # B = U, A = Σ Vᵀ
                 sigma = A.norm(dim=-1, keepdim=True)
-                self.root[f"A{index}"] = (A / sigma.clamp_min(1e-30))[None]
-                self.root[f"B{index}"] = (B * sigma.mT)[None]
-            self.head = mean(trained.head, trained.images)
+                averaged_A.append((A / sigma.clamp_min(1e-30))[None])
+                averaged_B.append((B * sigma.mT)[None])
+            self.root = AdapterTable(averaged_A, averaged_B)
+            self.head = upload.head.mean(upload.images)
         return {}

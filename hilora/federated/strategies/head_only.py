@@ -2,52 +2,77 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hilora.federated.engine.state import Models, State, Table, Trained, one_for_all, size
-from hilora.federated.engine.work import Work
-from hilora.federated.settings import RunConfig
-from hilora.federated.strategies.base import Stage, Traffic
-from hilora.federated.strategies.hilora import HiLoRA
+from hilora.adapters.table import AdapterTable
+from hilora.federated.client import ClientState, Models
+from hilora.federated.engine.trainer import Trainer
+from hilora.federated.grouping import GroupingSettings
+from hilora.federated.protocol import Download, Stage, Upload, shared
+from hilora.federated.strategies.hilora import PROBE, HiLoRA
+from hilora.federated.streams import stream
 
 
 class HeadOnly(HiLoRA):
-    """The head is averaged over all, then inside the cluster, then private; the adapters never leave zero.
+    """The head is averaged over all, then inside the cluster, then private; adapters that do nothing stand in for
+    HiLoRA's, and never leave the client.
 
     Clusters are found as HiLoRA finds them, from the subspaces that clients change the head's weight in: its leading
     left singular vectors, directions among the classes, stand for the columns of B.
     """
 
+    Settings = GroupingSettings  # type: ignore[assignment]
+    settings: GroupingSettings  # type: ignore[assignment]
+
+    name = "head-only"
     own_tier = "root"
     factors = ""
 
-    @classmethod
-    def adapted(cls, run: RunConfig) -> RunConfig:
-        return replace(super().adapted(run), gamma_root=0.0, gamma_cluster=0.0, head="follow")
+    def configure(self, stage: Stage, clients: Tensor) -> Download:
+        found = super().configure(stage, clients)
+        return Download(stage, {}, found.head)
 
-    def models(self, clients: Tensor) -> Models:
-        return Models(
-            {"root": one_for_all(self.root, clients)}, Table(self.heads[self.stage], self._slots(clients)[self.stage])
-        )
+    def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
+        if stage.tier == "root":
+            return super().aggregate(stage, upload)
+        if stage.tier == "cluster":
+            heads, member = self.heads["cluster"].each(Tensor.clone), self.grouping.member[upload.clients]
+            for group in member.unique():
+                members = upload.rows(member == group)
+                if members.head is not None and members.images.sum() > 0:
+                    heads.put(group[None], members.head.mean(members.images))
+            self.heads["cluster"] = heads
+        return {}
 
-    def round(self, stage: Stage, clients: Tensor, work: Work) -> dict[str, Any]:
-        trained = work.train(clients, self.models(clients), "root", rates=stage.rates, factors=self.factors)
-        return self.aggregate(stage.tier, clients, trained)
+    def averaged(self, upload: Upload) -> AdapterTable:
+        return self.root
 
-    def traffic(self, tier: str) -> Traffic:
-        numbers = 0 if tier == "leaf" else size(self.heads["root"])
-        return Traffic(numbers, numbers)
-
-    def _averaged(self, trained: Trained) -> State:
-        return {name: value[:1] for name, value in trained.adapters.items()}  # all alike
-
-    def _remember(self, clients: Tensor, trained: Trained) -> None:
-        change = trained.head["weight"] - self.heads["root"]["weight"]  # [n, classes, D]
+    def remember(self, upload: Upload) -> None:
+        assert upload.head is not None
+        change = upload.head.weight - self.heads["root"].weight  # [n, classes, D]
         U, sigma, _ = torch.linalg.svd(change, full_matrices=False)
         B = (U * sigma.unsqueeze(-2))[:, None, :, : self.run.rank["root"]]  # [n, 1, classes, r]
         A = B.new_zeros(*B.shape[:2], B.shape[3], 1)
-        self.grouping.remember(clients, {"A0": A, "B0": B}, {"A0": A[:1], "B0": torch.zeros_like(B[:1])})
+        server = AdapterTable([A[:1]], [torch.zeros_like(B[:1])])
+        self.grouping.remember(upload.clients, AdapterTable([A], [B]), server)
+
+    def local(self, state: ClientState, download: Download, trainer: Trainer) -> Upload:
+        stage, models = download.stage, self.models(state, download, trainer)
+        epochs = 1 if stage == PROBE else None
+        trained = trainer.train(models, "root", rates=stage.rates, epochs=epochs, factors=self.factors)
+        if stage.tier == "leaf":
+            state.put("head", trained.head)
+        return trained.upload(head=stage.tier != "leaf")
+
+    def models(self, state: ClientState, download: Download, trainer: Trainer) -> Models:
+        assert download.head is not None
+        idle = self.problem.fresh("root", 1, stream(self.run.seed, "fresh adapters", 0))
+        head = state.filled("head", download.head.taken) if download.stage.tier == "leaf" else download.head
+        cluster = None if download.stage.tier == "root" else download.head.slot
+        return Models({"root": shared(idle, state.clients)}, head, cluster=cluster)
+
+    def personal_training(self) -> dict[str, Any]:
+        return {}

@@ -2,170 +2,191 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from hilora import kernels
+from hilora.adapters.table import AdapterTable
 from hilora.algorithms.aggregation import product_space_mean, relative_change
 from hilora.algorithms.clustering import Clustering
-from hilora.federated.engine.state import Models, State, Table, Trained, factors, mean, one_for_all, put, size, stream
-from hilora.federated.engine.work import Work
-from hilora.federated.grouping import grouping
-from hilora.federated.settings import RunConfig
-from hilora.federated.strategies.base import Stage, Strategy, Traffic
+from hilora.federated.client import ClientState, Models
+from hilora.federated.engine.trainer import Trainer
+from hilora.federated.grouping import GROUPINGS, GroupingSettings
+from hilora.federated.protocol import Download, Rows, Stage, Upload, shared
+from hilora.federated.settings import Number
+from hilora.federated.strategies.base import Ask, Strategy
+from hilora.federated.streams import stream
+
+PROBE = Stage("root", 0, "root", "probe")
 
 
 class HiLoRA(Strategy):
-    """The cascade, with clusters found from what the clients' root adapters learn (`grouping.Grouping`)."""
+    """The cascade, with clusters found from what the clients' root adapters learn (`hilora.federated.grouping`).
 
-    tiers = ("root", "cluster", "leaf")
-    kept = ("stage", "root", "cluster", "leaf", "heads", "seen", *grouping.KEPT)
+    All clients train the root; the server averages products (`algorithms.aggregation`). Then each group trains its
+    cluster adapter on top of the frozen root, and in the end each client its leaf, which never leaves it. The head
+    follows the tier in training: averaged over all, inside of the group, then private.
+    """
 
-    @classmethod
-    def adapted(cls, run: RunConfig) -> RunConfig:
-        own = {name: getattr(run, name) for name in ("gamma_root", "gamma_cluster", "head")}
-        return replace(super().adapted(run), **own)
-
-    def start(self, head: State) -> None:
-        self.stage = "root"
-        self.root = self.fresh("root", 1, stream(self.run.seed, "fresh adapters", 0))
-        self.cluster: State = {}
-        self.leaf: State = {}
-        self.heads = {"root": head}
-        self.seen = torch.empty(0, dtype=torch.long)
-        self.grouping = grouping.Grouping(self.run, self.clients)
-
-    def stages(self) -> list[Stage]:
-        return [Stage(tier, self.run.rounds[tier], rates=tier) for tier in ("root", "cluster", "leaf")]
-
-    def models(self, clients: Tensor) -> Models:
-        reached = self.tiers[: self.tiers.index(self.stage) + 1]
-        tables = {"root": self.root, "cluster": self.cluster, "leaf": self.leaf}
-        slots = self._slots(clients)
-        return Models(
-            {tier: Table(tables[tier], slots[tier]) for tier in reached},
-            Table(self.heads[self.stage], slots[self.stage]),
+    class Settings(GroupingSettings):
+        gamma_root: Number = Field(
+            0.1, ge=0, description="weight of a later tier's overlap with the root (the paper's γ_c)"
+        )
+        gamma_cluster: Number = Field(0.1, ge=0, description="weight of the leaf's overlap with the cluster tier (γ_l)")
+        tau_rel: Number = Field(
+            0.01, ge=0, description="the root stops when the aggregate's relative change ρ falls to it"
+        )
+        aggregation: Literal["product", "factors"] = Field(
+            "product", description="average the products B A, or A and B apart"
+        )
+        head: Literal["follow", "global"] = Field(
+            "follow", description="the head follows the tier in training, or is trained with the root and then frozen"
         )
 
-    def _slots(self, clients: Tensor) -> dict[str, Tensor]:
-        none = torch.zeros(len(clients), dtype=torch.long)
-        return {"root": none, "cluster": self.grouping.member[clients], "leaf": clients}
+    name = "hilora"
+    tiers = ("root", "cluster", "leaf")
+    kept = ("root", "cluster", "heads", "seen")
+    settings: Settings
 
-    def begin(self, tier: str, seen: Tensor, work: Work) -> None:
-        self.seen = seen
-        member = self.grouping.member
-        if tier == "cluster":
-            self._form_clusters(seen, work)
-            count = int(member.max()) + 1
-            self.cluster = self.fresh("cluster", count, stream(self.run.seed, "fresh adapters", 1))
-            self.heads["cluster"] = one_for_all(self.heads["root"], torch.arange(count)).taken()
-        elif tier == "leaf":
-            self.leaf = self.fresh("leaf", self.clients, stream(self.run.seed, "fresh adapters", 2))
-            self.heads["leaf"] = Table(self.heads["cluster"], member.clamp_min(0)).taken()
-        self.stage = tier
+    def start(self) -> None:
+        self.root = self.problem.fresh("root", 1, stream(self.run.seed, "fresh adapters", 0))
+        self.cluster: AdapterTable | None = None
+        self.heads = {"root": self.problem.head}
+        self.seen = torch.empty(0, dtype=torch.long)
+        kind = GROUPINGS[self.settings.groups]
+        self.grouping = kind(self.settings, self.run, self.problem.clients, self.problem.true_groups)
 
-    def aggregate(self, tier: str, clients: Tensor, trained: Trained) -> dict[str, Any]:
-        if tier == "root":
-            return self._aggregate_root(clients, trained)
-        if tier == "leaf":
-            put(self.leaf, clients, trained.adapters)
-            put(self.heads["leaf"], clients, trained.head)
-            return {}
+    def stages(self) -> list[Stage]:
+        return [Stage(tier, self.run.rounds[tier], tier, private=tier == "leaf") for tier in self.tiers]
+
+    def begin(self, stage: Stage, clients: Tensor, ask: Ask) -> None:
+        self.seen = clients
+        if stage.tier == "cluster":
+            self._form_clusters(clients, ask)
+            count = int(self.grouping.member.max()) + 1
+            self.cluster = self.problem.fresh("cluster", count, stream(self.run.seed, "fresh adapters", 1))
+            self.heads["cluster"] = self.heads["root"].repeated(count)
+
+    def configure(self, stage: Stage, clients: Tensor) -> Download:
+        root = shared(self.root, clients)
+        if stage.tier == "root" or self.cluster is None:
+            return Download(stage, {"root": root}, shared(self.heads["root"], clients))
         member = self.grouping.member[clients]
-        for group in member.unique():
-            members = trained.rows(member == group)
-            if members.images.sum() > 0:
-                put(self.cluster, group[None], self._averaged(members))
-                put(self.heads["cluster"], group[None], mean(members.head, members.images))
+        tiers = {"root": root, "cluster": Rows(self.cluster, member)}
+        return Download(stage, tiers, Rows(self.heads["cluster"], member.clamp_min(0)))
+
+    def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
+        if stage.tier == "root":
+            return self._aggregate_root(upload)
+        if stage.tier == "cluster" and self.cluster is not None:
+            cluster, heads = self.cluster.each(Tensor.clone), self.heads["cluster"].each(Tensor.clone)
+            member = self.grouping.member[upload.clients]
+            for group in member.unique():
+                members = upload.rows(member == group)
+                if members.head is not None and members.images.sum() > 0:
+                    cluster.put(group[None], self.averaged(members))
+                    heads.put(group[None], members.head.mean(members.images))
+            self.cluster, self.heads["cluster"] = cluster, heads
         return {}
 
-    def _aggregate_root(self, clients: Tensor, trained: Trained) -> dict[str, Any]:
-        worked = trained.images > 0
-        if not worked.any():
+    def _aggregate_root(self, upload: Upload) -> dict[str, Any]:
+        worked = upload.rows(upload.images > 0)
+        if not len(worked.clients) or worked.head is None:
             return {}
-        clients, trained, before = clients[worked], trained.rows(worked), self.root
-        self._remember(clients, trained)
-        self.root, self.heads["root"] = self._averaged(trained), mean(trained.head, trained.images)
-        if not any(B.any() for _, B in factors(before)):
+        self.remember(worked)
+        before, self.root = self.root, self.averaged(worked)
+        self.heads["root"] = worked.head.mean(worked.images)
+        if not any(B.any() for B in before.B):
             return {"rho": None}  # there was nothing before the first round
-        rho = relative_change(factors(self.root), factors(before))
-        return {"rho": rho, "stop": rho <= self.run.tau_rel}
+        rho = relative_change(self.root.factors, before.factors)
+        return {"rho": rho, "stop": rho <= self.settings.tau_rel}
 
-    def _averaged(self, trained: Trained) -> State:
+    def averaged(self, upload: Upload) -> AdapterTable:
         """The mean of the clients' adapters as one row, taken of their products, or of A and B apart."""
-        if self.run.aggregation == "factors":
-            return mean(trained.adapters, trained.images)
-        averaged: State = {}
-        for index, (A, B) in enumerate(factors(trained.adapters)):
-            A, B = product_space_mean(A, B, trained.images, A.shape[-2])
-            averaged |= {f"A{index}": A[None], f"B{index}": B[None]}
-        return averaged
+        (table,) = upload.tiers.values()
+        if self.settings.aggregation == "factors":
+            return table.mean(upload.images)
+        means = [product_space_mean(A, B, upload.images, A.shape[-2]) for A, B in table.factors]
+        return AdapterTable([A[None] for A, _ in means], [B[None] for _, B in means])
 
-    def _remember(self, clients: Tensor, trained: Trained) -> None:
-        self.grouping.remember(clients, trained.adapters, self.root)
+    def remember(self, upload: Upload) -> None:
+        """Note for the grouping what clients made of the root."""
+        self.grouping.remember(upload.clients, upload.tiers["root"], self.root)
 
-    def _probe(self, clients: Tensor, work: Work) -> Tensor:
-        """Train the root for an epoch on clients; returns those that had images to train on."""
-        trained = work.train(clients, self.models(clients), "root", epochs=1, factors=self.factors)
-        worked = trained.images > 0
-        if worked.any():
-            self._remember(clients[worked], trained.rows(worked))
-        return clients[worked]
+    def _probe(self, clients: Tensor, ask: Ask) -> Tensor:
+        """Have clients train the root for an epoch; returns those that had images to train on."""
+        upload = ask(clients, self.configure(PROBE, clients))
+        worked = upload.rows(upload.images > 0)
+        if len(worked.clients):
+            self.remember(worked)
+        return worked.clients
 
-    def _form_clusters(self, seen: Tensor, work: Work) -> None:
+    def _form_clusters(self, seen: Tensor, ask: Ask) -> None:
         stale = self.grouping.stale(seen)
         if len(stale):
             self.grouping.trained_root[stale] = False
-            self._probe(stale, work)
-        missing = self.grouping.form(seen, work.true_groups)
+            self._probe(stale, ask)
+        missing = self.grouping.form(seen)
         if len(missing):
-            self._route(missing, work)
+            self._route(missing, ask)
             self.grouping.with_all(seen)
 
-    def admit(self, clients: Tensor, work: Work) -> None:
-        stage, self.stage = self.stage, "root"  # a probe trains the root alone, as everyone did
-        try:
-            self._route(clients, work)
-        finally:
-            self.stage = stage
-        if self.stage == "leaf":
-            put(self.heads["leaf"], clients, Table(self.heads["cluster"], self.grouping.member[clients]).taken())
+    def admit(self, clients: Tensor, ask: Ask) -> None:
+        self._route(clients, ask)
 
-    def _route(self, clients: Tensor, work: Work) -> None:
+    def _route(self, clients: Tensor, ask: Ask) -> None:
         """Join each client to the cluster that its probe points to; to the largest, if it has no image to probe."""
         member = self.grouping.member
         member[clients] = member[member >= 0].mode().values
-        probed = self._probe(clients, work)
-        published = self.run.published and any(B.any() for _, B in factors(self.cluster))
-        targets = [kernels.orthonormal_basis(B) for _, B in factors(self.cluster)] if published else None
-        self.grouping.join(probed, None if targets is None else grouping.side_by_side(targets))
-        if self.run.groups == "true" and work.true_groups is not None:
-            self.grouping.join_true(clients, self.seen, work.true_groups)
-
-    def traffic(self, tier: str) -> Traffic:
-        numbers = (
-            0 if tier == "leaf" else size(self.root if tier == "root" else self.cluster) + size(self.heads["root"])
-        )
-        return Traffic(numbers, numbers)
+        probed = self._probe(clients, ask)
+        self.grouping.join(clients, probed, self.seen, self.cluster)
 
     def clustering(self) -> Clustering | None:
         return None if self.grouping.groups is None else Clustering(**self.grouping.groups)
 
-    def joined(self, clients: Tensor) -> Tensor:
-        return self.grouping.member[clients]
+    def local(self, state: ClientState, download: Download, trainer: Trainer) -> Upload:
+        stage, models = download.stage, self.models(state, download, trainer)
+        epochs = 1 if stage == PROBE else None
+        how = {"factors": self.factors, **self._how(stage.tier)}
+        trained = trainer.train(models, stage.tier, rates=stage.rates, epochs=epochs, **how)
+        if stage.tier != "leaf":
+            return trained.upload(stage.tier, head=stage != PROBE)
+        state.put("leaf", trained.tiers["leaf"])
+        state.put("head", trained.head)
+        return trained.upload(head=False)
 
-    def tables(self) -> tuple[dict[str, State], dict[str, State]]:
-        adapters = {"root": self.root, "cluster": self.cluster, "leaf": self.leaf}
-        return {tier: state for tier, state in adapters.items() if state}, self.heads
+    def models(self, state: ClientState, download: Download, trainer: Trainer) -> Models:
+        assert download.head is not None
+        tiers, head = dict(download.tiers), download.head
+        cluster = tiers["cluster"].slot if "cluster" in tiers else None
+        if download.stage.tier == "leaf":
+            tiers["leaf"] = state.filled("leaf", lambda: self._first_leaves(state.clients))
+            head = state.filled("head", download.head.taken)
+        return Models(tiers, head, cluster=cluster)
+
+    def _first_leaves(self, clients: Tensor) -> AdapterTable:
+        everyone = self.problem.fresh("leaf", self.problem.clients, stream(self.run.seed, "fresh adapters", 2))
+        return everyone.rows(clients)
+
+    def personal_training(self) -> dict[str, Any]:
+        return self._how(self.own_tier)
+
+    def _how(self, tier: str) -> dict[str, Any]:
+        """The penalty of a tier, and whether the head is trained with it."""
+        gammas = {"root": self.settings.gamma_root, "cluster": self.settings.gamma_cluster}
+        head = self.settings.head == "follow" or tier == "root"
+        return {"penalty": gammas if any(gammas.values()) else {}, "head": head}
+
+    def tables(self, everyone: Models) -> tuple[dict[str, AdapterTable], dict[str, dict[str, Tensor]]]:
+        adapters, last = super().tables(everyone)
+        return adapters, {tier: head.tensors() for tier, head in self.heads.items()} | last
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self.grouping if name in grouping.KEPT else self, name) for name in self.kept}
+        return {**super().state_dict(), "grouping": self.grouping.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        for name in grouping.KEPT:
-            setattr(self.grouping, name, state[name])
-            delattr(self, name)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.grouping.load_state_dict(state["grouping"])
+        super().load_state_dict({name: value for name, value in state.items() if name != "grouping"})

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from hilora.federated.engine.state import Models, State, Table, Trained, mean, put, size, stream
-from hilora.federated.engine.work import Work
-from hilora.federated.strategies.base import Stage, Strategy, Traffic
+from hilora.adapters.table import Values
+from hilora.federated.client import ClientState, Models
+from hilora.federated.engine.trainer import Trainer
+from hilora.federated.protocol import Download, Head, Rows, Stage, Upload
+from hilora.federated.settings import Settings, Whole
+from hilora.federated.strategies.base import Strategy
+from hilora.federated.streams import stream
 
 
 class IFCA(Strategy):
@@ -22,59 +27,72 @@ class IFCA(Strategy):
     images, a mini-batch, as the paper allows.
     """
 
+    class Settings(Settings):
+        k: Whole = Field(5, ge=1, description="number of global adapters")
+        images: Whole = Field(32, ge=1, description="training images that a client chooses by")
+
+    name = "ifca"
     tiers = ("root",)
     own_tier = "root"
-    options: ClassVar[Mapping[str, float]] = {"k": 5, "images": 32}
-    kept = ("root", "head", "member", "seen")
+    kept = ("root", "head")
+    settings: Settings
 
-    def start(self, head: State) -> None:
-        self.k = int(self.run.options["k"])
-        self.root = self.fresh("root", self.k, stream(self.run.seed, "fresh adapters"))
-        generator, bound = stream(self.run.seed, "first heads"), head["weight"].shape[-1] ** -0.5
-        self.head = {
-            name: torch.empty(self.k, *value.shape[1:]).uniform_(-bound, bound, generator=generator).to(value)
-            for name, value in head.items()
+    def start(self) -> None:
+        k = self.settings.k
+        self.root = self.problem.fresh("root", k, stream(self.run.seed, "fresh adapters"))
+        first = self.problem.head
+        generator, bound = stream(self.run.seed, "first heads"), first.weight.shape[-1] ** -0.5
+        drawn = {
+            name: torch.empty(k, *value.shape[1:]).uniform_(-bound, bound, generator=generator).to(value)
+            for name, value in first.tensors().items()
         }
-        self.member = torch.zeros(self.clients, dtype=torch.long)
-        self.seen = torch.empty(0, dtype=torch.long)
-
-    def begin(self, tier: str, seen: Tensor, work: Work) -> None:
-        self.seen = seen
-        self._choose(seen, work)
+        self.head = Head(**drawn)
 
     def stages(self) -> list[Stage]:
         return [Stage("root", self.total_rounds(), "root")]
 
-    def models(self, clients: Tensor) -> Models:
-        return self._of(self.member[clients])
+    def configure(self, stage: Stage, clients: Tensor) -> Download:
+        all_of_them = torch.arange(self.settings.k).expand(len(clients), -1)
+        return Download(stage, {"root": Rows(self.root, all_of_them)}, Rows(self.head, all_of_them))
 
-    def _of(self, member: Tensor) -> Models:
-        return Models({"root": Table(self.root, member)}, Table(self.head, member))
-
-    def round(self, stage: Stage, clients: Tensor, work: Work) -> dict[str, Any]:
-        noted = super().round(stage, clients, work)
-        self._choose(self.seen, work)
-        return noted
-
-    def aggregate(self, tier: str, clients: Tensor, trained: Trained) -> dict[str, Any]:
-        for group in self.member[clients].unique():
-            members = trained.rows(self.member[clients] == group)
-            if members.images.sum() > 0:
-                put(self.root, group[None], mean(members.adapters, members.images))
-                put(self.head, group[None], mean(members.head, members.images))
+    def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
+        assert upload.choice is not None
+        root, head = self.root.each(Tensor.clone), self.head.each(Tensor.clone)
+        for group in upload.choice.unique():
+            members = upload.rows(upload.choice == group)
+            if members.head is not None and members.images.sum() > 0:
+                root.put(group[None], members.tiers["root"].mean(members.images))
+                head.put(group[None], members.head.mean(members.images))
+        self.root, self.head = root, head
         return {}
 
-    def _choose(self, clients: Tensor, work: Work) -> None:
-        images = work.examples(clients, int(self.run.options["images"]))
-        losses = [work.scores(clients, self._of(torch.full_like(clients, k)), images).loss for k in range(self.k)]
-        self.member[clients] = torch.stack(losses).argmin(0)
+    def local(self, state: ClientState, download: Download, trainer: Trainer) -> Upload:
+        models = self.models(state, download, trainer)
+        trained = trainer.train(models, "root", rates=download.stage.rates)
+        return replace(trained.upload("root"), choice=models.cluster)
 
-    def admit(self, clients: Tensor, work: Work) -> None:
-        self._choose(clients, work)
+    def models(self, state: ClientState, download: Download, trainer: Trainer) -> Models:
+        assert download.head is not None
+        choice = self._choice(state, download, trainer)
+        tiers = {"root": download.tiers["root"].picked(choice)}
+        return Models(tiers, download.head.picked(choice), cluster=choice)
 
-    def joined(self, clients: Tensor) -> Tensor:
-        return self.member[clients]
-
-    def traffic(self, tier: str) -> Traffic:
-        numbers = size(self.root) + size(self.head)
-        return Traffic(numbers, self.k * numbers)
+    def _choice(self, state: ClientState, download: Download, trainer: Trainer) -> Tensor:
+        """The adapter and head of the lowest loss for each client, int64 `[n]`; remembered for a round."""
+        now = Values(
+            choice=torch.zeros(len(state.clients), dtype=torch.long), round=torch.full((len(state.clients),), -1)
+        )
+        known = state.filled("choice", lambda: now).taken()
+        if (known["round"] == download.round).all():
+            remembered: Tensor = known["choice"]
+            return remembered
+        assert download.head is not None
+        images = trainer.examples(self.settings.images)
+        losses = []
+        for k in range(self.settings.k):
+            one = torch.full((len(state.clients),), k)
+            models = Models({"root": download.tiers["root"].picked(one)}, download.head.picked(one))
+            losses.append(trainer.scores(models, images).loss)
+        choice = torch.stack(losses).argmin(0)
+        state.put("choice", Values(choice=choice, round=torch.full_like(choice, download.round)))
+        return choice

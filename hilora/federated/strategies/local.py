@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
-from hilora.federated.engine.state import Models, State, Table, Trained, put, stream
-from hilora.federated.strategies.base import Stage, Traffic
+from hilora.adapters.table import AdapterTable
+from hilora.federated.client import ClientState, Models
+from hilora.federated.engine.trainer import Trainer
+from hilora.federated.protocol import Download, Stage, Upload
 from hilora.federated.strategies.own_head import OwnHead
+from hilora.federated.streams import stream
 
 
 class LocalLoRA(OwnHead):
     """Training without a federation, at the rates that suit a start from nothing: the root's."""
 
+    name = "local-lora"
     tiers = ("leaf",)
-    options: ClassVar[Mapping[str, float]] = {}
-    kept: ClassVar[tuple[str, ...]] = ("leaf", "head")
-
-    def start(self, head: State) -> None:
-        super().start(head)
-        self.leaf = self.fresh("leaf", self.clients, stream(self.run.seed, "fresh adapters"))
 
     def stages(self) -> list[Stage]:
-        return [Stage("leaf", self.total_rounds(), rates="root")]
+        return [Stage("leaf", self.total_rounds(), rates="root", private=True)]
 
-    def models(self, clients: Tensor) -> Models:
-        return Models({"leaf": Table(self.leaf, clients)}, Table(self.head, clients))
+    def configure(self, stage: Stage, clients: Tensor) -> Download:
+        return Download(stage)
 
-    def aggregate(self, tier: str, clients: Tensor, trained: Trained) -> dict[str, Any]:
-        put(self.leaf, clients, trained.adapters)
-        self.keep_heads(clients, trained)
+    def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
         return {}
 
-    def traffic(self, tier: str) -> Traffic:
-        return Traffic(0, 0)
+    def first(self, clients: Tensor) -> AdapterTable:
+        """The adapters that clients begin with."""
+        everyone = self.problem.fresh("leaf", self.problem.clients, stream(self.run.seed, "fresh adapters"))
+        return everyone.rows(clients)
+
+    def local(self, state: ClientState, download: Download, trainer: Trainer) -> Upload:
+        models = self.models(state, download, trainer)
+        trained = trainer.train(models, "leaf", rates=download.stage.rates)
+        state.put("leaf", trained.tiers["leaf"])
+        self.keep_heads(state, trained)
+        return trained.upload(head=False)
+
+    def models(self, state: ClientState, download: Download, trainer: Trainer) -> Models:
+        leaf = state.filled("leaf", lambda: self.first(state.clients))
+        return Models({"leaf": leaf}, self.heads(state, download))

@@ -2,36 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
+from pydantic import Field
 from torch import Tensor
 
-from hilora.federated.engine.state import State, Trained, mean, one_for_all, put, size
-from hilora.federated.strategies.base import Strategy
+from hilora.federated.client import ClientState, Trained
+from hilora.federated.protocol import Download, Head, Rows, Upload, shared
+from hilora.federated.settings import Settings
+from hilora.federated.strategies.base import Strategy, everyone_starts
 
 
 class OwnHead(Strategy):
     """A client's head stays with it from round to round, and an unseen client has none to predict with before it
-    trains. With the option `shared_head` = 1 heads are averaged in every round instead, over the clients that trained.
-    """
+    trains."""
 
     own_rates = "root"
-    options: ClassVar[Mapping[str, float]] = {"shared_head": 0}
+    predicts_unseen = False
+    shares_head = False
+    kept: ClassVar[tuple[str, ...]] = ("head",)
 
-    def start(self, head: State) -> None:
-        self.head = one_for_all(head, torch.arange(self.clients)).taken()
-        self.shares_head = bool(self.run.options.get("shared_head", 0))
-        self.predicts_unseen = self.shares_head
+    def start(self) -> None:
+        self.head = self.problem.head
 
-    def keep_heads(self, clients: Tensor, trained: Trained) -> None:
-        """Take in the heads that the clients `[n]` trained."""
+    def sent_head(self, clients: Tensor) -> Rows[Head] | None:
+        """The head that clients `[n]` are sent, if it is shared."""
+        return shared(self.head, clients) if self.shares_head else None
+
+    def heads(self, state: ClientState, download: Download) -> Rows[Head]:
+        """The clients' heads."""
+        if download.head is not None:
+            return download.head
+        return state.filled("head", everyone_starts(self.problem.head, len(state.clients)))
+
+    def keep_heads(self, state: ClientState, trained: Trained) -> None:
+        """The clients keep what they trained, unless it is shared."""
         if not self.shares_head:
-            put(self.head, clients, trained.head)
-        elif trained.images.sum() > 0:
-            self.head = one_for_all(mean(trained.head, trained.images), torch.arange(self.clients)).taken()
+            state.put("head", trained.head)
 
-    def head_traffic(self) -> int:
-        """Numbers of a head, if it travels."""
-        return size(self.head) if self.shares_head else 0
+    def average_heads(self, upload: Upload) -> None:
+        """The server averages the heads that it was sent."""
+        if upload.head is not None and upload.images.sum() > 0:
+            self.head = upload.head.mean(upload.images)
+
+
+class SharableHead(OwnHead):
+    """The same with a choice: heads may be averaged in every round instead, over the clients that trained."""
+
+    class Settings(Settings):
+        shared_head: bool = Field(False, description="average the heads; else each client keeps its own")
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.shares_head = self.predicts_unseen = bool(getattr(self.settings, "shared_head", False))

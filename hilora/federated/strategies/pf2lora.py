@@ -3,21 +3,24 @@ via Two-Level LoRA, 2025): a common adapter, and a small one of the client's on 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
+from pydantic import Field
 from torch import Tensor
 
-from hilora.federated.engine.batched import Lower
-from hilora.federated.engine.state import Models, State, Table, Trained, mean, one_for_all, put, size, stream
-from hilora.federated.engine.work import Work
-from hilora.federated.settings import RunConfig
-from hilora.federated.strategies.base import Stage, Traffic
-from hilora.federated.strategies.own_head import OwnHead
+from hilora.adapters.config import HiLoRAConfig
+from hilora.adapters.table import AdapterTable
+from hilora.federated.client import ClientState, Models
+from hilora.federated.engine.trainer import Trainer
+from hilora.federated.local.bilevel import Bilevel
+from hilora.federated.protocol import Download, Stage, Upload, shared
+from hilora.federated.settings import Number, TrainingSettings, Whole
+from hilora.federated.strategies.own_head import SharableHead
+from hilora.federated.streams import stream
 
 
-class PF2LoRA(OwnHead):
+class PF2LoRA(SharableHead):
     """`W0 + B A + D C` with ranks r and 2. In each step the client's (C, D) takes a step of SGD with the rate `alpha`,
     and the common (A, B) one of AdamW with the exact gradient through that step; (A, B) is averaged.
 
@@ -27,41 +30,50 @@ class PF2LoRA(OwnHead):
     common adapter as it is.
     """
 
+    class Settings(SharableHead.Settings):
+        alpha: Number = Field(0.01, gt=0, description="learning rate of SGD at the lower level")
+        own_rank: Whole = Field(2, ge=1, description="rank of a client's own adapter")
+
+    name = "pf2lora"
     tiers = ("root", "leaf")
-    options: ClassVar[Mapping[str, float]] = {**OwnHead.options, "alpha": 0.01, "rank": 2}
-    kept = ("root", "leaf", "head")
+    kept = ("root", "head")
+    settings: Settings
 
-    @classmethod
-    def adapted(cls, run: RunConfig) -> RunConfig:
-        run = super().adapted(run)
-        rank = int(run.options["rank"])
+    def adapters(self, run: TrainingSettings) -> HiLoRAConfig:
+        config, rank = super().adapters(run), self.settings.own_rank
         scale = run.lora_alpha["root"] / run.rank["root"]
-        return replace(run, rank={**run.rank, "leaf": rank}, lora_alpha={**run.lora_alpha, "leaf": rank * scale})
+        r, alpha = {"root": run.rank["root"], "leaf": rank}, {"root": run.lora_alpha["root"], "leaf": rank * scale}
+        return replace(config, r=r, lora_alpha=alpha)
 
-    def start(self, head: State) -> None:
-        super().start(head)
-        self.root = self.fresh("root", 1, stream(self.run.seed, "fresh adapters", 0))
-        self.leaf = self.fresh("leaf", self.clients, stream(self.run.seed, "fresh adapters", 1))
+    def start(self) -> None:
+        super().start()
+        self.root = self.problem.fresh("root", 1, stream(self.run.seed, "fresh adapters", 0))
 
     def stages(self) -> list[Stage]:
         return [Stage("leaf", self.total_rounds(), "root")]
 
-    def models(self, clients: Tensor) -> Models:
-        tiers = {"root": one_for_all(self.root, clients), "leaf": Table(self.leaf, clients)}
-        return Models(tiers, Table(self.head, clients))
+    def configure(self, stage: Stage, clients: Tensor) -> Download:
+        return Download(stage, {"root": shared(self.root, clients)}, self.sent_head(clients))
 
-    def round(self, stage: Stage, clients: Tensor, work: Work) -> dict[str, Any]:
-        lower = Lower("leaf", self.run.options["alpha"])
-        trained = work.train(clients, self.models(clients), "root", rates=stage.rates, lower=lower)
-        return self.aggregate(stage.tier, clients, trained)
-
-    def aggregate(self, tier: str, clients: Tensor, trained: Trained) -> dict[str, Any]:
-        put(self.leaf, clients, trained.lower)
-        self.keep_heads(clients, trained)
-        if trained.images.sum() > 0:
-            self.root = mean(trained.adapters, trained.images)
+    def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
+        self.average_heads(upload)
+        if upload.images.sum() > 0:
+            self.root = upload.tiers["root"].mean(upload.images)
         return {}
 
-    def traffic(self, tier: str) -> Traffic:
-        numbers = size(self.root) + self.head_traffic()
-        return Traffic(numbers, numbers)
+    def first(self, clients: Tensor) -> AdapterTable:
+        """The own adapters that clients begin with."""
+        everyone = self.problem.fresh("leaf", self.problem.clients, stream(self.run.seed, "fresh adapters", 1))
+        return everyone.rows(clients)
+
+    def local(self, state: ClientState, download: Download, trainer: Trainer) -> Upload:
+        problem = Bilevel("leaf", self.settings.alpha)
+        models = self.models(state, download, trainer)
+        trained = trainer.train(models, "root", rates=download.stage.rates, algorithm=problem)
+        state.put("leaf", trained.tiers["leaf"])
+        self.keep_heads(state, trained)
+        return trained.upload("root", head=self.shares_head)
+
+    def models(self, state: ClientState, download: Download, trainer: Trainer) -> Models:
+        leaf = state.filled("leaf", lambda: self.first(state.clients))
+        return Models({"root": download.tiers["root"], "leaf": leaf}, self.heads(state, download))

@@ -1,0 +1,29 @@
+"""A training on the terminal: a bar of its rounds, and a line for each stage."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hilora.federated.callbacks.base import Callback, Round
+from hilora.reporting.run import Progress
+
+if TYPE_CHECKING:
+    from hilora.federated.simulation import Simulation
+
+
+class ProgressBar(Callback):
+    """Shows rounds done, accuracy and time left, where there is a terminal."""
+
+    name = "progress"
+    bar: Progress | None = None
+
+    def begin(self, simulation: Simulation) -> None:
+        self.bar = Progress(sum(stage.rounds for stage in simulation.stages), simulation.name).__enter__()
+
+    def commit(self, simulation: Simulation, round: Round) -> None:
+        if self.bar is not None:
+            self.bar.round(round.record)
+
+    def end(self, simulation: Simulation) -> None:
+        if self.bar is not None:
+            self.bar.__exit__(None if simulation.finished else KeyboardInterrupt, None, None)

@@ -1,0 +1,38 @@
+"""What a run leaves in its folder: its summary, the adapters and heads of all clients, pictures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from hilora.adapters.io.native import save_adapters, write_tensors
+from hilora.federated.callbacks.base import Callback
+from hilora.federated.callbacks.metrics import Metrics
+from hilora.reporting.metrics import write_json
+from hilora.reporting.run import write_report
+
+if TYPE_CHECKING:
+    from hilora.federated.simulation import Simulation
+
+
+class Report(Callback):
+    """Writes the results, also of a run that was stopped."""
+
+    name = "report"
+
+    def end(self, simulation: Simulation) -> None:
+        summary, images, population = simulation.summary(), simulation.train_images, simulation.population
+        out = simulation.out
+        write_json(out / "summary.json", summary)
+        everyone = torch.arange(len(population.clients))
+        adapters, heads = simulation.server.tables(simulation.models(everyone))
+        simulation.engine.keep(adapters)
+        save_adapters(simulation.engine.model, out / "adapters.safetensors")
+        named = {f"{tier}.{name}": value for tier, head in heads.items() for name, value in head.items()}
+        write_tensors(out / "heads.safetensors", named, {"classes": images.classes})
+        counts = population.class_counts(images.labels, len(images.classes))
+        seen = torch.tensor([client.seen for client in population.clients])
+        records = next((one.log.records for one in simulation.callbacks if isinstance(one, Metrics)), [])
+        truth, names = population.true_groups, population.groups
+        write_report(out, summary, records, counts, seen, truth, names, simulation.server.clustering())

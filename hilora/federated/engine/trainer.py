@@ -1,0 +1,126 @@
+"""What clients can do with what they have: train, say how well models do, name some of their images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hilora.errors import InvalidValueError
+from hilora.federated.client import Models, Trained
+from hilora.federated.data.images import ImageSet
+from hilora.federated.data.partition import Population
+from hilora.federated.engine.batched import BatchedEngine, Task
+from hilora.federated.engine.bench import LocalAlgorithm
+from hilora.federated.engine.predictor import Scores
+from hilora.federated.local.sgd import LocalSGD
+from hilora.federated.streams import stream
+
+
+class Diverged(InvalidValueError):
+    """A training whose numbers are no longer finite; a lower learning rate may help."""
+
+
+class Trainer:
+    """n clients at work, in one round or for one other purpose.
+
+    Attributes:
+        clients: int64 `[n]`, who they are.
+        images: how many they have trained on.
+        losses: mean losses of all their trainings, `[n]` each.
+        parameters: how many numbers a client trained at most.
+    """
+
+    def __init__(
+        self,
+        engine: BatchedEngine,
+        images: ImageSet,
+        population: Population,
+        clients: Tensor,
+        purpose: str,
+        round: int = 0,
+    ) -> None:
+        self.engine, self.population, self.settings = engine, population, engine.settings
+        self.training_images, self.clients, self.purpose, self.round = images, clients, purpose, round
+        self.images, self.parameters = 0, 0
+        self.losses: list[Tensor] = []
+
+    @property
+    def counts(self) -> Tensor:
+        """How many training images each client has, int64 `[n]`."""
+        return torch.tensor([len(share) for share in self._shares()])
+
+    def _shares(self) -> list[Tensor]:
+        return [self.population.clients[int(client)].train for client in self.clients]
+
+    def train(
+        self,
+        models: Models,
+        tier: str,
+        *,
+        algorithm: LocalAlgorithm | None = None,
+        rates: str | None = None,
+        epochs: int | None = None,
+        factors: str = "AB",
+        head: bool = True,
+        penalty: Mapping[str, float] | None = None,
+        pooled: bool = False,
+    ) -> Trained:
+        """Local training of a tier and the head.
+
+        Args:
+            models: what the clients start from.
+            tier: which tier is trained.
+            algorithm: how; local SGD by default.
+            rates: the tier whose learning rates to use; `tier` by default.
+            epochs: as many as in a round by default.
+            factors: "AB", one of them, or "" to leave the adapters as they are.
+            head: whether the head is trained.
+            penalty: weight of the tier's overlap with each earlier one.
+            pooled: all their images are one client's, who starts from the first model.
+
+        Raises:
+            Diverged: if an update is not finite; names the clients.
+        """
+        weights = tuple((penalty or {}).items())
+        epochs = epochs or self.settings.local_epochs
+        task = Task(tier, algorithm or LocalSGD(), epochs, rates or tier, factors, head, weights)
+        shares, clients = self._shares(), self.clients
+        if pooled:
+            shares, models, clients = [torch.cat(shares)], models.of(torch.tensor([0])), clients[:1]
+        purpose = f"{self.purpose} {tier}"
+        trained = self.engine.train(self.training_images, shares, models, task, clients, purpose, self.round)
+        finite = trained.finite()
+        if not finite.all():
+            raise Diverged(f"updates of clients {clients[~finite].tolist()} are not finite: lower the learning rate")
+        self.images += int(trained.images.sum())
+        self.losses.append(trained.loss)
+        self.parameters = max(self.parameters, _trained_numbers(trained, task))
+        return trained
+
+    def scores(self, models: Models, images: Tensor | None = None) -> Scores:
+        """How the models predict the clients' training images, or those `[n, m]` that are named."""
+        return self.engine.evaluate(self.training_images, self._shares() if images is None else list(images), models)
+
+    def examples(self, count: int) -> Tensor:
+        """Training images of the clients, drawn at random: indices int64 `[n, count]`. One with fewer has some of them
+        several times; one without any has another's."""
+        drawn = []
+        everyone = torch.cat([client.train for client in self.population.clients])
+        for client, own in zip(self.clients.tolist(), self._shares(), strict=True):
+            share = own if len(own) else everyone
+            order = torch.randperm(len(share), generator=stream(self.settings.seed, "examples", client))
+            drawn.append(share[order.repeat(-(-count // len(share)))[:count]])
+        return torch.stack(drawn)
+
+
+def _trained_numbers(trained: Trained, task: Task) -> int:
+    """How many numbers each client trained."""
+    tiers = [
+        table if tier != task.tier else table.only(task.factors)
+        for tier, table in trained.tiers.items()
+        if tier != task.tier or task.factors
+    ]
+    stacks = [*tiers, trained.head, *([trained.composition] if trained.composition is not None else [])]
+    return sum(value[0].numel() for stack in stacks for name, value in stack.tensors().items() if name != "rank")
