@@ -122,5 +122,5 @@ class TrainingSettings(Settings):
     clients_at_once: Whole | None = Field(
         None,
         ge=1,
-        description="clients in one forward pass, at most; none: as many as there is room for. Changes speed and memory, and results by rounding alone",
+        description="clients in one forward pass, at most; none: as many as fit. Changes results by rounding alone",
     )

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hilora.errors import InvalidValueError
 from hilora.federated.callbacks.base import Callback, Round
 from hilora.federated.callbacks.checkpoint import Checkpoint, digest, restore, uninterrupted
 from hilora.federated.callbacks.diagnostics import Diagnostics
@@ -21,30 +18,21 @@ from hilora.federated.callbacks.metrics import Metrics
 from hilora.federated.callbacks.progress import ProgressBar
 from hilora.federated.callbacks.report import Report
 from hilora.federated.callbacks.unseen import UnseenClients
-from hilora.federated.client import ClientStore, Models
 from hilora.federated.data.images import ImageSet
 from hilora.federated.data.partition import Population
-from hilora.federated.engine.batched import BatchedEngine
-from hilora.federated.engine.post import Post
-from hilora.federated.engine.predictor import Scores
-from hilora.federated.engine.trainer import Trainer
-from hilora.federated.protocol import Download, Head, Stage, Upload
+from hilora.federated.federation import Federation
+from hilora.federated.protocol import Stage
 from hilora.federated.settings import TrainingSettings
-from hilora.federated.strategies import Strategy, resolve
-from hilora.federated.strategies.base import Ask, Problem
+from hilora.federated.strategies import Strategy
 from hilora.federated.streams import stream
 from hilora.models.backbone import Backbone
-from hilora.reporting.clusters import clusters
 
 log = logging.getLogger(__name__)
 PROGRESS = ("round", "stage", "round_in_stage", "seconds", "images", "trained_parameters", "finished")
 
 
-class Simulation:
-    """One strategy on one population.
-
-    The strategy is there twice: the server's half, and the clients' half, which has nothing but the clients' private
-    states. Messages go between them, and are weighed on their way.
+class Simulation(Federation):
+    """The training of one strategy on one population.
 
     Args:
         strategy: a name, a class, or a strategy with settings of its own.
@@ -79,22 +67,9 @@ class Simulation:
         arguments: Mapping[str, Any] | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        if not any(len(client.train) for client in population.clients if client.seen):
-            raise InvalidValueError("no seen client has an image to train on: give the clients more images")
-        method = resolve(strategy)
-        self.name, self.settings, self.backbone, self.out = method.name, settings, backbone, out
-        self.train_images = replace(train, images=train.images.to(device))
-        self.test_images = replace(test, images=test.images.to(device))
-        self.population, self.arguments = population, dict(arguments or {})
-        self.engine = BatchedEngine(backbone, method.adapters(settings), settings, device, dtype)
-        count, classes = len(population.clients), len(train.classes)
-        head = Head(torch.zeros(1, classes, backbone.features), torch.zeros(1, classes))
-        problem = Problem(settings, count, self.engine.fresh, head, population.true_groups)
-        self.server, self.client = (copy.deepcopy(method).join(problem) for _ in range(2))
-        self.server.start()
-        self.stages = self.server.stages()
-        self.store, self.post = ClientStore(count), Post(count)
-        self.round, self.stage, self.round_in_stage = 0, 0, 0
+        super().__init__(strategy, settings, backbone, train, test, population, device, dtype)
+        self.out, self.arguments = out, dict(arguments or {})
+        self.round = 0
         self.seconds, self.images, self.trained_parameters, self.finished = 0.0, 0, 0, False
         self.callbacks = [Metrics(), Diagnostics(), UnseenClients(), *callbacks, ProgressBar(), Report(), Checkpoint()]
         self._weights = digest(backbone.model)
@@ -154,7 +129,7 @@ class Simulation:
         started = time.perf_counter()
         clients = self._sample(self.population.seen, stage)
         trainer = self.trainer(clients, "training", self.round + 1)
-        upload = self._exchange(trainer, self.server.configure(stage, clients).at(self.round_in_stage + 1))
+        upload = self.exchange(trainer, self.server.configure(stage, clients).at(self.round_in_stage + 1))
         noted = self.server.aggregate(stage, upload)
         stops = bool(noted.pop("stop", False))
         self.round_in_stage += 1
@@ -181,23 +156,6 @@ class Simulation:
         if stops:
             log.info("%s: %s stops early, %s", self.name, stage.tier, noted)
 
-    def _exchange(self, trainer: Trainer, download: Download) -> Upload:
-        """Send clients a download; they work, and send something back."""
-        if self.server.travels:
-            self.post.send(trainer.clients, download)
-        upload = self.client.local(self.store.of(trainer.clients), download, trainer)
-        if self.server.travels:
-            self.post.receive(upload)
-        return upload
-
-    def asks(self, purpose: str) -> Ask:
-        """What a strategy can ask clients by, outside of rounds."""
-        return lambda clients, download: self._exchange(self.trainer(clients, purpose), download)
-
-    def trainer(self, clients: Tensor, purpose: str, round: int = 0) -> Trainer:
-        """Clients `[n]` at work; their random streams depend on what for."""
-        return Trainer(self.engine, self.train_images, self.population, clients, purpose, round)
-
     def _sample(self, seen: Tensor, stage: Stage) -> Tensor:
         """The clients of the next round: a share of them, or all where nothing travels and each trains alone."""
         count = max(1, round(self.settings.participation * len(seen)))
@@ -205,31 +163,6 @@ class Simulation:
             return seen
         order = torch.randperm(len(seen), generator=stream(self.settings.seed, "sampling", self.round + 1))
         return seen[order[:count].sort().values]
-
-    def _configured(self, clients: Tensor) -> Download:
-        """What the server has for clients now."""
-        stage = self.stages[min(self.stage, len(self.stages) - 1)]
-        return self.server.configure(stage, clients).at(self.round_in_stage + 1)
-
-    def models(self, clients: Tensor) -> Models:
-        """What clients `[n]` predict with now. To measure them is no traffic."""
-        return self.client.models(self.store.of(clients), self._configured(clients), self.trainer(clients, "models"))
-
-    def personalised(self, clients: Tensor) -> Models:
-        """What unseen clients `[n]` predict with after they trained by themselves, from what they are sent."""
-        download, trainer = self._configured(clients), self.trainer(clients, "unseen")
-        if self.server.travels:
-            self.post.send(clients, download)
-        return self.client.personalise(self.store.of(clients), download, trainer)
-
-    def scores(self, clients: Tensor, models: Models) -> dict[str, Scores]:
-        """How the clients predict their validation and test images."""
-        members = [self.population.clients[int(client)] for client in clients]
-        train, test, evaluate = self.train_images, self.test_images, self.engine.evaluate
-        return {
-            "val": evaluate(train, [client.val for client in members], models),
-            "test": evaluate(test, [client.test for client in members], models, train),
-        }
 
     def summary(self) -> dict[str, Any]:
         """What `summary.json` says; accuracies are fractions of 1."""
@@ -240,10 +173,10 @@ class Simulation:
             "data": self.train_images.name,
             "backbone": self.backbone.name,
             "dtype": str(self.engine.dtype).removeprefix("torch."),
-            "communication": self._communication(),
+            "communication": self.communication(self.round),
             "trained_parameters": self.trained_parameters,
             "images": self.images,
-            "clusters": self._clusters(),
+            "clusters": self.clusters(),
             "seconds": self.seconds,
             "images_per_second": self.images / self.seconds if self.seconds else None,
             "interrupted": not self.finished,
@@ -255,19 +188,6 @@ class Simulation:
             for key, value in callback.summary(self).items():
                 found[key] = {**found[key], **value} if key in found else value
         return found
-
-    def _communication(self) -> dict[str, Any]:
-        """Bytes that a seen client sent and was sent, a round of the training, and each client in all."""
-        seen, rounds = self.population.seen, max(self.round, 1)
-        ways = {"up": self.post.up, "down": self.post.down}
-        mean = {way: float(moved[seen].double().mean()) / rounds for way, moved in ways.items()}
-        return {**mean, "per_client": {way: moved.tolist() for way, moved in ways.items()}}
-
-    def _clusters(self) -> dict[str, Any] | None:
-        seen, unseen = self.population.seen, self.population.unseen
-        labels, joined = (self.models(clients).cluster if len(clients) else None for clients in (seen, unseen))
-        truth = self.population.true_groups
-        return clusters(labels, joined, None if truth is None else truth[seen])
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be of this run."""

@@ -25,8 +25,9 @@ class OracleGrouping(SubspaceGrouping):
     def join(self, clients: Tensor, probed: Tensor, seen: Tensor, clusters: AdapterTable | None) -> None:
         """To where the members of their true group are, if there are any."""
         super().join(clients, probed, seen, clusters)
-        truth = self.true_groups
-        for client in clients if truth is not None else ():
-            same = seen[truth[seen] == truth[client]]
+        if self.true_groups is None:
+            return
+        for client in clients:
+            same = seen[self.true_groups[seen] == self.true_groups[client]]
             if len(same):
                 self.member[client] = self.member[same[0]]

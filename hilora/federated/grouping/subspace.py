@@ -32,7 +32,7 @@ class GroupingSettings(Settings):
 
     groups: Literal["subspace", "kmeans", "random", "true"] = Field(
         "subspace",
-        description="where the clusters come from: clients' subspaces; or, to compare, k-means on whole updates, random groups, the true ones",
+        description="where clusters come from: subspaces; or, to compare, k-means on updates, chance, the truth",
     )
     k_min: Whole = Field(
         1, ge=1, description="lowest number of clusters; 1 lets the clustering find that there are no groups"
