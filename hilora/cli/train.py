@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hilora.federated.callbacks.checkpoint import has_checkpoint
 from hilora.federated.data.images import ImageSet
 from hilora.federated.data.partition import Population, partition
 from hilora.federated.engine.device import quick_dtype
@@ -190,7 +191,7 @@ def _run_strategies(args: argparse.Namespace, check: Check, load: Load, summarie
         pass
     for name in args.strategy:
         out = args.out if name == args.strategy[0] else args.out / name
-        resume = args.resume and (name == args.strategy[0] or (out / "checkpoint.pt").exists())
+        resume = args.resume and (name == args.strategy[0] or has_checkpoint(out))
         fields = STRATEGIES[name].Settings.model_fields
         offered = {
             **{k: v for k, v in vars(args).items() if v is not None},

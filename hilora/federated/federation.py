@@ -53,7 +53,7 @@ class Federation:
         if not any(len(client.train) for client in population.clients if client.seen):
             raise InvalidValueError("no seen client has an image to train on: give the clients more images")
         method = resolve(strategy)
-        self.name, self.settings, self.backbone = method.name, settings, backbone
+        self.name, self.settings, self.backbone = method.name or type(method).__name__, settings, backbone
         self.train_images = replace(train, images=train.images.to(device))
         self.test_images = replace(test, images=test.images.to(device))
         self.population = population

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hilora.federated.archive import digest
 from hilora.federated.callbacks.base import Callback, Round
-from hilora.federated.callbacks.checkpoint import Checkpoint, digest, restore, uninterrupted
+from hilora.federated.callbacks.checkpoint import Checkpoint, restore, uninterrupted
 from hilora.federated.callbacks.diagnostics import Diagnostics
 from hilora.federated.callbacks.metrics import Metrics
 from hilora.federated.callbacks.progress import ProgressBar
@@ -72,7 +73,7 @@ class Simulation(Federation):
         self.round = 0
         self.seconds, self.images, self.trained_parameters, self.finished = 0.0, 0, 0, False
         self.callbacks = [Metrics(), Diagnostics(), UnseenClients(), *callbacks, ProgressBar(), Report(), Checkpoint()]
-        self._weights = digest(backbone.model)
+        self._weights = digest(backbone.model.state_dict())
         out.mkdir(parents=True, exist_ok=True)
         if resume:
             restore(self)

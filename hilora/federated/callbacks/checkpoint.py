@@ -2,43 +2,39 @@
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from hilora.adapters.table import AdapterTable, Stack, Values
 from hilora.errors import FileError, MissingFileError
+from hilora.federated.archive import packed, unpacked
 from hilora.federated.callbacks.base import Callback
-from hilora.federated.protocol import Head
+from hilora.reporting.metrics import write_bytes
 
 if TYPE_CHECKING:
     from hilora.federated.simulation import Simulation
 
-KINDS = {
-    "adapters": AdapterTable.of,
-    "head": lambda tensors: Head(**tensors),
-    "values": lambda tensors: Values(**tensors),
-}
-NAMES: dict[type[Stack], str] = {AdapterTable: "adapters", Head: "head", Values: "values"}
-STACK = "a stack of"
+log = logging.getLogger(__name__)
+CHECKPOINT = "checkpoint.safetensors"
+PREVIOUS = "checkpoint.previous.safetensors"  # the one before, should the last one be damaged
 
 
 class Checkpoint(Callback):
-    """Saves the run after every round."""
+    """Saves the run after every round, and keeps the last two."""
 
     name = "checkpoint"
 
     def saved(self, simulation: Simulation) -> None:
-        state = {"identity": simulation.identity(), **simulation.state_dict()}
-        save_checkpoint(simulation.out / "checkpoint.pt", state)
+        path, previous = simulation.out / CHECKPOINT, simulation.out / PREVIOUS
+        content = packed({"identity": simulation.identity(), **simulation.state_dict()})
+        if path.exists():
+            os.replace(path, previous)
+        write_bytes(path, content)
 
 
 def restore(simulation: Simulation) -> None:
@@ -46,85 +42,54 @@ def restore(simulation: Simulation) -> None:
 
     Raises:
         MissingFileError: if there is no checkpoint.
-        FileError: if it is corrupt, or of another run; names what differs.
+        FileError: if it is damaged, or of another run; names what differs.
     """
-    path = simulation.out / "checkpoint.pt"
-    state = load_checkpoint(path)
-    own, known = simulation.identity(), state.get("identity", {})
+    state = load_checkpoint(simulation.out)
+    own, known = simulation.identity(), state["identity"]
     differing = [name for name in {**own, **known} if known.get(name) != own.get(name)]
     if differing:
+        said = "; ".join(f"{name} was {_short(known.get(name))}, now {_short(own.get(name))}" for name in differing)
         raise FileError(
-            f"the checkpoint in {simulation.out} is of another run: it differs in {', '.join(differing)}. "
-            "Resume with the same settings, or choose another folder"
+            f"the checkpoint in {simulation.out} is of another run: {said}. Resume with the same settings, or choose "
+            "another folder"
         )
     simulation.load_state_dict(state)
 
 
-def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write tensors, stacks, numbers and containers of them, whole or not at all.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    partial = path.with_suffix(".part")
-    try:
-        with open(partial, "wb") as file:  # by its path alone, torch says RuntimeError where the disk is full
-            torch.save(_plain(state), file)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+def has_checkpoint(folder: Path) -> bool:
+    """Whether there is a run in a folder to go on from."""
+    return any((folder / name).is_file() for name in (CHECKPOINT, PREVIOUS))
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """What `save_checkpoint` wrote, read without running anything that a file might say.
+def load_checkpoint(folder: Path) -> dict[str, Any]:
+    """The last checkpoint of a run, or the one before where that is damaged.
 
     Raises:
         MissingFileError: if there is none.
-        FileError: if the file is corrupt or holds anything else.
+        FileError: if none can be read.
     """
-    if not path.is_file():
-        raise MissingFileError(f"there is no checkpoint {path} to resume from: start without --resume")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or not {"identity", "strategy", "round"} <= set(state):
-            raise FileError("it holds something else")
-        found: dict[str, Any] = _stacked(state)
-    except Exception as error:  # torch.load raises whatever the bytes lead it to
-        raise FileError(f"{path} is not a readable checkpoint: {error}") from error
-    return found
+    there = [folder / name for name in (CHECKPOINT, PREVIOUS) if (folder / name).is_file()]
+    if not there:
+        raise MissingFileError(f"there is no checkpoint in {folder} to resume from: start without --resume")
+    damaged: FileError | None = None
+    for path in there:
+        try:
+            state = unpacked(path)
+            if not {"identity", "strategy", "round"} <= set(state):
+                raise FileError(f"{path} is no checkpoint of a run")
+        except FileError as error:
+            damaged = damaged or error
+            continue
+        if damaged is not None:
+            log.warning("%s; going on from the checkpoint before it", damaged)
+        return state
+    assert damaged is not None
+    raise damaged
 
 
-def _plain(value: Any) -> Any:
-    """The same with plain containers in the place of stacks."""
-    if isinstance(value, Stack):
-        return {STACK: NAMES[type(value)], "tensors": value.tensors()}
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return value
-
-
-def _stacked(value: Any) -> Any:
-    """What `_plain` was given."""
-    if isinstance(value, dict):
-        if STACK in value:
-            return KINDS[value[STACK]](value["tensors"])
-        return {key: _stacked(inner) for key, inner in value.items()}
-    return [_stacked(inner) for inner in value] if isinstance(value, list) else value
-
-
-def digest(model: nn.Module) -> str:
-    """A hash of a model's tensors, to the bit: their names, shapes, dtypes and bytes."""
-    state = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        state.update(_bytes(tensor))
-    return state.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 @contextmanager

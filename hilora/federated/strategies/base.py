@@ -52,7 +52,7 @@ class Strategy(ABC):
     clients: it trains in `local` and says in `models` what they predict with.
 
     Attributes:
-        name: what the method is called on the command line and in files.
+        name: what the method is called on the command line and in files; the class's by default.
         Settings: its own settings, beside those that all methods share.
         tiers: which adapters its models have.
         own_tier: what an unseen client trains by itself in the end.
@@ -64,7 +64,7 @@ class Strategy(ABC):
             of these.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[str] = ""
     Settings: ClassVar[type[Settings]] = Settings
     tiers: ClassVar[tuple[str, ...]]
     own_tier: ClassVar[str] = "leaf"

@@ -1,0 +1,105 @@
+"""Trees of tensors, stacks and plain values in one file that can be trusted: safetensors with a checksum inside."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from hilora.adapters.table import AdapterTable, Stack, Values
+from hilora.errors import FileError
+from hilora.federated.protocol import Head
+
+FORMAT = "hilora-archive-1"
+KINDS: dict[str, Callable[[dict[str, Tensor]], Stack]] = {
+    "adapters": AdapterTable.of,
+    "head": lambda tensors: Head(**tensors),
+    "values": lambda tensors: Values(**tensors),
+}
+NAMES: dict[type[Stack], str] = {AdapterTable: "adapters", Head: "head", Values: "values"}
+TENSOR, STACK = "a tensor", "a stack"  # keys of what stands for these in the tree
+
+
+def packed(tree: Mapping[str, Any]) -> bytes:
+    """The bytes of a file: dicts with texts as keys, lists, tuples (which become lists), tensors, stacks, and what JSON
+    has."""
+    tensors: dict[str, Tensor] = {}
+    described = json.dumps(_plain(tree, tensors), allow_nan=True)
+    checksum = _checksum(described, tensors)
+    return save(tensors, {"hilora": json.dumps({"format": FORMAT, "checksum": checksum, "tree": described})})
+
+
+def unpacked(path: Path) -> dict[str, Any]:
+    """The tree in a file.
+
+    Raises:
+        FileError: if the file is damaged, or something else.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("hilora", "{}"))
+            if about.get("format") != FORMAT:
+                raise FileError(f"{path} is no file of a run: its format is {about.get('format')!r}, not {FORMAT!r}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if _checksum(about["tree"], tensors) != about["checksum"]:
+            raise FileError(f"{path} is damaged: its checksum does not agree with its contents")
+        tree: dict[str, Any] = _built(json.loads(about["tree"]), tensors)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{path} is not readable: {error}") from error
+    return tree
+
+
+def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The same with names in the place of tensors, which are collected."""
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {TENSOR: name}
+    if isinstance(value, Stack):
+        return {STACK: NAMES[type(value)], "tensors": _plain(value.tensors(), tensors)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner, tensors) for key, inner in value.items()}
+    return [_plain(inner, tensors) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _built(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What `_plain` was given."""
+    if isinstance(value, list):
+        return [_built(inner, tensors) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    if TENSOR in value:
+        return tensors[value[TENSOR]]
+    if STACK in value:
+        return KINDS[value[STACK]](_built(value["tensors"], tensors))
+    return {key: _built(inner, tensors) for key, inner in value.items()}
+
+
+def _checksum(described: str, tensors: Mapping[str, Tensor]) -> str:
+    state = hashlib.blake2b(described.encode(), digest_size=16)
+    for name in sorted(tensors):
+        absorb(state, name, tensors[name])
+    return state.hexdigest()
+
+
+def absorb(state: Any, name: str, tensor: Tensor) -> None:
+    """Let a hash depend on a tensor: its name, shape, dtype and bytes."""
+    state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+    state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of named tensors, to the bit, whatever their order."""
+    state = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        absorb(state, name, tensors[name])
+    return state.hexdigest()
