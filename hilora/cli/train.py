@@ -13,7 +13,7 @@ import torch
 
 from hilora.federated.callbacks.results import set_aside
 from hilora.federated.data.images import ImageSet
-from hilora.federated.data.partition import Population, partition
+from hilora.federated.data.partitions import Population, partition
 from hilora.federated.engine.device import quick_dtype
 from hilora.federated.settings import CHOICES, TIERS, RunConfig
 from hilora.federated.simulation import Simulation

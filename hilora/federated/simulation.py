@@ -16,7 +16,7 @@ from hilora.federated.callbacks.checkpoint import load_checkpoint, save_checkpoi
 from hilora.federated.callbacks.diagnostics import diagnose
 from hilora.federated.callbacks.results import clusters
 from hilora.federated.data.images import ImageSet
-from hilora.federated.data.partition import Population
+from hilora.federated.data.partitions import Population
 from hilora.federated.engine.batched import Cohort
 from hilora.federated.engine.predictor import Scores
 from hilora.federated.engine.state import Models, stream

@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from hilora.federated.data.partition import Population
+from hilora.federated.data.partitions import Population
 from hilora.federated.strategies import Strategy
 
 PICTURES = ("accuracy.png", "clusters.png", "classes.png")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hilora.federated.data.images import ImageSet
-from hilora.federated.data.partition import Population
+from hilora.federated.data.partitions import Population
 from hilora.federated.engine.batched import Cohort, Lower, Task
 from hilora.federated.engine.predictor import Scores
 from hilora.federated.engine.state import Models, Trained, size, stream
