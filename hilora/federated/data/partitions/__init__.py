@@ -54,6 +54,7 @@ def partition(
 
     Raises:
         PartitionError: there is no such scheme or setting, or what is asked for is impossible.
+        InvalidTypeError, InvalidValueError: the class is no partition, or has no name.
     """
     if isinstance(scheme, Partition):
         require(not given, f"{', '.join(given)} beside a partition that has its settings: leave them out")
@@ -62,6 +63,7 @@ def partition(
         kind = PARTITIONS.get(scheme) if isinstance(scheme, str) else scheme
         if kind is None:
             raise PartitionError(f"scheme is {scheme!r}, expected one of {', '.join(PARTITIONS)}")
+        enter({}, kind, Partition)  # type: ignore[type-abstract]
         elsewhere = settings().keys() - kind.model_fields.keys()
         chosen = kind(**{name: value for name, value in given.items() if name not in elsewhere})
     population = chosen.divide(train, test, seed)

@@ -83,10 +83,7 @@ class Population:
                 rows = getattr(client, name)
                 fits = rows.dtype == torch.int64 and rows.ndim == 1
                 fits = fits and (len(rows) == 0 or bool(rows.min() >= 0 and rows.max() < len(of)))
-                found, what = (
-                    f"{rows.dtype} {list(rows.shape)}",
-                    f"indices into {len(of)} images of {of.name}, int64 [n]",
-                )
+                found, what = f"{rows.dtype} {list(rows.shape)}", f"int64 [n], indices into {len(of)} images"
                 require(fits, f"{self.scheme}: {name} of client {i} is {found}, expected {what}")
         require(len(self.seen) > 0, f"{self.scheme}: no client takes part in training, expected one at least")
         owners = torch.bincount(torch.cat([rows for client in self.clients for rows in (client.train, client.val)]))
