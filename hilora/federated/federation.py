@@ -12,7 +12,7 @@ from torch import Tensor
 from hilora.errors import InvalidValueError
 from hilora.federated.client import ClientStore, Models
 from hilora.federated.data.images import ImageSet
-from hilora.federated.data.partition import Population
+from hilora.federated.data.partitions import Population
 from hilora.federated.engine.batched import BatchedEngine
 from hilora.federated.engine.post import Post
 from hilora.federated.engine.predictor import Scores

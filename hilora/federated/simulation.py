@@ -20,7 +20,7 @@ from hilora.federated.callbacks.progress import ProgressBar
 from hilora.federated.callbacks.report import Report
 from hilora.federated.callbacks.unseen import UnseenClients
 from hilora.federated.data.images import ImageSet
-from hilora.federated.data.partition import Population
+from hilora.federated.data.partitions import Population
 from hilora.federated.federation import Federation
 from hilora.federated.protocol import Stage
 from hilora.federated.settings import TrainingSettings
