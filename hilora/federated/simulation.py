@@ -24,8 +24,10 @@ from hilora.federated.engine.work import Work
 from hilora.federated.settings import RunConfig
 from hilora.federated.strategies import STRATEGIES, Stage
 from hilora.models.backbone import Backbone
-from hilora.reporting.metrics import MetricsLog, summarise, write_json
-from hilora.reporting.run import Progress, write_report
+from hilora.reporting.metrics import MetricsLog
+from hilora.reporting.progress import Progress, log
+from hilora.reporting.statistics import summarise
+from hilora.reporting.summary import write_summary
 
 NOT_MEASURED = summarise(torch.empty(0))
 PROGRESS = (
@@ -111,7 +113,7 @@ class Simulation:
         stages = self.strategy.stages()
         try:
             with Progress(sum(stage.rounds for stage in stages), self.name) as progress:
-                self.cohort.note = lambda text: progress.note(f"{self.name}: {text}")
+                self.cohort.note = lambda text: log.info("%s: %s", self.name, text)
                 while self.stage < len(stages):
                     self._stage(stages[self.stage], progress)
                 if not self.finished:
@@ -126,8 +128,6 @@ class Simulation:
             except Exception as error:  # what ended the run is what is raised
                 ended.add_note(f"what was reached could not be written: {error}")
             raise
-        finally:
-            self.log.close()
         with uninterrupted():
             return self._leave_results()
 
@@ -141,7 +141,7 @@ class Simulation:
             self.seconds += time.perf_counter() - started
             found = self.strategy.clustering()
             if tier == "cluster" and found is not None:
-                progress.note(f"{self.name}: {len(seen)} clients in {found.k} cluster{'s' if found.k > 1 else ''}")
+                log.info(f"{self.name}: {len(seen)} clients in {found.k} cluster{'s' if found.k > 1 else ''}")
         if rounds == 0:
             self.stage += 1
             self._save_checkpoint()
@@ -189,7 +189,7 @@ class Simulation:
                 self._save_checkpoint()
             progress.round(record)
             if noted.get("stop"):
-                progress.note(f"{self.name}: {tier} stops early, ρ = {noted['rho']:.2g}")
+                log.info(f"{self.name}: {tier} stops early, ρ = {noted['rho']:.2g}")
 
     def _work(self, purpose: str, round: int = 0) -> Work:
         return Work(self.cohort, self.train_images, self.population, self.run_config, purpose, round)
@@ -233,7 +233,7 @@ class Simulation:
             self._score_unseen("leaf", self.strategy.personalise(unseen, self._work("unseen")))
         self.seconds += time.perf_counter() - started
         figures = ", ".join(f"{name} {value:.1%}" for name, value in self.unseen.items() if value is not None)
-        progress.note(f"{self.name}: {len(unseen)} unseen clients, {figures}")
+        log.info(f"{self.name}: {len(unseen)} unseen clients, {figures}")
 
     def _score_unseen(self, name: str, models: Models) -> None:
         correct = self._scores(self.population.unseen, models)["test"].correct
@@ -270,8 +270,10 @@ class Simulation:
 
     def _leave_results(self) -> dict[str, Any]:
         """Everything a run leaves in its folder; returns the summary."""
+        from hilora.reporting.plots import draw_run  # loads matplotlib
+
         summary, images = self.summary(), self.train_images
-        write_json(self.out / "summary.json", summary)
+        write_summary(self.out / "summary.json", summary)
         adapters, heads = self.strategy.tables()
         self.cohort.keep(adapters)
         save_adapters(self.cohort.model, self.out / "adapters.safetensors")
@@ -280,7 +282,7 @@ class Simulation:
         counts = self.population.class_counts(images.labels, len(images.classes))
         seen = torch.tensor([client.seen for client in self.population.clients])
         groups, names = self.population.true_groups, self.population.groups
-        write_report(self.out, summary, self.log.records, counts, seen, groups, names, self.strategy.clustering())
+        draw_run(self.out, summary, self.log.records, counts, seen, groups, names, self.strategy.clustering())
         return summary
 
     def _save_checkpoint(self) -> None:
