@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hilora.errors import FileError, MissingFileError
 from hilora.federated.archive import packed, unpacked
 from hilora.federated.callbacks.base import Callback
-from hilora.reporting.metrics import write_bytes
+from hilora.files import write_bytes
 
 if TYPE_CHECKING:
     from hilora.federated.simulation import Simulation
