@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from importlib.util import find_spec
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from . import eager, reference
 from .tier import Tier, check
+from .torch_internals import Scoped, autocast_dtype, in_transform, without_autocast
 
 BACKENDS = ("reference", "eager", "fused", "split")
 FORCED = os.environ.get("HILORA_BACKEND") or None
@@ -63,9 +63,8 @@ def stacked_lora_linear(
 def _linear_backend(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier], dropout: float) -> str:
     trains_base = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
     kind = x.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    autocast = autocast and x.dtype != torch.float64  # which autocast leaves alone
-    dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
+    cast_to = None if x.dtype == torch.float64 else autocast_dtype(kind)  # which leaves fp64 alone
+    autocast, dtype = cast_to is not None, cast_to or x.dtype
     gained = any(tier.gain is not None for tier in tiers)
     only_plain = not tiers or gained or dropout > 0 or trains_base or not (autocast or x.dtype == weight.dtype)
     if only_plain or FORCED == "reference" or _in_transform():
@@ -93,7 +92,7 @@ def gram_penalty(active: Tensor, frozen: Sequence[Tensor], gammas: Sequence[floa
         penalties: Tensor = operators.gram_penalty(active, frozen, gammas)[0]
     else:
         active = reference.at_least_fp32(active)
-        with reference.without_autocast(active):
+        with without_autocast(active):
             penalties = eager.gram_penalty(active, [B.to(active.dtype) for B in frozen], gammas)
     return penalties if per_slot else penalties.sum()
 
@@ -136,16 +135,13 @@ def _triton_serves(x: Tensor, dtype: torch.dtype) -> bool:
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
     """Inside of this, gradients can be differentiated once more: the reference serves."""
-    token = _TWICE.set(True)
-    try:
+    with _TWICE.set(True):
         yield
-    finally:
-        _TWICE.reset(token)
 
 
-_TWICE: ContextVar[bool] = ContextVar("twice_differentiable", default=False)
+_TWICE = Scoped("twice_differentiable", False)
 
 
 def _in_transform() -> bool:
     """Whether torch.func differentiates or maps, or gradients are differentiated: only the reference can be."""
-    return _TWICE.get() or bool(torch._C._are_functorch_transforms_active())
+    return _TWICE.get() or in_transform()

@@ -85,16 +85,16 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def linear(
     dtype: torch.dtype, width: int, ranks: tuple[int, ...], *, groups: int = 1, rows: int = 12_608,
-    fused_qkv: bool = True, bias: bool = True, needs_x: bool = True,
+    fused_qkv: bool = True, bias: bool = True, needs_x: bool = True, trained: list[bool] | None = None,
 ) -> None:  # fmt: skip
-    """Forward and backward of a layer by both plans, the last tier in training."""
+    """Forward and backward of a layer by both plans; the last tier is in training unless told otherwise."""
     out = 3 * width if fused_qkv else width
     x, weight = empty(groups, rows, width, dtype=dtype), empty(out, width, dtype=dtype)
     slot = empty(groups).int() if groups > 1 else None
     columns = [(0, width), (2 * width, width)] if fused_qkv else [(0, width)]
     tables = 4 if groups > 1 else 1
     tiers = [Tier(empty(tables, r, width), empty(tables, width, r), 2.0, slot, part) for part in columns for r in ranks]
-    trained = [index % len(ranks) == len(ranks) - 1 for index in range(len(tiers))]
+    trained = (trained or [False] * (len(ranks) - 1) + [True]) * len(columns)
     for plan in ("fused", "split"):
         y, S = tiled.forward(x, weight, empty(out, dtype=dtype) if bias else None, tiers, trained, plan)
         tiled.backward(y, S, x, weight, tiers, trained, plan, needs_x)
@@ -106,6 +106,11 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
     if dtype == torch.float16:
         return
     yield "ViT-Ti q, r 16+8+4, 4 clients", lambda: linear(dtype, 192, (16, 8, 4), groups=4, rows=37, fused_qkv=False)
+    for name, trained in (("none", [False] * 3), ("two", [True, False, True]), ("all", [True] * 3)):
+        yield (
+            f"ViT-B qkv, r 8+8+8, {name} trained",
+            lambda trained=trained: linear(dtype, 768, (8, 8, 8), trained=trained),
+        )  # type: ignore[misc]
     yield "width 200, r 64+64+64", lambda: linear(dtype, 200, (64, 64, 64), fused_qkv=False, bias=False)
     if dtype == torch.bfloat16:
         for name, width in (("ViT-S", 384), ("ViT-H", 1280)):

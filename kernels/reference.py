@@ -7,13 +7,13 @@ clients.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .tier import Tier, check
+from .torch_internals import without_autocast
 
 
 def stacked_lora_linear(
@@ -48,13 +48,13 @@ def stacked_lora_linear(
     x = F.dropout(x.to(y.dtype), dropout) if dropout else x.to(y.dtype)
     pieces: list[Tensor] = []
     end = 0
-    for (start, width), stacked in sorted(by_columns.items()):
+    for start, width in sorted(by_columns):
         if start < end:
             y = y + _place(pieces, end, y)  # overlapping columns: start another sheet
             pieces, end = [], 0
         if start > end:
             pieces.append(y.new_zeros(1).expand(*y.shape[:-1], start - end))
-        pieces.append(_low_rank(x, stacked))
+        pieces.append(_low_rank(x, by_columns[start, width]))
         end = start + width
     return y + _place(pieces, end, y)
 
@@ -175,9 +175,3 @@ def subspace_distances(U: Tensor) -> Tensor:
 
 def at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.to(torch.float32)
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[None]:
-    kind = x.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if on else nullcontext()

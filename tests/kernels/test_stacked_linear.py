@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -20,6 +21,9 @@ LARGER = {
         (2, 5, 40),
         120,
         [Adapters(64, columns=(0, 40)), Adapters(1, columns=(0, 40)), Adapters(33, 2, [1, 0], (80, 40))],
+    ),
+    "q and v, ranks of several chunks": Case(
+        (2, 5, 24), 72, [Adapters(rank, columns=(start, 24)) for start in (0, 48) for rank in (8, 7, 9)]
     ),
     "rows of several tiles": Case((2, 37, 33), 99, [Adapters(8, 2, [0, 1], (0, 33)), Adapters(8, columns=(66, 33))]),
 }
@@ -74,21 +78,23 @@ def test_it_is_the_dense_product_for_any_shape(data: st.DataObject) -> None:
     check(*make(case, torch.float32), TOLERANCE[torch.float32])
 
 
-def test_only_what_is_in_training_has_a_gradient() -> None:
-    x, weight, bias, tiers = moved(*make(CASES["a shared tier, one by cluster, one by client"], torch.float32))
-    frozen = [tier._replace(A=tier.A.detach(), B=tier.B.detach()) for tier in tiers]
-    for trained in range(3):
-        own = [tier if index == trained else frozen[index] for index, tier in enumerate(tiers)]
-        for first in (x, x.detach()):
-            check(first.cpu().detach().requires_grad_(first.requires_grad), weight.cpu(), None, [
-                tier._replace(A=tier.A.cpu().detach().requires_grad_(index == trained),
-                              B=tier.B.cpu().detach().requires_grad_(index == trained),
-                              slot=None if tier.slot is None else tier.slot.cpu())
-                for index, tier in enumerate(own)], 1e-5)  # fmt: skip
-    y = stacked_lora_linear(x, weight, bias, frozen)
-    (dx,) = torch.autograd.grad(y.sum(), x)
-    assert dx.isfinite().all()
-    assert not stacked_lora_linear(x.detach(), weight, bias, frozen).requires_grad
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("a shared tier, one by cluster, one by client", torch.bfloat16),
+        ("q and v, ranks of several chunks", torch.float32),
+    ],
+)
+def test_only_what_is_in_training_has_a_gradient(name: str, dtype: torch.dtype) -> None:
+    x, weight, bias, tiers = make((CASES | LARGER)[name], dtype)
+    for trained in itertools.product([False, True], repeat=len({tier.rank for tier in tiers})):
+        own = [
+            tier._replace(A=tier.A.detach().requires_grad_(on), B=tier.B.detach().requires_grad_(on))
+            for tier, on in zip(tiers, itertools.cycle(trained), strict=False)
+        ]
+        check(x.detach().requires_grad_(trained[0] or not any(trained)), weight, bias, own, TOLERANCE[dtype])
+        if not any(trained):
+            assert not stacked_lora_linear(*moved(x.detach(), weight, bias, own)).requires_grad
 
 
 def test_fp32_adapters_beside_a_bf16_layer() -> None:
