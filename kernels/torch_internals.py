@@ -21,7 +21,8 @@ _DEVICES_WITH_AUTOCAST = frozenset(
     for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "ipu", "maia")
     if torch.amp.is_autocast_available(kind)
 )
-_TRACES_CONTEXT_VARIABLES = torch.__version__ >= (2, 14)  # torch 2.11 does not
+_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
+_TRACES_CONTEXT_VARIABLES = _VERSION >= (2, 14)  # torch 2.11 does not
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:

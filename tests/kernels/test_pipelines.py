@@ -16,11 +16,13 @@ import pytest
 pytest.importorskip("triton")
 from triton.runtime.jit import KernelInterface
 
-from hilora.kernels import gram, slots, stacked_linear
+from hilora.kernels.overlaps import triton as overlaps
+from hilora.kernels.stacked_linear import slots
+from hilora.kernels.stacked_linear import triton as stacked_linear
 
 KERNELS = {
     name: value.fn
-    for module in (gram, slots, stacked_linear)
+    for module in (overlaps, slots, stacked_linear)
     for name, value in vars(module).items()
     if isinstance(value, KernelInterface)
 }

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hilora.kernels import Tier, dispatch, stacked_lora_linear
+from hilora.kernels import Tier, stacked_lora_linear, use_backend
 from tests.kernels.cases import CASES, Adapters, Case, Q, V, dense, error, gradients, make, moved, random
 
 pytest.importorskip("triton")
@@ -30,10 +30,10 @@ LARGER = {
 
 
 @pytest.fixture(params=["fused", "split"], autouse=True)
-def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(dispatch, "FORCED", request.param)
+def plan(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
-    yield str(request.param)
+    with use_backend(request.param):
+        yield request.param
     torch.use_deterministic_algorithms(False)
 
 
@@ -143,6 +143,24 @@ def test_a_slot_outside_of_its_table_spoils_its_own_group_alone() -> None:
         y = stacked_lora_linear(x, weight, bias, [tiers[0]._replace(slot=slot), tiers[1]])
         assert y[1, :, : Q[1]].isnan().all()
         assert y[[0, 2]].isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_what_lies_beyond_a_slots_rank_has_no_effect_and_no_gradient() -> None:
+    x, weight, bias, tiers = moved(*make(CASES["a rank for each slot"], torch.float32))
+    with torch.no_grad():
+        for tier in tiers:
+            assert tier.ranks is not None
+            for slot, rank in enumerate(tier.ranks.tolist()):
+                tier.A[slot, rank:], tier.B[slot, :, rank:] = torch.nan, torch.nan
+        x[1, 2] = torch.inf  # zero times infinity is no zero
+    y = stacked_lora_linear(x, weight, bias, tiers)
+    assert y[[0, 2]].isfinite().all()
+    _, *found = gradients(y[[0, 1, 2]], x, tiers)
+    for tier, dA, dB in zip(tiers, found[::2], found[1::2], strict=True):
+        for slot, rank in enumerate(tier.ranks.tolist() if tier.ranks is not None else []):
+            assert not dA[slot, rank:].any()
+            assert not dB[slot, :, rank:].any()
 
 
 def test_gradients_of_clients_do_not_mix() -> None:

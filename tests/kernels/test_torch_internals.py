@@ -46,7 +46,7 @@ def test_a_scoped_value_is_of_its_thread_and_task_alone() -> None:
             return value.get()
 
     async def both() -> list[str]:
-        return await asyncio.gather(task("one"), task("two"))
+        return list(await asyncio.gather(task("one"), task("two")))
 
     assert asyncio.run(both()) == ["one", "two"]
     seen: list[str] = []
