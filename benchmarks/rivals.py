@@ -14,8 +14,7 @@ kinder to PEFT than its default (fp32 adapters, for which it casts x); ours are 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,7 +28,6 @@ from benchmarks.shapes import Layer
 from benchmarks.timing import DEVICE
 from hilora.adapters.injection import banks
 from hilora.federated.settings import TIERS
-from hilora.kernels import dispatch
 
 SCALE = 2.0
 
@@ -219,16 +217,6 @@ def merged(problem: Problem) -> Rival:
 
 def frozen(problem: Problem) -> Rival:
     return Rival([problem.base], [])
-
-
-@contextmanager
-def forced(backend: str) -> Iterator[None]:
-    """Let an implementation serve, as `HILORA_BACKEND` does."""
-    before, dispatch.FORCED = dispatch.FORCED, backend
-    try:
-        yield
-    finally:
-        dispatch.FORCED = before
 
 
 def _with_stacked(layer: nn.Module, others: Sequence[tuple[Tensor, Tensor]], last: tuple[Tensor, Tensor]) -> Rival:

@@ -15,7 +15,8 @@ from benchmarks.ledger import Ledger
 from benchmarks.rivals import SCALE, Problem, Rival
 from benchmarks.shapes import Layer
 from benchmarks.timing import DEVICE, Inputs, rotation
-from hilora.kernels import Tier, reference
+from hilora.kernels import Tier, use_backend
+from hilora.kernels.stacked_linear import reference
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
 
@@ -113,7 +114,7 @@ def _served_by(backend: str | None, function: Callable[..., Any]) -> Callable[..
         return function
 
     def served(*inputs: Tensor) -> Any:
-        with rivals.forced(backend):
+        with use_backend(backend):
             return function(*inputs)
 
     return served

@@ -14,11 +14,12 @@ import hilora
 from benchmarks import cost
 from benchmarks.contest import Contestant, contest
 from benchmarks.ledger import Ledger
-from benchmarks.rivals import Separate, forced
+from benchmarks.rivals import Separate
 from benchmarks.shapes import Penalty
 from benchmarks.timing import DEVICE
 from hilora.adapters.injection import banks
 from hilora.federated.settings import TIERS
+from hilora.kernels import use_backend
 
 GAMMA = 0.1
 
@@ -65,7 +66,7 @@ def test_penalty(benchmark: Any, ledger: Ledger, shape: Penalty) -> None:
         return penalty.detach()
 
     def by_reference() -> Tensor:
-        with forced("reference"):
+        with use_backend("reference"):
             return batched()
 
     def with_gradient(step: Any, peft: bool = False) -> Any:

@@ -4,13 +4,17 @@ Every class is also the built-in exception that Python programs expect there, so
 bug of the library is none of these, and keeps its traceback.
 """
 
+from hilora.kernels.errors import BackendError, HiLoRAError, InvalidValueError
 
-class HiLoRAError(Exception):
-    """The library was given something that it cannot use."""
-
-
-class InvalidValueError(HiLoRAError, ValueError):
-    """A value, shape, rank or dtype that does not fit."""
+__all__ = [
+    "BackendError",
+    "FileError",
+    "HiLoRAError",
+    "InvalidTypeError",
+    "InvalidValueError",
+    "MissingFileError",
+    "SlotError",
+]
 
 
 class InvalidTypeError(HiLoRAError, TypeError):

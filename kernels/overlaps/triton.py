@@ -5,15 +5,8 @@ Both are sums of squared entries of small Gram matrices, which never leave the r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from .launch import architecture, cdiv, launch, precision
-from .layout import power_of_two
 
 
 @triton.jit
@@ -70,6 +63,7 @@ def penalty_and_gradient(
 @triton.jit
 def pairwise_overlaps(
     U,  # [N, P, OUT, RANK] fp32
+    ranks,  # [N, P] fp32, of the bases
     overlaps,  # [programs of axis 2, N, N]
     N,
     P: tl.constexpr,
@@ -81,8 +75,11 @@ def pairwise_overlaps(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`Σ_p ‖U_ipᵀ U_jp‖²` for a tile of pairs i < j of clients; other places are left as they are."""
+    """`Σ_p ‖U_ipᵀ U_jp‖² RANK / min(rank_ip, rank_jp)` for a tile of pairs i < j of clients; other places are left as
+    they are."""
     if tl.program_id(1) >= tl.program_id(0):
+        i = (tl.program_id(0) * TILE + tl.arange(0, TILE))[:, None]
+        j = (tl.program_id(1) * TILE + tl.arange(0, TILE))[None, :]
         row = tl.arange(0, TILE * PADDED)
         rank = row % PADDED
         left_client = tl.program_id(0) * TILE + row // PADDED
@@ -102,43 +99,9 @@ def pairwise_overlaps(
                 b = tl.load(right + k[:, None] * RANK, right_here & inside[:, None], other=0.0)
                 gram = tl.dot(a, b, gram, input_precision=PRECISION)
             squares = tl.reshape(gram * gram, [TILE, PADDED, TILE, PADDED])
-            total += tl.sum(tl.sum(squares, 3), 1)
-        i = (tl.program_id(0) * TILE + tl.arange(0, TILE))[:, None]
-        j = (tl.program_id(1) * TILE + tl.arange(0, TILE))[None, :]
+            rank_i = tl.load(ranks + i.to(tl.int64) * P + p, (i < N) & (p < P), other=1.0)
+            rank_j = tl.load(ranks + j.to(tl.int64) * P + p, (j < N) & (p < P), other=1.0)
+            smaller = tl.maximum(tl.minimum(rank_i, rank_j), 1.0)
+            total += tl.sum(tl.sum(squares, 3), 1) * (RANK / smaller)
         overlaps += tl.program_id(2).to(tl.int64) * N * N
         tl.store(overlaps + i.to(tl.int64) * N + j, total, (i < j) & (j < N))
-
-
-def penalties(active: Tensor, frozen: Sequence[Tensor], gammas: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """The penalty of each slot `[S]`, and its gradient `[P, S, out, r]`, both in fp32; S = 1 of a side serves all."""
-    count, _, out, rank = active.shape
-    slots = max(B.shape[1] for B in (active, *frozen))
-    value = active.new_empty(count, slots, dtype=torch.float32)
-    gradient = active.new_empty(count, slots, out, rank, dtype=torch.float32)
-    if value.numel():
-        ranks = tuple(B.shape[3] for B in frozen)
-        launch(
-            penalty_and_gradient, (slots, count), active.contiguous(), tuple(B.contiguous() for B in frozen),
-            tuple(gammas), value, gradient, OUT=out, RANK=rank, PADDED=power_of_two(rank, 16), RANKS=ranks,
-            MOST=power_of_two(max(ranks), 16), STEP=int(active.shape[1] > 1),
-            STEPS=tuple(int(B.shape[1] > 1) for B in frozen), BLOCK=128 if max(rank, *ranks) <= 16 else 32,
-        )  # fmt: skip
-    return value.sum(0), gradient
-
-
-def subspace_distances(U: Tensor) -> Tensor:
-    """`[N, N]` of bases `[N, P, out, r]` in fp32."""
-    clients, projections, out, rank = U.shape
-    padded = power_of_two(rank)
-    how = precision(torch.float32)
-    tile = max(1, (128 if how == "tf32" else 64 if architecture() else 16) // padded)
-    tiles = cdiv(clients, tile)
-    share = cdiv(projections, max(1, min(projections, 1024 // (tiles * tiles))))  # few clients: more programs
-    overlaps = U.new_empty(cdiv(projections, share), clients, clients)
-    launch(
-        pairwise_overlaps, (tiles, tiles, len(overlaps)), U.contiguous(), overlaps, clients, P=projections,
-        SHARE=share, OUT=out, RANK=rank, PADDED=padded, TILE=tile, BK=32 if how == "tf32" else 16, PRECISION=how,
-        num_warps=8,
-    )  # fmt: skip
-    upper = (1 - overlaps.sum(0) / (rank * projections)).clamp_(0, 1).triu_(1)
-    return upper + upper.T

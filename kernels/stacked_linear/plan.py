@@ -1,4 +1,4 @@
-"""The stacked linear layer by the kernels of `stacked_linear`, forward and backward, by either of two plans.
+"""The stacked linear layer by its kernels, forward and backward, by either of two plans.
 
 "fused": one product whose accumulator takes the low-rank part as one more step. "split": the base product by cuBLAS,
 then one kernel that reads x and adds the low-rank part to y in place.
@@ -6,17 +6,21 @@ then one kernel that reads x and adds the low-rank part to y in place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import slots, stacked_linear
-from .launch import SMALL, Tile, architecture, cdiv, contiguous_slot, launch, precision
-from .layout import Layout, power_of_two
+from ..launch import SMALL, Tile, architecture, cdiv, int32, launch, power_of_two, precision
+from .layout import Layout
+from .slots import pack, sum_by_slot
 from .tier import Tier
+from .triton import backward_rows, gemm, shrink_expand
+
+PRODUCTS = ("gemm", "shrink_expand", "backward_rows")  # kernels that multiply matrices
 
 
 def forward(
@@ -40,8 +44,8 @@ def forward(
         return y, S
     tile = rows_tile(x.dtype, stages=3)
     launch(
-        stacked_linear.shrink_expand, (groups * cdiv(M, tile.BM),), x, A, B, S, y, M, *x.stride(),
-        IN=width, OUT=out, EXPAND=plan == "split", WIDTH=layout.width, **_constants(layout), **_segments(layout),
+        shrink_expand, (groups * cdiv(M, tile.BM),), x, A, B, S, y, M, *x.stride(),
+        IN=width, OUT=out, EXPAND=plan == "split", WIDTH=layout.width, **_sizes(layout), **_segments(layout),
         PRECISION=precision(x.dtype), tile=tile,
     )  # fmt: skip
     if plan == "fused":
@@ -67,9 +71,9 @@ def backward(
     dS = torch.empty_like(S)
     if programs:
         launch(
-            stacked_linear.backward_rows, (programs,), dy, x, A, B, S, dx if split else S, dS, dA, dB, M, *dy.stride(),
+            backward_rows, (programs,), dy, x, A, B, S, dx if split else S, dS, dA, dB, M, *dy.stride(),
             *x.stride(), IN=width, WIDTH=layout.width, TRAINED=layout.trained, KEEP=needs_x and not split,
-            EXPAND=split, **_constants(layout), **_segments(layout), PRECISION=precision(x.dtype), tile=tile,
+            EXPAND=split, **_sizes(layout), **_segments(layout), PRECISION=precision(x.dtype), tile=tile,
         )  # fmt: skip
         if dx is not None and not split:
             whole = {"STARTS": (0,), "WIDTHS": (width,), "FIRST": (0,)}
@@ -109,11 +113,9 @@ def _pack(x: Tensor, tiers: Sequence[Tier], layout: Layout) -> tuple[Tensor, Ten
     places = [layout.columns[entry.segment] for entry in layout.entries]
     block = 64 if max(entry.filled for entry in layout.entries) < 64 else 16
     launch(
-        slots.pack, (groups, cdiv(max(width, *(place[1] for place in places)), block)),
+        pack, (groups, cdiv(max(width, *(place[1] for place in places)), block), len(tiers)),
         tuple(tier.A.contiguous() for tier in tiers), tuple(tier.B.contiguous() for tier in tiers),
-        tuple(contiguous_slot(tier.slot, x) for tier in tiers), tuple(tier.scale for tier in tiers), A, B,
-        IN=width, WIDTH=layout.width, RANKS=layout.ranks, R=layout.R,
-        TABLES=tuple(tier.A.shape[0] for tier in tiers), TIER_RANKS=tuple(tier.rank for tier in tiers),
+        *_tables(tiers, x), A, B, IN=width, WIDTH=layout.width, RANKS=layout.ranks, R=layout.R, **_constants(tiers),
         SEGMENTS=tuple(entry.segment for entry in layout.entries),
         OFFSETS=tuple(entry.offset for entry in layout.entries),
         FILLED=tuple(entry.filled for entry in layout.entries),
@@ -133,7 +135,7 @@ def _gemm(
     N = weight.shape[0]
     tile = gemm_tile(x.dtype, M, N)
     launch(
-        stacked_linear.gemm, (groups * cdiv(M, tile.BM) * cdiv(N, tile.BN),), x, weight, bias, S, B, y, M, *x.stride(),
+        gemm, (groups * cdiv(M, tile.BM) * cdiv(N, tile.BN),), x, weight, bias, S, B, y, M, *x.stride(),
         *weight.stride(), *strides, N=N, K=K, RANKS=S.shape[1], R=R, CHUNK=min(R, tile.BK), **segments,
         PRECISION=precision(x.dtype), TALL=8, tile=tile,
     )  # fmt: skip
@@ -159,14 +161,14 @@ def _sum_by_slot(
         first = layout.columns[entry.segment][2] * layout.trained + entry.offset
         runs.append((tier.B.shape[1] * tier.rank, tier.rank, layout.trained, first))
     sizes, lengths, strides, firsts = zip(*runs, strict=True)
-    both = [tier for tier, _ in trained for _ in "AB"]
+    # The scale is in the packed B, hence in dS and dA.
+    both = [tier._replace(scale=scale) for tier, _ in trained for scale in (1.0, tier.scale)]
     BP, BE = 32, 128
     launch(
-        slots.sum_by_slot, (max(tier.A.shape[0] for tier in both), cdiv(max(sizes), BE), len(outs)), dA, dB,
-        tuple(outs), tuple(contiguous_slot(tier.slot, dA) for tier in both),
-        tuple(1.0 if index % 2 == 0 else tier.scale for index, tier in enumerate(both)), programs, max(blocks, 1),
-        A_SIZE=dA[:1].numel() or 1, B_SIZE=dB.stride(0), IS_A=tuple(index % 2 == 0 for index in range(len(both))),
-        TABLES=tuple(tier.A.shape[0] for tier in both), SIZES=sizes, LENGTHS=lengths, STRIDES=strides, FIRST=firsts,
+        sum_by_slot, (max(tier.A.shape[0] for tier in both), cdiv(max(sizes), BE), len(outs)), dA, dB, tuple(outs),
+        *_tables(both, dA), programs, max(blocks, 1), A_SIZE=dA[:1].numel() or 1, B_SIZE=dB.stride(0),
+        IS_A=tuple(index % 2 == 0 for index in range(len(both))), **_constants(both), SIZES=sizes, LENGTHS=lengths,
+        STRIDES=strides, FIRST=firsts,
         ROUNDED=max(power_of_two(programs), BP) if programs else 0, BP=BP, BE=BE,
     )  # fmt: skip
     return outs
@@ -177,10 +179,71 @@ def _with_contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _constants(layout: Layout) -> dict[str, Any]:
+def _tables(tiers: Sequence[Tier], like: Tensor) -> tuple[Any, ...]:
+    """Slots, ranks, scales and sizes of the tiers' tables, as the kernels of `slots` take them."""
+    return (
+        tuple(int32(tier.slot, like) for tier in tiers),
+        tuple(int32(tier.ranks, like) for tier in tiers),
+        tuple(tier.scale for tier in tiers),
+        tuple(2 * tier.A.shape[0] + 1 for tier in tiers),
+    )
+
+
+def _constants(tiers: Sequence[Tier]) -> dict[str, Any]:
+    return {
+        "FOR_EACH": tuple(tier.slot is None and tier.A.shape[0] > 1 for tier in tiers),
+        "TIER_RANKS": tuple(tier.rank for tier in tiers),
+    }
+
+
+def _sizes(layout: Layout) -> dict[str, Any]:
     return {"RANKS": layout.ranks, "R": layout.R, "CHUNK": layout.chunk}
 
 
 def _segments(layout: Layout) -> dict[str, Any]:
     starts, widths, first = zip(*layout.columns, strict=True)
     return {"STARTS": starts, "WIDTHS": widths, "FIRST": first}
+
+
+def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What to compile for a dtype of x."""
+    yield "ViT-B qkv, r 8+8+8", partial(_step, dtype, 768, (8, 8, 8))
+    if dtype == torch.float16:
+        return
+    ti = partial(_step, dtype, 192, (16, 8, 4), groups=4, rows=37, fused_qkv=False)
+    yield "ViT-Ti q, r 16+8+4, 4 clients", ti
+    yield "ViT-Ti q, of ranks up to these", partial(ti, ranks_differ=True)
+    for name, trained in (("none", [False] * 3), ("all", [True] * 3)):
+        yield f"ViT-B qkv, {name} trained", partial(_step, dtype, 768, (8, 8, 8), trained=trained)
+    yield "width 200, r 64+64+64", partial(_step, dtype, 200, (64, 64, 64), fused_qkv=False, bias=False)
+    if dtype == torch.bfloat16:
+        yield "ViT-S qkv, r 8", partial(_step, dtype, 384, (8,))
+        yield "ViT-H qkv, r 8", partial(_step, dtype, 1280, (8,))
+        yield "ViT-B qkv, first layer", partial(_step, dtype, 768, (8, 8, 8), needs_x=False)
+
+
+def _step(
+    dtype: torch.dtype, width: int, ranks: tuple[int, ...], groups: int = 1, rows: int = 12_608,
+    fused_qkv: bool = True, bias: bool = True, needs_x: bool = True, ranks_differ: bool = False,
+    trained: Sequence[bool] | None = None,
+) -> None:  # fmt: skip
+    """Forward and backward by both plans, on tensors without values; the last tier is in training by default."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    out = 3 * width if fused_qkv else width
+    x, weight = empty(groups, rows, width, dtype=dtype), empty(out, width, dtype=dtype)
+    slot = empty(groups, dtype=torch.int32) if groups > 1 else None
+    columns = [(0, width), (2 * width, width)] if fused_qkv else [(0, width)]
+    table = 4 if groups > 1 else 1
+    of_slots = empty(table, dtype=torch.int32) if ranks_differ else None
+    tiers = [
+        Tier(empty(table, r, width), empty(table, width, r), 2.0, slot, part, ranks=of_slots)
+        for part in columns
+        for r in ranks
+    ]
+    trained = list(trained or [False] * (len(ranks) - 1) + [True]) * len(columns)
+    for plan in ("fused", "split"):
+        y, S = forward(x, weight, empty(out, dtype=dtype) if bias else None, tiers, trained, plan)
+        backward(y, S, x, weight, tiers, trained, plan, needs_x)

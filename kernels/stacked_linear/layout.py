@@ -1,4 +1,4 @@
-"""How the tiers of a layer lie side by side in one low-rank product, for the kernels of `stacked_linear`."""
+"""How the tiers of a layer lie side by side in one low-rank product, for the kernels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..launch import power_of_two
 from .tier import Tier
 
 
@@ -66,8 +67,3 @@ class Layout(NamedTuple):
             row += width
         ordered = tuple(entries[index] for index in range(len(tiers)))
         return cls(ordered, tuple(columns), R, most_trained, ranks, chunk)
-
-
-def power_of_two(number: int, at_least: int = 1) -> int:
-    """The next power of two."""
-    return max(1 << (number - 1).bit_length(), at_least)

@@ -147,7 +147,8 @@ def backward_rows(
                     source = (group * WIDTH + FIRST[c] + n[:, None]) * R + i
                     right = tl.load(B + source, inside[:, None] & (i >= 0) & (i < R), other=0.0)
                     acc = dot(left, right, acc, PRECISION)
-                    if (c * R < j + CHUNK) & (c * R + TRAINED > j):
+                    if TRAINED > 0:  # for chunks without such ranks, too: where a branch is taken at run time, Triton
+                        # refills the buffer of `left` before it is read once more
                         part = dot(tl.trans(left), s, tl.zeros([BN, CHUNK], tl.float32), PRECISION)
                         target = (program * WIDTH + FIRST[c] + n[:, None]) * TRAINED + i
                         tl.store(dB + target, part, inside[:, None] & (i >= 0) & (i < TRAINED))
