@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from hilora.errors import FileError, InvalidValueError
@@ -46,6 +46,10 @@ def load_images(files: Sequence[Path], size: int) -> Tensor:
     for pixels, file in zip(images, files, strict=True):
         try:
             pixels[:] = _load(file, size).transpose(2, 0, 1)
+        except UnidentifiedImageError as error:
+            raise FileError(
+                f"{file} cannot be read as an image: it is none of {', '.join(FORMATS)}; remove it"
+            ) from error
         except Exception as error:  # a damaged file makes Pillow raise nearly anything
             raise FileError(f"{file} cannot be read as an image ({error}): remove or replace it") from error
     return torch.from_numpy(images)
