@@ -132,13 +132,12 @@ def ours(problem: Problem, whole: bool = False) -> Rival:
     if shape.groups > 1:
         hilora.set_slots(model, **dict(zip(problem.tiers, problem.slots, strict=True)))
     (bank,) = banks(model)
-    with torch.no_grad():
-        for tier, A, B in zip(problem.tiers, problem.A, problem.B, strict=True):
-            bank.A[tier].copy_(A.expand_as(bank.A[tier]))
-            bank.B[tier].copy_(_whole(B)[None] if whole else B.transpose(0, 1))
-    last = problem.tiers[-1]
-    hilora.set_active_tier(model, last)
-    return Rival([model], [[(bank.A[last], bank.B[last])]])
+    hilora.set_active_tier(model, last := problem.tiers[-1])
+    for tier, A, B in zip(problem.tiers, problem.A, problem.B, strict=True):
+        tables = (A.expand_as(bank.A(tier)), _whole(B)[None] if whole else B.transpose(0, 1))
+        held = [table.detach().clone().contiguous().requires_grad_(tier == last) for table in tables]
+        bank.hold(tier, held[0], held[1], bank.slots[tier])
+    return Rival([model], [[bank.held[last]]])
 
 
 def peft(problem: Problem) -> Rival:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hilora.adapters.bank import AdapterBank
-from hilora.adapters.callcheck import check_calls, end_check
+from hilora.adapters.bank import AdapterBank, Shared
+from hilora.adapters.callcheck import check_calls, end_check, watch_rows
 from hilora.adapters.config import HiLoRAConfig
-from hilora.adapters.layers import Projection, TieredLoRALinear
+from hilora.adapters.layers import TieredLoRALinear
+from hilora.adapters.torch_internals import walk
+from hilora.errors import InvalidValueError
 from hilora.models.targets import Target, find_targets
 
 FRESH_HEAD = "_hilora_fresh_head"  # attributes of a model: its head before training,
@@ -25,20 +27,32 @@ def banks(model: nn.Module) -> list[AdapterBank]:
     Raises:
         ValueError: if the model has none, or they are merged.
     """
-    found: list[AdapterBank] = []
-    walk = [model]
-    while walk:  # as model.modules(), in a fifth of its time: a training step asks for the banks
-        module = walk.pop()
-        if isinstance(module, AdapterBank):
-            if all(module is not other for other in found):
-                found.append(module)
-        else:
-            walk += reversed([child for child in module._modules.values() if child is not None])
     if MERGED in model.__dict__:
-        raise ValueError("the adapters are merged into the weights: take them out first, by hilora.unmerge(model)")
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no adapters: inject them first, by hilora.inject(model, config)")
-    return found
+        raise InvalidValueError(
+            "the adapters are merged into the weights: take them out first, by hilora.unmerge(model)"
+        )
+    paths: dict[TieredLoRALinear, str] = {}
+    for path, layer in walk(model, TieredLoRALinear):
+        assert isinstance(layer, TieredLoRALinear)
+        paths.setdefault(layer, path)
+    if not paths:
+        raise InvalidValueError(
+            f"{type(model).__name__} has no adapters: inject them first, by hilora.inject(model, config)"
+        )
+    members: dict[Shared, list[TieredLoRALinear]] = {}
+    for layer in paths:
+        members.setdefault(layer.shared, []).append(layer)
+    return [
+        AdapterBank(layers, [name for layer in layers for name in _names(paths[layer], layer)])
+        for layers in members.values()
+    ]
+
+
+def _names(path: str, layer: TieredLoRALinear) -> list[str]:
+    """Paths of a layer's projections: slices of `attn.qkv` are called `attn.q` and `attn.v`. A layer that a user wrapped
+    by hand has no name."""
+    parent, dot, _ = path.rpartition(".")
+    return [""] if layer.parts is None else [parent + dot + part for part in layer.parts]
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -49,9 +63,9 @@ def has_adapters(model: nn.Module) -> bool:
 def inject(model: nn.Module, config: HiLoRAConfig, example_input: Tensor | None = None) -> nn.Module:
     """Put adapters into a model, in place; its outputs do not change yet.
 
-    Everything but the first tier, and a ViT's classifier head, is frozen. The bank of each shape of projection is
-    registered with the first layer that uses it. Fresh adapters are drawn from torch's global random stream of the CPU,
-    also for a model on another device.
+    Everything but the first tier, and a ViT's classifier head, is frozen. The parameters are at the layers that they
+    adapt, `blocks.3.attn.qkv.lora_A.leaf`. Fresh adapters are drawn from torch's global random stream of the CPU, also
+    for a model on another device.
 
     Args:
         model: a ViT of timm, transformers or torchvision, or any module that contains what the targets name.
@@ -69,9 +83,11 @@ def inject(model: nn.Module, config: HiLoRAConfig, example_input: Tensor | None 
             After any error the model is as it was.
     """
     if has_adapters(model):
-        raise ValueError("the model has adapters already: take them out first, by hilora.unload(model)")
+        raise InvalidValueError("the model has adapters already: take them out first, by hilora.unload(model)")
     if isinstance(model, nn.Linear):
-        raise ValueError("a single nn.Linear cannot be changed in place: wrap it, hilora.TieredLoRALinear(linear, ...)")
+        raise InvalidValueError(
+            "a single nn.Linear cannot be changed in place: wrap it, hilora.TieredLoRALinear(linear, ...)"
+        )
     targets = find_targets(model, config.target_modules)
     with restored_on_error(model):
         layers = _layers(model, targets, config)
@@ -79,7 +95,8 @@ def inject(model: nn.Module, config: HiLoRAConfig, example_input: Tensor | None 
         for path, module in list(model.named_modules(remove_duplicate=False)):
             if module in by_original:
                 replace(model, path, by_original[module])
-        check_calls(model, layers, example_input)
+        example = _example_input(model) if example_input is None else example_input
+        check_calls(model, layers, example, given=example_input is not None)
         model.__dict__[FRESH_HEAD] = {name: p.detach().clone() for name, p in head_parameters(model).items()}
         set_active_tier(model, config.tiers[0])
     return model
@@ -103,22 +120,21 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def _layers(model: nn.Module, targets: list[Target], config: HiLoRAConfig) -> dict[str, TieredLoRALinear]:
-    """The adapted layers by path, on banks shared by all projections of one shape."""
-    linears = {target.module: linear_at(model, target.module) for target in targets}
-    by_shape: dict[tuple[int, int], list[Target]] = {}
+    """The adapted layers by path, with adapters that have no effect yet."""
+    by_layer: dict[str, list[Target]] = {}
     for target in targets:
-        by_shape.setdefault((target.columns[1], linears[target.module].in_features), []).append(target)
-    projections: dict[str, list[Projection]] = {path: [] for path in linears}
-    owned: dict[str, list[AdapterBank]] = {path: [] for path in linears}
-    for shape, members in by_shape.items():
-        like = linears[members[0].module].weight.detach()[:1, :1].expand(shape)
-        bank = AdapterBank([target.path for target in members], config, like)
-        owned[members[0].module].append(bank)
-        for position, target in enumerate(members):
-            projections[target.module].append(Projection(bank, position, target.columns))
-    layers = {path: TieredLoRALinear(linear, config, projections[path]) for path, linear in linears.items()}
-    for path, layer in layers.items():
-        layer.banks.extend(owned[path])
+        by_layer.setdefault(target.module, []).append(target)
+    layers: dict[str, TieredLoRALinear] = {}
+    by_shape: dict[tuple[int, int], dict[str, TieredLoRALinear]] = {}
+    for path, members in by_layer.items():
+        linear, width = linear_at(model, path), members[0].columns[1]
+        alike = by_shape.setdefault((width, linear.in_features), {})
+        shared = next(iter(alike.values())).shared if alike else Shared(config)
+        parts = {target.path.rpartition(".")[2]: target.columns for target in members}
+        alike[path] = layers[path] = TieredLoRALinear(linear, config, parts, shared)
+    for alike in by_shape.values():
+        names = [name for path, layer in alike.items() for name in _names(path, layer)]
+        AdapterBank(list(alike.values()), names).start()
     return layers
 
 
@@ -189,15 +205,33 @@ def set_slots(model: nn.Module, **slots: Tensor | None) -> None:
         if table is None:
             continue
         if table.dim() != 1 or table.dtype not in (torch.int32, torch.int64) or not len(table):
-            raise ValueError(f"slots of {tier} must be integers [G], got {table.dtype} {tuple(table.shape)}")
+            raise InvalidValueError(f"slots of {tier} must be integers [G], got {table.dtype} {tuple(table.shape)}")
         if int(table.min()) < -1:
-            raise ValueError(f"slots of {tier} must be -1 (none) or more, got {int(table.min())}")
+            raise InvalidValueError(f"slots of {tier} must be -1 (none) or more, got {int(table.min())}")
     for bank in found:
         lengths = {tier: len(table) for tier, table in {**bank.slots, **tables}.items() if table is not None}
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"all tiers need slots for the same number of groups, got {lengths}")
+            raise InvalidValueError(f"all tiers need slots for the same number of groups, got {lengths}")
+    several = any(table is not None and len(table) > 1 for table in tables.values())
+    if several:
+        watch_rows(model)
     for bank in found:
         for tier, table in tables.items():
             if table is not None:
                 bank.grow(tier, int(table.max()) + 1)
-            bank.slots[tier] = None if table is None else table.to(bank.A[tier].device, torch.int32)
+            bank.slots[tier] = None if table is None else table.to(bank.device, torch.int32)
+
+
+def _example_input(model: nn.Module) -> Tensor | None:
+    """An image for a ViT of timm, transformers or torchvision; None for other models."""
+    stem = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    size: Any = getattr(getattr(model, "patch_embed", None), "img_size", None)  # timm
+    if size is None and isinstance(getattr(model, "default_cfg", None), Mapping):
+        size = model.default_cfg["input_size"][1:]  # type: ignore[index]
+    elif size is None:  # transformers, torchvision
+        size = getattr(getattr(model, "config", model), "image_size", None)
+    if stem is None or size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    image = torch.rand(1, stem.in_channels, height, width, generator=torch.Generator().manual_seed(0))
+    return image.to(stem.weight.device, stem.weight.dtype)

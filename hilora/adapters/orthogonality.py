@@ -44,7 +44,7 @@ def tier_penalties(model: nn.Module, **gammas: float) -> Tensor:
 def _penalties(bank: AdapterBank, gammas: dict[str, float]) -> Tensor:
     active = bank.active
     before = bank.tiers[: bank.tiers.index(active)] if active is not None else ()
-    used = [tier for tier in before if bank.A[tier].shape[1]]
+    used = [tier for tier in before if bank.slot_count(tier)]
     B = _chosen(bank, active or bank.tiers[0])
     frozen = [_chosen(bank, tier) for tier in used]
     return kernels.gram_penalty(B, frozen, [gammas.get(f"gamma_{tier}", DEFAULT_GAMMA) for tier in used], per_slot=True)
@@ -52,7 +52,7 @@ def _penalties(bank: AdapterBank, gammas: dict[str, float]) -> Tensor:
 
 def _chosen(bank: AdapterBank, tier: str) -> Tensor:
     """B of the adapters that the clients of a batch use: `[P, G or 1, out, r]`; zero for those that use none."""
-    B: Tensor = bank.B[tier]
+    B = bank.B(tier)
     slot = bank.slots[tier]
     if slot is None:
         return B

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hilora.adapters.bank import AdapterBank
 from hilora.adapters.config import HiLoRAConfig
 from hilora.adapters.injection import FRESH_HEAD, banks, has_adapters, head_parameters, inject, restored_on_error
+from hilora.errors import FileError, MissingFileError
 
 FORMAT = "hilora-1"
 
@@ -30,8 +31,8 @@ def save_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
     found = banks(model)
     for index, bank in enumerate(found):
         for tier in bank.tiers:
-            tensors[f"{index}.{tier}.lora_A"] = bank.A[tier]
-            tensors[f"{index}.{tier}.lora_B"] = bank.B[tier]
+            tensors[f"{index}.{tier}.lora_A"] = bank.A(tier)
+            tensors[f"{index}.{tier}.lora_B"] = bank.B(tier)
     fresh = model.__dict__.get(FRESH_HEAD, {})
     head = head_parameters(model)
     if any(name not in fresh or not torch.equal(value.cpu(), fresh[name].cpu()) for name, value in head.items()):
@@ -63,19 +64,19 @@ def load_adapters(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         each = described.get("configs", [described["config"]] * len(projections))
         configs = [HiLoRAConfig.from_dict(config) for config in each]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} does not describe adapters: {error!r}") from error
+        raise FileError(f"{path} does not describe adapters: {error!r}") from error
     if not 0 < len(projections) == len(configs):
-        raise ValueError(f"{path} does not describe adapters: {len(configs)} configs for {len(projections)} banks")
+        raise FileError(f"{path} does not describe adapters: {len(configs)} configs for {len(projections)} banks")
     head = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
     own_head = head_parameters(model)
     shapes, own_shapes = ({name: tuple(p.shape) for name, p in some.items()} for some in (head, own_head))
     if head and shapes != own_shapes:
-        raise ValueError(f"{path} has a head {shapes}, the model {own_shapes}")
+        raise FileError(f"{path} has a head {shapes}, the model {own_shapes}")
     plain = not has_adapters(model)
     with restored_on_error(model) if plain else nullcontext():
         if plain:
             if ("",) in projections:
-                raise ValueError(f"{path} is of single layers: wrap these in hilora.TieredLoRALinear, then load it")
+                raise FileError(f"{path} is of single layers: wrap these in hilora.TieredLoRALinear, then load it")
             inject(model, configs[0])
         tables = _tables(banks(model), configs, projections, tensors, path)
     for bank, tier, A, B in tables:
@@ -96,24 +97,24 @@ def _tables(
     """What to put into which bank and tier, once all of it is seen to fit."""
     own = [bank.names for bank in found]
     if own != names:
-        raise ValueError(f"{path} adapts other projections than the model: {_some(names)}, not {_some(own)}")
+        raise FileError(f"{path} adapts other projections than the model: {_some(names)}, not {_some(own)}")
     for config, bank in zip(configs, found, strict=True):
         if _shape(config) != _shape(bank.config):
-            raise ValueError(f"{path} has tiers (rank, scale) {_shape(config)}, the model {_shape(bank.config)}")
+            raise FileError(f"{path} has tiers (rank, scale) {_shape(config)}, the model {_shape(bank.config)}")
     tables = []
     for index, bank in enumerate(found):
         for tier in bank.tiers:
             A, B = tensors.get(f"{index}.{tier}.lora_A"), tensors.get(f"{index}.{tier}.lora_B")
             if A is None or B is None:
-                raise ValueError(f"{path} lacks the adapters of tier {tier!r}")
+                raise FileError(f"{path} lacks the adapters of tier {tier!r}")
             bank.check(tier, A, B)
             slot = bank.slots[tier]
             if slot is not None and int(slot.max()) >= A.shape[1]:
-                raise ValueError(
+                raise FileError(
                     f"the model's slots use adapter {int(slot.max())} of tier {tier!r}, {path} has {A.shape[1]}: "
                     f"choose others by hilora.set_slots, or none, set_slots(model, {tier}=None)"
                 )
-            tables.append((bank, tier, A.to(bank.A[tier]), B.to(bank.B[tier])))
+            tables.append((bank, tier, A, B))
     return tables
 
 
@@ -151,18 +152,18 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         ValueError: for a corrupt or foreign file, or one that is not finite.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file of adapters at {path}")
+        raise MissingFileError(f"there is no file of adapters at {path}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise ValueError(
+                raise FileError(
                     f"{path} is no file of hilora's: its format is {metadata.get('format')!r}, not {FORMAT!r}"
                 )
             described = json.loads(metadata["hilora"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise FileError(f"{path} cannot be read: {error}") from error
     _check_finite(tensors, f"{path} is not read")
     return tensors, described
 
@@ -170,4 +171,4 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 def _check_finite(tensors: dict[str, Tensor], consequence: str) -> None:
     for name, value in tensors.items():
         if not value.isfinite().all():
-            raise ValueError(f"{name} is not finite: {consequence}")
+            raise FileError(f"{name} is not finite: {consequence}")

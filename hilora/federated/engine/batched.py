@@ -131,8 +131,8 @@ class Cohort(Predictor):
         """The adapters that the banks hold of a tier, `[G, ...]`."""
         state = {}
         for index, (bank, placed) in enumerate(zip(self.banks, tables[tier], strict=True)):
-            state[f"A{index}"] = bank.A[tier].detach().transpose(0, 1)
-            state[f"B{index}"] = bank.B[tier].detach().transpose(0, 1)
+            state[f"A{index}"] = bank.A(tier).detach().transpose(0, 1)
+            state[f"B{index}"] = bank.B(tier).detach().transpose(0, 1)
             if placed.gate is not None:
                 state[f"gate{index}"] = placed.gate.detach().transpose(0, 1)
         return state
@@ -164,8 +164,8 @@ class Cohort(Predictor):
         for bank in self.banks:
             for tier in bank.tiers:
                 lower = task.lower is not None and tier == task.lower.tier
-                bank.A[tier].requires_grad_(lower or (tier == task.tier and "A" in task.factors))
-                bank.B[tier].requires_grad_(lower or (tier == task.tier and "B" in task.factors))
+                bank.A(tier).requires_grad_(lower or (tier == task.tier and "A" in task.factors))
+                bank.B(tier).requires_grad_(lower or (tier == task.tier and "B" in task.factors))
 
     def _new_training(
         self, key: tuple[object, ...], tables: Placement, head: State, images: ImageSet, task: Task
@@ -179,7 +179,7 @@ class Cohort(Predictor):
         place(self.banks, tables)  # AdamW's moments have the shapes of what is in the banks
 
         def of_adapters(tier: str, factors: str, lr: float) -> list[Slotted]:
-            return [Slotted(getattr(bank, factor)[tier], 1, lr) for bank in self.banks for factor in factors]
+            return [Slotted(getattr(bank, factor)(tier), 1, lr) for bank in self.banks for factor in factors]
 
         def predict(pixels: Tensor) -> Tensor:
             return self._logits(pixels, heads)
@@ -191,11 +191,15 @@ class Cohort(Predictor):
         if lower is None:
             return _Ready(key, tables, heads, LocalTraining(predict, self._penalty, trained, *how))
         below = of_adapters(lower.tier, "AB", lower.lr)
-        names = {id(value): name for name, value in self.model.named_parameters()}
 
         def predict_with(pixels: Tensor, values: Sequence[Tensor]) -> Tensor:
-            stand_ins = {names[id(one.parameter)]: value for one, value in zip(below, values, strict=True)}
-            return self._logits(pixels, heads, stand_ins)
+            own = [bank.held[lower.tier] for bank in self.banks]
+            for bank, A, B in zip(self.banks, values[::2], values[1::2], strict=True):
+                bank.hold(lower.tier, A, B, bank.slots[lower.tier])
+            logits = self._logits(pixels, heads)
+            for bank, (A, B) in zip(self.banks, own, strict=True):
+                bank.hold(lower.tier, A, B, bank.slots[lower.tier])
+            return logits
 
         return _Ready(key, tables, heads, BilevelTraining(predict, predict_with, trained, below, *how))
 

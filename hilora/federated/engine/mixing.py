@@ -49,16 +49,16 @@ def mix_tiers(
         share: a, in place of the mix's own number: another one, or `[G, b]` for the images of G clients.
     """
     for index, bank in enumerate(banks):
-        bank.mixer = None
+        bank.composition = None
         if mix is None:
             continue
         gate = placed[mix.own][index].gate
         if gate is not None:
-            bank.mixer = Gate(mix.own, mix.shared, gate).__call__
+            bank.composition = Gate(mix.own, mix.shared, gate).__call__
         else:
             a = mix.share if share is None else share
-            a = a.to(bank.A[mix.own].device).view(len(a), -1) if isinstance(a, Tensor) else a  # [G, 1 or b]
-            bank.mixer = Fixed({mix.own: a, mix.shared: 1 - a}).__call__
+            a = a.to(bank.device).view(len(a), -1) if isinstance(a, Tensor) else a  # [G, 1 or b]
+            bank.composition = Fixed({mix.own: a, mix.shared: 1 - a}).__call__
 
 
 def nearness(features: Tensor, references: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def placement(banks: Sequence[AdapterBank], models: Models, own: Collection[str]
         found[tier] = []
         for index, bank in enumerate(banks):
             if table is None:
-                found[tier].append(Placed(bank.A[tier].data[:, :0], bank.B[tier].data[:, :0]))
+                found[tier].append(Placed(*bank.fresh(tier, 0)))
                 continue
             A, B = (table.state[f"{factor}{index}"] for factor in "AB")
             gate, slot = table.state.get(f"gate{index}"), table.slot
@@ -77,5 +77,4 @@ def place(banks: Sequence[AdapterBank], values: Placement) -> None:
     """Let the banks hold these tensors themselves."""
     for tier, placed in values.items():
         for bank, (A, B, slot, _) in zip(banks, placed, strict=True):
-            bank.assign(tier, A, B)
-            bank.slots[tier] = slot
+            bank.hold(tier, A, B, slot)

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
 
 from hilora.adapters.config import HiLoRAConfig
@@ -88,17 +87,20 @@ class Predictor:
         """Put all adapters of all tiers into the banks, for saving; none of a tier that is not there."""
         none = Table({}, torch.empty(0, dtype=torch.long))
         tables = {tier: Table(state, torch.arange(len(state["A0"]))) for tier, state in adapters.items()}
-        place(self.banks, copied(placement(self.banks, Models(tables, none)), self.device))
+        for tier, placed in placement(self.banks, Models(tables, none)).items():
+            for bank, one in zip(self.banks, placed, strict=True):
+                bank.release()
+                bank.assign(tier, one.A, one.B)
 
-    def _logits(self, pixels: Tensor, head: State, stand_ins: dict[str, Tensor] | None = None) -> Tensor:
+    def _logits(self, pixels: Tensor, head: State) -> Tensor:
         """uint8 `[G, b, 3, h, w]` → `[G, b, classes]`."""
-        features = self._features(pixels, stand_ins).to(head["weight"])
+        features = self._features(pixels).to(head["weight"])
         return torch.baddbmm(head["bias"][:, None], features, head["weight"].mT)
 
-    def _features(self, pixels: Tensor, stand_ins: dict[str, Tensor] | None = None) -> Tensor:
-        """uint8 `[G, b, 3, h, w]` → `[G, b, D]`, with other tensors in the place of some of the model's parameters."""
+    def _features(self, pixels: Tensor) -> Tensor:
+        """uint8 `[G, b, 3, h, w]` → `[G, b, D]`."""
         x = self._pixels(pixels.flatten(0, 1).to(self.device))
-        y: Tensor = self.model(x) if stand_ins is None else functional_call(self.model, stand_ins, (x,))
+        y: Tensor = self.model(x)
         return y.view(*pixels.shape[:2], -1)
 
     def _pixels(self, images: Tensor) -> Tensor:
