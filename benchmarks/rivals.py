@@ -91,7 +91,7 @@ class Problem(NamedTuple):
         return copy.deepcopy(self.base, {id(p): p for p in self.base.parameters()})
 
 
-Pair = tuple[nn.Parameter, nn.Parameter]  # A and B
+Pair = tuple[Tensor, Tensor]  # A and B
 
 
 class Rival(NamedTuple):
@@ -105,7 +105,7 @@ class Rival(NamedTuple):
     modules: list[nn.Module]
     live: list[list[Pair]]
 
-    def trained(self) -> list[nn.Parameter]:
+    def trained(self) -> list[Tensor]:
         return [factor for pairs in self.live for pair in pairs for factor in pair]
 
     def gradients(self) -> list[Tensor]:
@@ -232,7 +232,7 @@ def forced(backend: str) -> Iterator[None]:
 
 def _with_stacked(layer: nn.Module, others: Sequence[tuple[Tensor, Tensor]], last: tuple[Tensor, Tensor]) -> Rival:
     """Of A `[G, r, in]` and B `[G, 2, out, r]`."""
-    pairs = []
+    pairs: list[Pair] = []
     for name, B in _by_layer(layer, last[1]).items():
         before = [(other_A, _by_layer(layer, other_B)[name]) for other_A, other_B in others]
         one = Stacked(getattr(layer, name), before, (last[0], B))

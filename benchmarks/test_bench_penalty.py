@@ -73,8 +73,9 @@ def test_penalty(benchmark: Any, ledger: Ledger, shape: Penalty) -> None:
             value = step()
             if peft:
                 return [value, torch.stack([layer.lora_B["leaf"].weight.grad for layer in layers])]
-            assert bank.B("leaf").grad is not None
-            return [value, bank.B("leaf").grad[:, 0]]
+            gradient = bank.B("leaf").grad
+            assert gradient is not None
+            return [value, gradient[:, 0]]
 
         return result
 

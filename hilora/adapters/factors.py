@@ -60,12 +60,15 @@ def joined(parameters: Sequence[Tensor], projections: Sequence[int]) -> Tensor:
     """The parameters of a bank's layers as one tensor, `[P, S, r, in]` or `[P, S, out, r]`.
 
     It is the memory itself, without a copy, while they are consecutive pieces of one tensor and nobody wants a
-    gradient; else they are concatenated, and gradients go through.
+    gradient; else they are concatenated, those that FSDP has sharded after they are gathered, and gradients go through.
 
     Args:
         parameters: one a layer.
         projections: how many projections each of the layers has.
     """
+    parameters = [
+        parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter for parameter in parameters
+    ]
     first = parameters[0]
     slots = slot_count(first, projections[0])
     shape = (sum(projections), slots, *first.shape[-2:])

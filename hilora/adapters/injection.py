@@ -49,8 +49,8 @@ def banks(model: nn.Module) -> list[AdapterBank]:
 
 
 def _names(path: str, layer: TieredLoRALinear) -> list[str]:
-    """Paths of a layer's projections: slices of `attn.qkv` are called `attn.q` and `attn.v`. A layer that a user wrapped
-    by hand has no name."""
+    """Paths of a layer's projections: slices of `attn.qkv` are called `attn.q` and `attn.v`. A layer that a user
+    wrapped by hand has no name."""
     parent, dot, _ = path.rpartition(".")
     return [""] if layer.parts is None else [parent + dot + part for part in layer.parts]
 

@@ -25,8 +25,8 @@ class TieredLoRALinear(nn.Linear):
 
         layer = hilora.TieredLoRALinear(nn.Linear(768, 768), r=8, lora_alpha=16)
 
-    It shares the weight and bias of `base` and is an `nn.Linear` in its place, under the same keys. `hilora.inject` makes
-    these layers inside of a model.
+    It shares the weight and bias of `base` and is an `nn.Linear` in its place, under the same keys. `hilora.inject`
+    makes these layers inside of a model.
 
     Args:
         base: the layer to adapt; its hooks are kept.
@@ -108,9 +108,11 @@ class TieredLoRALinear(nn.Linear):
                         f"tier {name!r} has {A.shape[0]} adapters: say which to use by hilora.set_slots"
                     )
                 scale, gain = self.config.scale(name), gains.get(name, 1.0)
-                if not isinstance(gain, Tensor):
-                    scale, gain = scale * gain, None
-                tiers.append(kernels.Tier(A, B, scale, slot, columns, gain, **_ranks(shared, name)))
+                if isinstance(gain, Tensor):
+                    tier = kernels.Tier(A, B, scale, slot, columns, gain)
+                else:
+                    tier = kernels.Tier(A, B, scale * gain, slot, columns)
+                tiers.append(_with_ranks(tier, shared.ranks[name]))
         return tiers
 
     def _factors(self, tier: str) -> list[tuple[Tensor, Tensor]]:
@@ -158,10 +160,10 @@ class TieredLoRALinear(nn.Linear):
         return f"{super().extra_repr()}, tiers={self.config.tiers}, r={self.config.r}, alpha={self.config.lora_alpha}"
 
 
-def _ranks(shared: Shared, tier: str) -> dict[str, Tensor]:
-    """The ranks of a tier's adapters as a keyword of kernels that take them."""
-    ranks = shared.ranks[tier]
-    return {} if ranks is None or "ranks" not in kernels.Tier._fields else {"ranks": ranks}
+def _with_ranks(tier: kernels.Tier, ranks: Tensor | None) -> kernels.Tier:
+    """The tier with the ranks of its adapters, where the kernels can spare what is beyond them."""
+    given: dict[str, Any] = {} if ranks is None or "ranks" not in tier._fields else {"ranks": ranks}
+    return tier._replace(**given)
 
 
 def adopt(layer: nn.Linear, base: nn.Linear) -> None:

@@ -20,7 +20,7 @@ def test_a_graph_of_the_former_shape_does_not_spoil_gradients_of_the_new_one() -
         internals.reshape_parameter(parameter, torch.ones(4, 3, dtype=dtype))
         assert parameter.grad is None
         parameter.square().sum().backward()
-        assert torch.equal(parameter.grad, 2 * parameter.detach())  # type: ignore[arg-type]
+        assert torch.equal(parameter.grad, 2 * parameter.detach())
         del old
 
 
