@@ -1,4 +1,4 @@
-"""What goes wrong because of what the library was given: one family of exceptions, naming the value and the remedy.
+"""What goes wrong because of what the library was given: one family of exceptions that name the value and the remedy.
 
 Every class is also the built-in exception that Python programs expect there, so that `except ValueError` works, too. A
 bug of the library is none of these, and keeps its traceback.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,11 +43,11 @@ class Shared:
         self.disabled = False
         self.before: dict[str, tuple[Tensor | None, Tensor | None]] = {}  # slots and ranks, for when nothing is held
 
-    def release(self) -> None:
-        """Hold nothing more: slots and ranks are again what they were."""
-        for tier, (slot, ranks) in self.before.items():
-            self.slots[tier], self.ranks[tier] = slot, ranks
-        self.held, self.before = {}, {}
+    def release(self, tiers: Iterable[str] | None = None) -> None:
+        """Hold nothing more, of these tiers or of all: slots and ranks are again what they were."""
+        for tier in list(self.held) if tiers is None else tiers:
+            if self.held.pop(tier, None) is not None:
+                self.slots[tier], self.ranks[tier] = self.before.pop(tier)
 
     def to(self, device: torch.device) -> None:
         """Move slots and ranks."""
@@ -59,7 +59,8 @@ class Shared:
         """What is held stays with the original: copies have the layers' own adapters."""
         copied = type(self)(self.config)
         copied.__dict__.update(self.__dict__)
-        copied.slots, copied.ranks = dict(self.slots), dict(self.ranks)
+        for name in ("slots", "ranks", "held", "before"):
+            copied.__dict__[name] = dict(self.__dict__[name])
         copied.release()
         return copied.__dict__
 
@@ -98,6 +99,11 @@ class AdapterBank:
     def slots(self) -> dict[str, Tensor | None]:
         """Tier → int32 `[G]`, which adapter each of G equal groups of rows uses, -1 for none; or None."""
         return self.shared.slots
+
+    @property
+    def ranks(self) -> dict[str, Tensor | None]:
+        """Tier → int32 `[S]`, the ranks of adapters that do not have all of the tier's; or None."""
+        return self.shared.ranks
 
     @property
     def composition(self) -> Composition | None:
@@ -195,7 +201,8 @@ class AdapterBank:
     @torch.no_grad()
     def assign(self, tier: str, A: Tensor, B: Tensor, rank: Tensor | None = None) -> None:
         """Give a tier's parameters other values: A `[P, S, r, in]`, B `[P, S, out, r]`, any S, copied. The parameters
-        stay the same objects; an optimiser that holds moments of another shape must be made anew.
+        stay the same objects; an optimiser that holds moments of another shape must be made anew. What is held of the
+        tier is released.
 
         Args:
             tier: which one.
@@ -203,11 +210,10 @@ class AdapterBank:
             rank: integers `[S]`, how much of the tier's rank each of them has; all of it by default.
 
         Raises:
-            InvalidValueError: if the shapes do not fit the bank, or other tables are held.
+            InvalidValueError: if the shapes do not fit the bank.
         """
         self.check(tier, A, B)
-        if tier in self.shared.held:
-            raise InvalidValueError(f"tier {tier!r} holds tables in place of its parameters: release them first")
+        self.shared.release([tier])
         for factor, table in (("lora_A", A), ("lora_B", B)):
             parameters = self._parameters(factor, tier)
             flat: Tensor | None = None

@@ -125,7 +125,7 @@ def check_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 def _refuse(model: nn.Module) -> None:
     for path, layer in walk(model, TieredLoRALinear):
-        if getattr(layer, "rows_are_the_batch", None) is False:
+        if layer.rows_are_the_batch is False:
             raise MixedRowsError(
                 f"several clients cannot share a batch: the first dimension of what {path} sees is not the batch, as "
                 "where a model puts the sequence first or looks across images. Use a model with batch_first=True, or "
@@ -134,7 +134,7 @@ def _refuse(model: nn.Module) -> None:
 
 
 def _layers(model: nn.Module) -> list[TieredLoRALinear]:
-    return [layer for _, layer in walk(model, TieredLoRALinear) if isinstance(layer, TieredLoRALinear)]
+    return [layer for _, layer in walk(model, TieredLoRALinear)]
 
 
 def _tell_rows(model: nn.Module, call: Callable[..., object], tensors: Sequence[Tensor]) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,27 +12,33 @@ from hilora.adapters.bank import AdapterBank, Shared
 from hilora.adapters.callcheck import check_calls, end_check, watch_rows
 from hilora.adapters.config import HiLoRAConfig
 from hilora.adapters.layers import TieredLoRALinear
+from hilora.adapters.statistics import freeze_statistics, thaw_statistics
 from hilora.adapters.torch_internals import walk
 from hilora.errors import InvalidValueError
+from hilora.models.registry import family_of
 from hilora.models.targets import Target, find_targets
 
 FRESH_HEAD = "_hilora_fresh_head"  # attributes of a model: its head before training,
 MERGED = "_hilora_merged"  # and the layers that a merge has put aside
 
 
-def banks(model: nn.Module) -> list[AdapterBank]:
+def banks(model: nn.Module, merged: bool = False) -> list[AdapterBank]:
     """The adapters in a model: one bank for each shape of projection.
+
+    Args:
+        model: a model with adapters.
+        merged: also those that a merge has put aside.
 
     Raises:
         ValueError: if the model has none, or they are merged.
     """
-    if MERGED in model.__dict__:
+    aside: dict[str, TieredLoRALinear] | None = model.__dict__.get(MERGED)
+    if aside is not None and not merged:
         raise InvalidValueError(
             "the adapters are merged into the weights: take them out first, by hilora.unmerge(model)"
         )
     paths: dict[TieredLoRALinear, str] = {}
-    for path, layer in walk(model, TieredLoRALinear):
-        assert isinstance(layer, TieredLoRALinear)
+    for path, layer in walk(model, TieredLoRALinear) if aside is None else aside.items():
         paths.setdefault(layer, path)
     if not paths:
         raise InvalidValueError(
@@ -95,7 +100,8 @@ def inject(model: nn.Module, config: HiLoRAConfig, example_input: Tensor | None 
         for path, module in list(model.named_modules(remove_duplicate=False)):
             if module in by_original:
                 replace(model, path, by_original[module])
-        example = _example_input(model) if example_input is None else example_input
+        example = family_of(model).example(model) if example_input is None else example_input
+        freeze_statistics(model)
         check_calls(model, layers, example, given=example_input is not None)
         model.__dict__[FRESH_HEAD] = {name: p.detach().clone() for name, p in head_parameters(model).items()}
         set_active_tier(model, config.tiers[0])
@@ -111,6 +117,7 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         end_check(model)
+        thaw_statistics(model)
         for path, linear in linears:
             replace(model, path, linear)
         for parameter, flag in required_grad:
@@ -153,19 +160,10 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters of a ViT's classifier head, by name, but for adapted layers; none where the model has no head."""
-    classifier = getattr(model, "get_classifier", None)
-    if classifier is not None:  # timm
-        found: Any = classifier()
-        heads = found if isinstance(found, tuple) else (found,)
-    else:  # transformers, torchvision, others
-        heads = tuple(getattr(model, name, None) for name in HEADS)
-    members = {id(parameter) for head in heads if isinstance(head, nn.Module) for parameter in head.parameters()}
+    members = {id(parameter) for head in family_of(model).heads(model) for parameter in head.parameters()}
     adapted = [module for module in model.modules() if isinstance(module, TieredLoRALinear)]
     members -= {id(parameter) for layer in adapted for parameter in layer.parameters()}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in members}
-
-
-HEADS = ("classifier", "cls_classifier", "distillation_classifier", "heads", "head")
 
 
 def set_active_tier(model: nn.Module, tier: str) -> None:
@@ -185,7 +183,39 @@ def set_active_tier(model: nn.Module, tier: str) -> None:
         parameter.requires_grad_(True)
 
 
-def set_slots(model: nn.Module, **slots: Tensor | None) -> None:
+@contextmanager
+def disable_adapters(model: nn.Module, /) -> Iterator[None]:
+    """Inside of this, a model with adapters, also a merged one, computes as it did before they were injected; its
+    classifier head stays the trained one.
+
+    Raises:
+        ValueError: if the model has no adapters.
+    """
+    found = banks(model, merged=True)
+    aside: dict[str, TieredLoRALinear] = model.__dict__.get(MERGED, {})
+    plain = {path: linear_at(model, path) for path in aside}
+    before = [bank.shared.disabled for bank in found]
+    try:
+        for bank in found:
+            bank.shared.disabled = True
+        for path, layer in aside.items():
+            replace(model, path, alike(layer, plain[path]))
+        yield
+    finally:
+        for path, linear in plain.items():
+            replace(model, path, linear)
+        for bank, was in zip(found, before, strict=True):
+            bank.shared.disabled = was
+
+
+def alike(layer: TieredLoRALinear, plain: nn.Linear) -> TieredLoRALinear:
+    """A layer in the dtype, on the device and in the mode of the plain one that was in its place."""
+    if layer.weight.dtype != plain.weight.dtype:
+        layer.to(plain.weight.dtype)
+    return layer.to(plain.weight.device).train(plain.training)
+
+
+def set_slots(model: nn.Module, /, **slots: Tensor | None) -> None:
     """Say which adapter of each tier a client uses, where a batch holds several clients.
 
     The first dimension of what the adapted layers see must be the batch: its rows are in G equal groups, one a client.
@@ -220,18 +250,3 @@ def set_slots(model: nn.Module, **slots: Tensor | None) -> None:
             if table is not None:
                 bank.grow(tier, int(table.max()) + 1)
             bank.slots[tier] = None if table is None else table.to(bank.device, torch.int32)
-
-
-def _example_input(model: nn.Module) -> Tensor | None:
-    """An image for a ViT of timm, transformers or torchvision; None for other models."""
-    stem = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    size: Any = getattr(getattr(model, "patch_embed", None), "img_size", None)  # timm
-    if size is None and isinstance(getattr(model, "default_cfg", None), Mapping):
-        size = model.default_cfg["input_size"][1:]  # type: ignore[index]
-    elif size is None:  # transformers, torchvision
-        size = getattr(getattr(model, "config", model), "image_size", None)
-    if stem is None or size is None:
-        return None
-    height, width = (size, size) if isinstance(size, int) else size
-    image = torch.rand(1, stem.in_channels, height, width, generator=torch.Generator().manual_seed(0))
-    return image.to(stem.weight.device, stem.weight.dtype)

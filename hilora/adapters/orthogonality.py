@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from hilora import kernels
 from hilora.adapters.bank import AdapterBank
 from hilora.adapters.injection import banks
+from hilora.errors import InvalidValueError
 
 DEFAULT_GAMMA = 0.1
 
 
-def orthogonality_penalty(model: nn.Module, **gammas: float) -> Tensor:
+def orthogonality_penalty(model: nn.Module, /, **gammas: float) -> Tensor:
     """Overlap of the tier in training with the frozen tiers before it: `Σ_P Σ_tier γ_tier ‖B_tierᵀ B_active‖²_F`.
 
     HiLoRA's cluster loss is `task + γ_c ‖B_rᵀB_c‖²`, its leaf loss `task + γ_c ‖B_rᵀB_l‖² + γ_l ‖B_cᵀB_l‖²`; here γ_c
@@ -31,13 +32,13 @@ def orthogonality_penalty(model: nn.Module, **gammas: float) -> Tensor:
     return tier_penalties(model, **gammas).sum()
 
 
-def tier_penalties(model: nn.Module, **gammas: float) -> Tensor:
+def tier_penalties(model: nn.Module, /, **gammas: float) -> Tensor:
     """`orthogonality_penalty` for each client of a batch: `[G]`."""
     found = banks(model)
     known = [f"gamma_{tier}" for tier in found[0].tiers]
     for name in gammas:
         if name not in known:
-            raise ValueError(f"there is no {name!r}: expected {', '.join(known)}")
+            raise InvalidValueError(f"there is no {name!r}: expected {', '.join(known)}")
     return sum((_penalties(bank, gammas) for bank in found[1:]), start=_penalties(found[0], gammas))
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hilora.errors import InvalidValueError
@@ -86,6 +87,22 @@ def row_bytes(tensor: Tensor) -> int:
     return tensor.element_size() * (tensor[:1].numel() if len(tensor) else 0)
 
 
+class Values(Stack):
+    """Any named tensors `[S, ...]`."""
+
+    def __init__(self, **tensors: Tensor) -> None:
+        self._tensors = tensors
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self._tensors
+
+    def like(self, tensors: dict[str, Tensor]) -> Values:
+        return Values(**tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
 class AdapterTable(Stack):
     """S adapters of all projections of a model, each with a rank of its own.
 
@@ -127,16 +144,31 @@ class AdapterTable(Stack):
         """A `[S, P, r, in]` and B `[S, P, out, r]` for every shape of projection."""
         return list(zip(self.A, self.B, strict=True))
 
-    def __iter__(self) -> Iterator[Any]:
-        raise TypeError("a table of adapters has factors, and rows by rows(): it is no sequence")
-
     def tensors(self) -> dict[str, Tensor]:
         named = {f"{index}.lora_A": tensor for index, tensor in enumerate(self.A)}
         return named | {f"{index}.lora_B": tensor for index, tensor in enumerate(self.B)} | {"rank": self.rank}
 
     def like(self, tensors: dict[str, Tensor]) -> AdapterTable:
+        return AdapterTable.of(tensors)
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> AdapterTable:
+        """The table whose `tensors()` these are."""
         A, B = ([tensor for name, tensor in tensors.items() if name.endswith(end)] for end in ("lora_A", "lora_B"))
         return AdapterTable(A, B, tensors["rank"])
+
+    def resized(self, r: int) -> AdapterTable:
+        """The same adapters with room for another rank: filled up with zeros, or without what is beyond it.
+
+        Raises:
+            InvalidValueError: if an adapter's rank exceeds r.
+        """
+        if len(self) and int(self.rank.max()) > r:
+            raise InvalidValueError(f"adapters of rank {int(self.rank.max())} have no room in rank {r}")
+        more = max(r - self.r, 0)
+        A = [F.pad(tensor[:, :, :r], (0, 0, 0, more)) for tensor in self.A]
+        B = [F.pad(tensor[..., :r], (0, more)) for tensor in self.B]
+        return AdapterTable(A, B, self.rank)
 
     def only(self, factors: str) -> AdapterTable:
         """The table without one of its factors: what is left is "A" or "B"."""

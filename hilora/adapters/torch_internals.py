@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def reshape_parameter(parameter: nn.Parameter, value: Tensor) -> None:
@@ -28,10 +31,10 @@ def in_transform() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
-def walk(model: nn.Module, leaf: type[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+def walk(model: nn.Module, leaf: type[M]) -> Iterator[tuple[str, M]]:
     """The modules of a class with their paths, in the order of `model.named_modules()` but in a fifth of its time; a
     module that is at several paths comes at each of them, and what is inside of one is not looked into."""
-    stack = [("", model)]
+    stack: list[tuple[str, nn.Module]] = [("", model)]
     while stack:
         path, module = stack.pop()
         if isinstance(module, leaf):

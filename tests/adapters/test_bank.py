@@ -233,12 +233,13 @@ def test_held_tables_act_in_place_of_the_parameters_and_get_their_gradients() ->
             (gradient,) = torch.autograd.grad(y.square().sum(), table, retain_graph=True)
             grads = torch.stack([cast(Tensor, getattr(layer, factor)["leaf"].grad) for layer in moved.layers])
             torch.testing.assert_close(gradient, grads, rtol=1e-12, atol=1e-12)
-    with pytest.raises(ValueError, match="holds tables in place of its parameters: release them"):
-        bank.assign("leaf", A, B)
     for copied in (copy.deepcopy(bank.layers[0]), pickle.loads(pickle.dumps(bank.layers[0]))):
         assert torch.equal(copied(x), moved_back(bank)(x)), "copies have the layers' own adapters"
     bank.release()
     assert torch.equal(outputs(bank, x), own)
+    bank.hold("leaf", *held, slot)
+    bank.assign("leaf", *(factor("leaf") for factor in (moved.A, moved.B)))
+    assert torch.equal(bank.A("leaf"), A), "what is assigned is used"
     assert bank.slots["leaf"] is not None
     assert bank.slots["leaf"].tolist() == [1, 0]
     assert not bank.held

@@ -172,7 +172,7 @@ def test_what_a_merged_model_cannot_do() -> None:
     model = injected()
     hilora.merge(model)
     before = snapshot(model)
-    for function in (hilora.merge, hilora.unload, hilora.orthogonality_penalty):
+    for function in (hilora.orthogonality_penalty, hilora.set_slots, lambda m: hilora.set_active_tier(m, "leaf")):
         with pytest.raises(
             ValueError, match=r"merged into the weights: take them out first, by hilora\.unmerge\(model\)"
         ):

@@ -81,7 +81,7 @@ def test_the_head_is_saved_only_if_it_was_trained(path: Path) -> None:
         model.head.bias += 1
     hilora.save_adapters(model, path)
     assert [name for name in load_file(path) if name.startswith("head.")] == ["head.head.bias", "head.head.weight"]
-    other = hilora.load_adapters(vit(seed=4), path)
+    other = hilora.load_adapters(vit(seed=4), path, check_base=False)
     assert torch.equal(other.head.weight, model.head.weight)  # type: ignore[union-attr, arg-type]
     assert torch.equal(other.head.bias, model.head.bias)  # type: ignore[union-attr, arg-type]
     hilora.save_adapters(other, path)
@@ -92,7 +92,7 @@ def test_a_file_without_a_head_leaves_the_model_s_own(path: Path) -> None:
     hilora.save_adapters(injected(), path)
     other = vit(seed=4)
     head = other.head.weight.detach().clone()
-    hilora.load_adapters(other, path)
+    hilora.load_adapters(other, path, check_base=False)
     assert torch.equal(other.head.weight, head)
 
 
@@ -129,7 +129,7 @@ def test_single_layers_come_back(path: Path) -> None:
     model, other = Layers(), Layers()
     randomise(model)
     hilora.save_adapters(model, path)
-    hilora.load_adapters(other, path)
+    hilora.load_adapters(other, path, check_base=False)
     assert same(values(other), values(model))
     plain = nn.Sequential(nn.Linear(7, 24))
     with pytest.raises(ValueError, match=r"is of single layers: wrap these in hilora\.TieredLoRALinear, then load it"):
@@ -164,11 +164,11 @@ def test_a_failed_write_leaves_the_old_file(path: Path, monkeypatch: pytest.Monk
     hilora.save_adapters(model, path)
     before = path.read_bytes()
 
-    def fail(*args: object) -> None:
-        Path(str(args[1])).write_bytes(b"half")
+    def fail(half: Path, data: bytes) -> None:
+        half.open("wb").write(data[:4])
         raise OSError("disk full")
 
-    monkeypatch.setattr("hilora.adapters.io.native.save_file", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="disk full"):
         hilora.save_adapters(model, path)
     assert path.read_bytes() == before
