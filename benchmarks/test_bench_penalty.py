@@ -43,9 +43,9 @@ def test_penalty(benchmark: Any, ledger: Ledger, shape: Penalty) -> None:
     )
     hilora.set_active_tier(ours, "leaf")
     (bank,) = banks(ours)
-    with torch.no_grad():
-        for tier in TIERS:
-            bank.B[tier].normal_(std=0.02)
+    for tier in TIERS:
+        B = torch.empty_like(bank.B(tier)).normal_(std=0.02)
+        bank.hold(tier, bank.A(tier).detach(), B.detach().requires_grad_(tier == "leaf"))
     loop = _with_peft(base, shape, ours)
     layers = [layer for layer in loop.modules() if isinstance(layer, LoraLayer)]
 
@@ -60,7 +60,7 @@ def test_penalty(benchmark: Any, ledger: Ledger, shape: Penalty) -> None:
         return total.detach()
 
     def batched() -> Tensor:
-        bank.B["leaf"].grad = None
+        bank.B("leaf").grad = None
         penalty = hilora.orthogonality_penalty(ours, gamma_root=GAMMA, gamma_cluster=GAMMA)
         penalty.backward()
         return penalty.detach()
@@ -74,8 +74,9 @@ def test_penalty(benchmark: Any, ledger: Ledger, shape: Penalty) -> None:
             value = step()
             if peft:
                 return [value, torch.stack([layer.lora_B["leaf"].weight.grad for layer in layers])]
-            assert bank.B["leaf"].grad is not None
-            return [value, bank.B["leaf"].grad[:, 0]]
+            gradient = bank.B("leaf").grad
+            assert gradient is not None
+            return [value, gradient[:, 0]]
 
         return result
 
@@ -105,7 +106,7 @@ def _with_peft(base: nn.Module, shape: Penalty, ours: nn.Module) -> PeftModel:
 
 def _truth(bank: hilora.AdapterBank) -> list[Tensor]:
     """Value and gradient in fp64, one projection after another."""
-    root, cluster, leaf = (bank.B[tier].detach()[:, 0].double() for tier in TIERS)
+    root, cluster, leaf = (bank.B(tier).detach()[:, 0].double() for tier in TIERS)
     value, gradient = leaf.new_zeros(()), torch.zeros_like(leaf)
     for p in range(len(leaf)):
         for other in (root[p], cluster[p]):

@@ -16,7 +16,7 @@ import hilora
 from hilora import HiLoRAConfig
 from hilora.adapters.injection import banks
 from hilora.adapters.io.native import read_tensors, write_tensors
-from tests.helpers import CONFIG, images, injected, random, randomise, same, snapshot, vit
+from tests.helpers import CONFIG, images, injected, random, randomise, same, snapshot, values, vit
 
 SEVERAL = HiLoRAConfig(
     r={"a": 3, "b": 2},
@@ -32,10 +32,6 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "adapters.safetensors"
 
 
-def adapters(model: nn.Module) -> list[torch.Tensor]:
-    return [parameter.detach() for bank in banks(model) for parameter in bank.parameters()]
-
-
 @pytest.mark.parametrize("config", [CONFIG, SEVERAL, HiLoRAConfig(target_modules=("qkv", "proj"), lora_dropout=0.1)])
 @pytest.mark.parametrize("plain", [True, False], ids=["into a plain model", "into an injected model"])
 def test_adapters_come_back(config: HiLoRAConfig, plain: bool, path: Path) -> None:
@@ -43,7 +39,7 @@ def test_adapters_come_back(config: HiLoRAConfig, plain: bool, path: Path) -> No
     hilora.save_adapters(model, path)
     other = vit() if plain else hilora.inject(vit(), config)
     assert hilora.load_adapters(other, path) is other
-    assert same(adapters(other), adapters(model))
+    assert same(values(other), values(model))
     assert [bank.names for bank in banks(other)] == [bank.names for bank in banks(model)]
     assert banks(other)[0].config == config
     if config is not SEVERAL:
@@ -60,7 +56,7 @@ def test_loading_resizes_tables_and_keeps_what_is_active(path: Path) -> None:
     hilora.set_active_tier(other, "cluster")
     parameters = [id(parameter) for parameter in other.parameters()]
     hilora.load_adapters(other, path)
-    assert same(adapters(other), adapters(model))
+    assert same(values(other), values(model))
     assert banks(other)[0].active == "cluster"
     assert [id(parameter) for parameter in other.parameters()] == parameters
     with pytest.raises(ValueError, match="tier 'leaf' has 8 adapters"):
@@ -85,7 +81,7 @@ def test_the_head_is_saved_only_if_it_was_trained(path: Path) -> None:
         model.head.bias += 1
     hilora.save_adapters(model, path)
     assert [name for name in load_file(path) if name.startswith("head.")] == ["head.head.bias", "head.head.weight"]
-    other = hilora.load_adapters(vit(seed=4), path)
+    other = hilora.load_adapters(vit(seed=4), path, check_base=False)
     assert torch.equal(other.head.weight, model.head.weight)  # type: ignore[union-attr, arg-type]
     assert torch.equal(other.head.bias, model.head.bias)  # type: ignore[union-attr, arg-type]
     hilora.save_adapters(other, path)
@@ -96,7 +92,7 @@ def test_a_file_without_a_head_leaves_the_model_s_own(path: Path) -> None:
     hilora.save_adapters(injected(), path)
     other = vit(seed=4)
     head = other.head.weight.detach().clone()
-    hilora.load_adapters(other, path)
+    hilora.load_adapters(other, path, check_base=False)
     assert torch.equal(other.head.weight, head)
 
 
@@ -133,8 +129,8 @@ def test_single_layers_come_back(path: Path) -> None:
     model, other = Layers(), Layers()
     randomise(model)
     hilora.save_adapters(model, path)
-    hilora.load_adapters(other, path)
-    assert same(adapters(other), adapters(model))
+    hilora.load_adapters(other, path, check_base=False)
+    assert same(values(other), values(model))
     plain = nn.Sequential(nn.Linear(7, 24))
     with pytest.raises(ValueError, match=r"is of single layers: wrap these in hilora\.TieredLoRALinear, then load it"):
         hilora.load_adapters(plain, path)
@@ -156,7 +152,7 @@ def test_what_is_not_finite_is_not_saved(value: float, path: Path) -> None:
     hilora.save_adapters(model, path)
     before = path.read_bytes()
     with torch.no_grad():
-        banks(model)[0].B["cluster"][1, 0, 3, 1] = value
+        banks(model)[0].B("cluster")[1, 0, 3, 1] = value
     with pytest.raises(ValueError, match=r"0.cluster.lora_B is not finite: nothing is saved to .*adapters.safetensors"):
         hilora.save_adapters(model, path)
     assert path.read_bytes() == before
@@ -168,11 +164,11 @@ def test_a_failed_write_leaves_the_old_file(path: Path, monkeypatch: pytest.Monk
     hilora.save_adapters(model, path)
     before = path.read_bytes()
 
-    def fail(*args: object) -> None:
-        Path(str(args[1])).write_bytes(b"half")
+    def fail(half: Path, data: bytes) -> None:
+        half.open("wb").write(data[:4])
         raise OSError("disk full")
 
-    monkeypatch.setattr("hilora.adapters.io.native.save_file", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="disk full"):
         hilora.save_adapters(model, path)
     assert path.read_bytes() == before
