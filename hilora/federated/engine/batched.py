@@ -103,11 +103,7 @@ class _Bench:
     @contextmanager
     def holding(self, values: Mapping[int, Tensor]) -> Iterator[None]:
         for tier, pairs in self.placement.held.items():
-            slot = self.placement.tiers[tier].slot
-            for bank, pair in zip(self.engine.banks, pairs, strict=True):
-                if any(id(factor) in values for factor in pair):
-                    A, B = (values.get(id(factor), factor) for factor in pair)
-                    bank.hold(tier, A, B, slot)
+            self.placement.hold_tier(tier, [(values.get(id(A), A), values.get(id(B), B)) for A, B in pairs])
         yield
         self.placement.hold()
 
@@ -225,8 +221,9 @@ class BatchedEngine(Predictor):
         """The training of clients with their values in place; the one before serves again where all shapes agree."""
         tiers, head = arranged(self.banks, models.tiers, task.tiers), models.head.taken()
         shapes = [tensor.shape for rows in tiers.values() for tensor in (*rows.table.tensors().values(), rows.slot)]
+        unequal = [tier for tier, rows in tiers.items() if (rows.table.rank < rows.table.r).any()]
         composed = None if models.composition is None else models.composition.key
-        key = task._replace(epochs=0), composed, str(shapes), len(head), images.images.shape[1:]
+        key = task._replace(epochs=0), composed, str(shapes), str(unequal), len(head), images.images.shape[1:]
         if self._ready is None or self._ready[0] != key:
             self._ready = None  # its memory is free before more is taken
             clients, batch = len(head), self.settings.batch_size
