@@ -194,7 +194,7 @@ def _unpickle(file: Path, *keys: str) -> list[npt.NDArray[Any]]:
 def _check_sizes(stream: io.BytesIO) -> None:
     """Sees that a pickle says nothing of sizes that its bytes do not bear out: Python makes room for what it says."""
     for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):  # itself checks lengths
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > number:
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > number:
             raise pickle.UnpicklingError(f"it puts value {argument} in its memo and has not made so many")
     stream.seek(0)
 
