@@ -1,20 +1,36 @@
-"""Clients to train: a ViT, images, and adapters to start from."""
+"""Clients to train: a ViT, images, and adapters to start from; what an epoch of theirs is, and what it must come to."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import timm
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import Round
+from benchmarks.cost import Cost
 from hilora.federated.data.images import ImageSet
-from hilora.federated.engine.batched import Cohort
+from hilora.federated.engine.batched import Cohort, Task
+from hilora.federated.engine.device import quick_dtype
 from hilora.federated.engine.state import Models, State, Table, stream
 from hilora.federated.settings import TIERS, RunConfig
 from hilora.models.backbone import Backbone
+
+# AdamW's first steps are signs of gradients, however small these are. An update left out is off by 1, another by 1.4.
+TOLERANCE = {torch.float32: 5e-2, torch.bfloat16: 0.8}
+
+
+class Round(NamedTuple):
+    """A local epoch of many clients."""
+
+    model: str  # a ViT of timm with a fused qkv
+    size: int  # height and width of its images
+    clients: int
+    images: int  # of each client
+    batch: int = 16
 
 
 class Federation:
@@ -51,6 +67,27 @@ class Federation:
         run = RunConfig(**{**self.run.to_dict(), "cohort_size": size})
         return Cohort(self.backbone, TIERS, run, self.device, dtype)
 
+    @property
+    def quick(self) -> torch.dtype:
+        """In which the device trains best."""
+        return quick_dtype(self.device, self.backbone.features)
+
+    @property
+    def cost(self) -> Cost:
+        """Of a local epoch of all clients."""
+        return local_epoch(self.shape, self.tokens, self.backbone.features, self.depth)
+
+    def epoch(self, size: int | None, dtype: torch.dtype) -> Callable[[], list[Tensor]]:
+        """A local epoch of cohorts of that size: gives B of the leaves and weights of the heads after it."""
+        cohort, ids = self.cohort(size, dtype), torch.arange(self.shape.clients)
+        train = partial(cohort.train, self.images, self.shares, self.models, Task("leaf"), ids, "training")
+
+        def step() -> list[Tensor]:
+            trained = train()
+            return [trained.adapters["B0"], trained.head["weight"]]
+
+        return step
+
     def orders(self, round: int = 0) -> list[Tensor]:
         """The clients' images in the order in which a cohort takes them."""
         streams = [stream(self.run.seed, "training", round, client) for client in range(self.shape.clients)]
@@ -70,6 +107,15 @@ class Federation:
         classes = len(self.images.classes)
         head: State = {"weight": torch.zeros(1, classes, features), "bias": torch.zeros(1, classes)}
         return Models(tiers, Table(head, torch.zeros(clients, dtype=torch.long)))
+
+
+def local_epoch(shape: Round, tokens: int, width: int, depth: int) -> Cost:
+    """Forward and backward of the frozen ViT for each image: no gradients of weights, so twice the forward pass.
+
+    A block takes `2·T·12w²` FLOPs for its linear layers and `4·T²w` for attention. Everything else counts nothing.
+    """
+    forward = depth * (2 * tokens * 12 * width**2 + 4 * tokens**2 * width)
+    return Cost(((2 * forward * shape.clients * shape.images, 0),))
 
 
 def _random_vit(shape: Round) -> Backbone:

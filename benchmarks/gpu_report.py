@@ -18,8 +18,7 @@ from pathlib import Path
 from time import monotonic
 
 from benchmarks.ledger import RESULTS
-from benchmarks.shapes import SCALES
-from benchmarks.timing import DEVICE
+from benchmarks.timing import DEVICE, SCALES
 
 ROOT = Path(__file__).parents[1]
 TIMED_OUT = 124  # as the command `timeout` has it

@@ -16,9 +16,8 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from torch import Tensor
 
-from benchmarks.federation import Federation
+from benchmarks.federation import Federation, Round
 from benchmarks.peers.peft_loop import PeftLoop
-from benchmarks.shapes import Round
 from hilora.federated.engine.state import Table
 from hilora.federated.settings import TIERS
 
