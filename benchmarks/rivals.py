@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,12 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 import hilora
-from benchmarks.shapes import Layer
 from benchmarks.timing import DEVICE
 from hilora.adapters.injection import banks
 from hilora.federated.settings import TIERS
+
+if TYPE_CHECKING:
+    from benchmarks.operations.layer import Layer
 
 SCALE = 2.0
 

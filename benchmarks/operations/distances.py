@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks import cost
-from benchmarks.contest import Contestant, WrongResult, contest
-from benchmarks.ledger import Ledger
-from benchmarks.shapes import Distances
+from benchmarks.contest import Contestant, Lineup, WrongResult
+from benchmarks.cost import Cost
+from benchmarks.operations import Operation
 from benchmarks.timing import DEVICE
 from hilora.kernels import subspace_distances
 from hilora.kernels.overlaps import reference
@@ -20,7 +19,28 @@ PAIRS = 1000  # that the loop does at most; its time is reckoned up to all there
 LEAST_GAP = {"ieee": 1e-5, "tf32": 1e-3}  # between two distances whose order must be kept
 
 
-def test_distances(benchmark: Any, ledger: Ledger, shape: Distances) -> None:
+class Distances(NamedTuple):
+    clients: int
+    width: int = 192
+    projections: int = 24
+    rank: int = 8
+
+
+def shapes(scale: str) -> list[Distances]:
+    if scale == "toy":
+        return [Distances(6, width=16, projections=2, rank=2)]
+    if scale == "cpu":
+        return [Distances(100), Distances(25), Distances(1000, projections=2)]
+    return [Distances(clients, width=width) for clients in (1000, 100, 5000) for width in (768, 192)]
+
+
+def cost(shape: Distances) -> Cost:
+    """Each pair once, in fp32: `2·w·r²` FLOPs for each projection's `U_iᵀU_j`; bases read once."""
+    N, P, w, r = shape.clients, shape.projections, shape.width, shape.rank
+    return Cost(((N * (N - 1) / 2 * P * 2 * w * r * r, 4 * N * P * w * r + 4 * N * N),))
+
+
+def lineup(shape: Distances, phase: str, scale: str) -> Lineup:
     U = _clients(shape)
     exact = reference.subspace_distances(U.double())
     i, j = torch.tril_indices(shape.clients, shape.clients, -1)
@@ -45,7 +65,7 @@ def test_distances(benchmark: Any, ledger: Ledger, shape: Distances) -> None:
     def ours() -> Tensor:
         return subspace_distances(U)
 
-    least = cost.distances(shape)
+    least = cost(shape)
 
     def contestant(step: Callable[[], Tensor], precision: str = "ieee") -> Contestant:
         def result() -> list[Tensor]:
@@ -63,9 +83,7 @@ def test_distances(benchmark: Any, ledger: Ledger, shape: Distances) -> None:
         rivals |= {
             f"{name}, tf32": contestant(_by_tf32(step), "tf32") for name, step in (("hilora", ours), ("einsum", einsum))
         }
-    what = {"op": "distances", "phase": "forward", **shape._asdict()}
-    truth = {"": [exact], "loop over pairs": [exact[tuple(zip(*pairs, strict=True))]]}
-    contest(benchmark, ledger, what, rivals, [()], truth)
+    return Lineup(rivals, {"": [exact], "loop over pairs": [exact[tuple(zip(*pairs, strict=True))]]})
 
 
 def _clients(shape: Distances) -> Tensor:
@@ -94,3 +112,6 @@ def _by_tf32(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
             matmul.fp32_precision = before
 
     return by_tf32
+
+
+OPERATION = Operation("Distances of clients", Distances, shapes, lineup, {"forward": ""}, place=6)

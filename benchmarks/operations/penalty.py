@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 import hilora
-from benchmarks import cost
-from benchmarks.contest import Contestant, contest
-from benchmarks.ledger import Ledger
-from benchmarks.rivals import Separate
-from benchmarks.shapes import Penalty
+from benchmarks.contest import Contestant, Lineup
+from benchmarks.cost import Cost
+from benchmarks.operations import Operation
 from benchmarks.timing import DEVICE
 from hilora.adapters.injection import banks
 from hilora.federated.settings import TIERS
 from hilora.kernels import use_backend
 
 GAMMA = 0.1
+
+
+class Penalty(NamedTuple):
+    width: int
+    depth: int = 12  # blocks; twice as many projections
+    rank: int = 8
+
+
+def shapes(scale: str) -> list[Penalty]:
+    if scale == "toy":
+        return [Penalty(32, depth=2, rank=4)]
+    widths = [768, 192, 384] if scale == "cpu" else [768, 192, 384, 1024]
+    return [Penalty(width) for width in widths] + [Penalty(widths[0], rank=rank) for rank in (4, 16, 32)]
+
+
+def cost(shape: Penalty) -> Cost:
+    """The value and the gradient of a leaf against two frozen tiers, in fp32: `2·P·w·r²` FLOPs for each of two Gram
+    matrices and as many for `B_f (B_fᵀ B)`; three factors read, one gradient written."""
+    P, w, r = 2 * shape.depth, shape.width, shape.rank
+    return Cost(((2 * 2 * 2 * P * w * r * r, 4 * 4 * P * w * r),))
 
 
 class Blocks(nn.ModuleList):
@@ -33,7 +49,11 @@ class Blocks(nn.ModuleList):
         return x
 
 
-def test_penalty(benchmark: Any, ledger: Ledger, shape: Penalty) -> None:
+def lineup(shape: Penalty, phase: str, scale: str) -> Lineup:
+    from peft.tuners.lora.layer import LoraLayer
+
+    from benchmarks.rivals import Separate
+
     torch.manual_seed(0)
     base = Blocks(Separate(shape.width) for _ in range(shape.depth)).to(DEVICE)
     ours = hilora.inject(
@@ -80,19 +100,22 @@ def test_penalty(benchmark: Any, ledger: Ledger, shape: Penalty) -> None:
 
         return result
 
-    least = cost.penalty(shape)
+    least = cost(shape)
     rivals = {
         "hilora": Contestant(batched, with_gradient(batched), least, 1e-5),
         "hilora, reference": Contestant(by_reference, with_gradient(by_reference), least, 1e-5),
         "loop over modules": Contestant(one_by_one, with_gradient(one_by_one, peft=True), least, 1e-5),
     }
-    contest(benchmark, ledger, {"op": "penalty", "phase": "step", **shape._asdict()}, rivals, [()], {"": _truth(bank)})
+    return Lineup(rivals, {"": _truth(bank)})
 
 
-def _with_peft(base: nn.Module, shape: Penalty, ours: nn.Module) -> PeftModel:
+def _with_peft(base: nn.Module, shape: Penalty, ours: nn.Module) -> nn.Module:
     """PEFT with three adapters, their B those of ours."""
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora.layer import LoraLayer
+
     config = LoraConfig(r=shape.rank, target_modules=["q", "v"])
-    model: PeftModel = get_peft_model(base, config, adapter_name=TIERS[0])
+    model: Any = get_peft_model(base, config, adapter_name=TIERS[0])
     for tier in TIERS[1:]:
         model.add_adapter(tier, config)
     mine = [layer for layer in ours.modules() if isinstance(layer, hilora.TieredLoRALinear)]
@@ -101,7 +124,8 @@ def _with_peft(base: nn.Module, shape: Penalty, ours: nn.Module) -> PeftModel:
         for layer, own in zip(theirs, mine, strict=True):
             for tier in TIERS:
                 layer.lora_B[tier].weight.copy_(own.lora_B[tier]).requires_grad_(tier == "leaf")
-    return model
+    found: nn.Module = model
+    return found
 
 
 def _truth(bank: hilora.AdapterBank) -> list[Tensor]:
@@ -114,3 +138,6 @@ def _truth(bank: hilora.AdapterBank) -> list[Tensor]:
             value += GAMMA * overlap.square().sum()
             gradient[p] += 2 * GAMMA * other @ overlap
     return [value, gradient]
+
+
+OPERATION = Operation("Orthogonality penalty, value and gradient", Penalty, shapes, lineup, place=5)
