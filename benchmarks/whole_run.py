@@ -1,4 +1,4 @@
-"""A whole run on real data, by the batched engine and by the loop over PEFT models: time, and accuracy, which must be the same.
+"""A whole run on real data, by the batched engine and by a loop over PEFT models: time, and accuracy, which must agree.
 
     python -m benchmarks.whole_run --data-dir DIR --weights deit_tiny_patch16_224.safetensors
 

@@ -51,7 +51,7 @@ def loop(federation: Federation, **options: bool) -> Callable[[], list[Tensor]]:
 
     def step() -> list[Tensor]:
         adapters, head = peft.train(federation.images, orders, federation.models)
-        return [adapters["B0"], head["weight"]]
+        return [adapters.B[0], head.weight]
 
     return step
 

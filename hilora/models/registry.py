@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hilora.discovery import classes_in
+from hilora.discovery import find_classes
 
 if TYPE_CHECKING:
     from hilora.models.backbone import Backbone
@@ -69,7 +69,9 @@ class Family:
 @cache
 def families() -> tuple[Family, ...]:
     """All of the folder, in the order of their files' names."""
-    return tuple(family() for family in classes_in("hilora.models.families", Family))
+    from hilora.models import families as folder
+
+    return tuple(kind() for kind in find_classes(folder.__name__, folder.__path__, Family).values())
 
 
 def family_of(model: nn.Module) -> Family:
