@@ -196,8 +196,9 @@ def _quiet(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     layers = _layers(model)
     disabled = {layer.shared: layer.shared.disabled for layer in layers}
-    model.eval()
     try:
+        for module in modes:
+            module.training = False
         for shared in disabled:
             shared.disabled = True
         with torch.no_grad():
