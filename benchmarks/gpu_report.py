@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     toy = given.scale == "toy"
     tests = (
-        ["tests/kernels/test_dispatch.py"]
+        ["tests/kernels/test_backends.py"]
         if toy
         else ["tests/kernels", "tests/federated/test_training.py", "--deselect", "tests/kernels/test_precompile.py"]
     )
