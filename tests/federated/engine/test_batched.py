@@ -185,9 +185,7 @@ def test_other_errors_and_a_single_client_without_memory_are_errors(
             train(engine, "root", models)
 
 
-def test_how_many_clients_at_once_follows_the_free_memory(
-    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_how_many_clients_at_once_follows_the_free_memory(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
 
     def room(free: int) -> int:
