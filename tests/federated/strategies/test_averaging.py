@@ -127,7 +127,7 @@ def test_feddpa_t_predicts_with_the_global_adapter_until_a_client_has_its_own() 
 
 def test_pf2lora_averages_the_common_adapter_and_keeps_the_small_one() -> None:
     halves = Halves("pf2lora", rank=4, lora_alpha=16, own_rank=2, alpha=0.3)
-    config = halves.server.adapters(halves.server.run)
+    config = halves.server.adapters(halves.server.training)
     assert (config.rank("root"), config.rank("leaf")) == (4, 2)
     assert config.scale("leaf") == config.scale("root") == 4
     start = halves.models(ALL).tiers["leaf"].taken()
