@@ -8,7 +8,7 @@ import torch
 
 from hilora.adapters.composition import Weights
 from hilora.adapters.table import Values
-from hilora.errors import FileError, InvalidValueError
+from hilora.errors import InvalidValueError
 from hilora.federated.local.bilevel import Bilevel
 from hilora.federated.strategies import STRATEGIES
 from hilora.federated.strategies.feddpa import NearnessMix
@@ -251,8 +251,16 @@ def test_state_goes_through_a_checkpoint(name: str) -> None:
     for tier in a.tiers:
         assert same(b.tiers[tier].taken(), a.tiers[tier].taken())
     assert same(b.head.taken(), a.head.taken())
-    with pytest.raises(FileError, match="not a state of"):
-        other.server.load_state_dict({"foreign": 1, "grouping": halves.server.state_dict().get("grouping")})
+
+
+def test_what_a_strategy_sets_is_its_state_and_going_back_forgets_what_came_later() -> None:
+    halves = Halves("fedit")
+    before = halves.server.state_dict()
+    assert set(before) == {"root", "head"}
+    halves.server.noted = torch.ones(2)
+    assert "noted" in halves.server.state_dict()
+    halves.server.load_state_dict(before)
+    assert set(halves.server.state_dict()) == {"root", "head"}
 
 
 @pytest.mark.parametrize("name", list(STRATEGIES))
