@@ -27,7 +27,7 @@ from hilora.models.backbone import Backbone
 from hilora.reporting.metrics import MetricsLog
 from hilora.reporting.progress import Progress, log
 from hilora.reporting.statistics import summarise
-from hilora.reporting.summary import write_summary
+from hilora.reporting.summary import SCHEMA, write_summary
 
 NOT_MEASURED = summarise(torch.empty(0))
 PROGRESS = (
@@ -244,6 +244,7 @@ class Simulation:
         """What `summary.json` says; accuracies are fractions of 1."""
         last = list(self.tiers.values())[-1] if self.tiers else summarise(torch.empty(0))
         return {
+            "schema": SCHEMA,
             "strategy": self.name,
             "partition": self.population.scheme,
             "seed": self.run_config.seed,
