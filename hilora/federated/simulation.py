@@ -27,6 +27,7 @@ from hilora.federated.settings import TrainingSettings
 from hilora.federated.strategies import Strategy
 from hilora.federated.streams import stream
 from hilora.models.backbone import Backbone
+from hilora.reporting.summary import SCHEMA
 
 log = logging.getLogger(__name__)
 PROGRESS = ("round", "stage", "round_in_stage", "seconds", "images", "trained_parameters", "finished")
@@ -171,6 +172,7 @@ class Simulation(Federation):
     def summary(self) -> dict[str, Any]:
         """What `summary.json` says; accuracies are fractions of 1."""
         found: dict[str, Any] = {
+            "schema": SCHEMA,
             "strategy": self.name,
             "partition": self.population.scheme,
             "seed": self.settings.seed,
