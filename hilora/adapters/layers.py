@@ -108,11 +108,8 @@ class TieredLoRALinear(nn.Linear):
                         f"tier {name!r} has {A.shape[0]} adapters: say which to use by hilora.set_slots"
                     )
                 scale, gain = self.config.scale(name), gains.get(name, 1.0)
-                if isinstance(gain, Tensor):
-                    tier = kernels.Tier(A, B, scale, slot, columns, gain)
-                else:
-                    tier = kernels.Tier(A, B, scale * gain, slot, columns)
-                tiers.append(_with_ranks(tier, shared.ranks[name]))
+                number, of_rows = (1.0, gain) if isinstance(gain, Tensor) else (gain, None)
+                tiers.append(kernels.Tier(A, B, scale * number, slot, columns, of_rows, shared.ranks[name]))
         return tiers
 
     def _factors(self, tier: str) -> list[tuple[Tensor, Tensor]]:
@@ -158,12 +155,6 @@ class TieredLoRALinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, tiers={self.config.tiers}, r={self.config.r}, alpha={self.config.lora_alpha}"
-
-
-def _with_ranks(tier: kernels.Tier, ranks: Tensor | None) -> kernels.Tier:
-    """The tier with the ranks of its adapters, where the kernels can spare what is beyond them."""
-    given: dict[str, Any] = {} if ranks is None or "ranks" not in tier._fields else {"ranks": ranks}
-    return tier._replace(**given)
 
 
 def adopt(layer: nn.Linear, base: nn.Linear) -> None:

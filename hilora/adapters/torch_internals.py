@@ -1,4 +1,4 @@
-"""What this package uses of PyTorch beyond its documented interface, in one place; tried on PyTorch 2.8 to 2.14."""
+"""What this package uses of PyTorch beyond its documented interface, in one place; tried on PyTorch 2.14.1."""
 
 from __future__ import annotations
 

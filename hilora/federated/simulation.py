@@ -74,6 +74,9 @@ class Simulation(Federation):
         self.seconds, self.images, self.trained_parameters, self.finished = 0.0, 0, 0, False
         self.callbacks = [Metrics(), Diagnostics(), UnseenClients(), *callbacks, ProgressBar(), Report(), Checkpoint()]
         self._weights = digest(backbone.model.state_dict())
+        images = {"train": train.images, "test": test.images}
+        self._data = digest({**images, "train labels": train.labels, "test labels": test.labels})
+        self._shares = digest(_shares(population))
         out.mkdir(parents=True, exist_ok=True)
         if resume:
             restore(self)
@@ -199,11 +202,11 @@ class Simulation(Federation):
             **settings,
             **self.server.settings.plain(),
             "strategy": self.name,
-            "data": self.train_images.name,
+            "data": [self.train_images.name, self._data],
             "backbone": [self.backbone.name, self.backbone.size, self._weights],
             "dtype": str(self.engine.dtype).removeprefix("torch."),
             "partition": self.population.scheme,
-            "clients": [[len(client.train), int(client.train.sum()), client.seen] for client in clients],
+            "clients": [len(clients), sum(client.seen for client in clients), self._shares],
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -225,6 +228,14 @@ class Simulation(Federation):
         self.post.load_state_dict(state["post"])
         for callback in self.callbacks:
             callback.load_state_dict(state["callbacks"].get(callback.name, {}))
+
+
+def _shares(population: Population) -> dict[str, Tensor]:
+    """Which images each client has, and whether it is seen."""
+    shares = {"seen": population.seen}
+    for number, client in enumerate(population.clients):
+        shares |= {f"{number}.{split}": getattr(client, split) for split in ("train", "val", "test")}
+    return shares
 
 
 def _mean(losses: Sequence[Tensor]) -> float | None:

@@ -63,7 +63,7 @@ def test_hooks_are_found_and_taken_over() -> None:
     one.register_full_backward_hook(lambda *args: calls.append("backward"))
     assert len(internals.hooks(one)) == 2
     internals.take_over_hooks(other, one)
-    other(torch.zeros(1, 2)).sum().backward()
+    other(torch.zeros(1, 2, requires_grad=True)).sum().backward()
     assert calls == ["before", "after", "backward"]
     handle.remove()
     assert len(internals.hooks(other)) == 1

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
 
+from hilora.adapters.table import Stack
+from hilora.federated.callbacks.metrics import Metrics
 from hilora.federated.data.images import ImageSet
 from hilora.federated.data.partitions import Client, Population
-from hilora.federated.settings import RunConfig
+from hilora.federated.settings import TrainingSettings
 from hilora.federated.simulation import Simulation
+from hilora.federated.strategies import STRATEGIES, Strategy
 from hilora.models.backbone import Backbone
 
 CLASSES = 6
@@ -65,22 +67,43 @@ Simulate = Callable[..., Simulation]
 
 @pytest.fixture
 def simulate(backbone: Backbone, tmp_path: Path) -> Simulate:
-    """Builds a simulation on the squares."""
+    """Builds a simulation on the squares; its options are those of `TrainingSettings`, of the strategy and of
+    `Simulation`."""
 
-    def build(strategy: str = "hilora", out: Path = tmp_path / "out", **options: Any) -> Simulation:
-        sizes = options.pop("sizes", [12, 9, 12, 5, 8, 7])
-        unseen = options.pop("unseen", 1)
-        resume = options.pop("resume", False)
-        fields: dict[str, Any] = {"rounds": [3, 2, 1], "batch_size": 4, "rank": 2, "cohort_size": 3, "unseen_epochs": 1}
-        train, test = squares(120, 1), squares(42, 2)
-        people = population(sizes, test, unseen)
-        run = RunConfig(**(fields | options))
-        dtype = torch.get_default_dtype()
-        return Simulation(strategy, run, backbone, train, test, people, out, torch.device("cpu"), dtype, resume)
+    def build(strategy: str | type[Strategy] = "hilora", out: Path = tmp_path / "out", **options: Any) -> Simulation:
+        kind = STRATEGIES[strategy] if isinstance(strategy, str) else strategy
+        train, test = options.pop("images", (squares(120, 1), squares(42, 2)))
+        people = population(options.pop("sizes", [12, 9, 12, 5, 8, 7]), test, options.pop("unseen", 1))
+        given = {name: options.pop(name) for name in ("resume", "callbacks", "arguments") if name in options}
+        model, dtype = options.pop("backbone", backbone), options.pop("dtype", torch.get_default_dtype())
+        fields: dict[str, Any] = {
+            "rounds": [3, 2, 1],
+            "batch_size": 4,
+            "rank": 2,
+            "clients_at_once": 3,
+            "unseen_epochs": 1,
+        }
+        fields |= {name: options.pop(name) for name in list(options) if name in TrainingSettings.model_fields}
+        settings, method = TrainingSettings(**fields), kind(**options)
+        return Simulation(method, settings, model, train, test, people, out, torch.device("cpu"), dtype, **given)
 
     return build
 
 
-def same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 0.0) -> bool:
-    """Whether two states have the same tensors."""
-    return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=tolerance, atol=tolerance) for k in a)
+def records(simulation: Simulation) -> list[dict[str, Any]]:
+    """What `metrics.jsonl` says, a round each."""
+    (metrics,) = (one for one in simulation.callbacks if isinstance(one, Metrics))
+    return metrics.log.records
+
+
+def same(a: Stack, b: Stack, tolerance: float = 0.0) -> bool:
+    """Whether two stacks have the same tensors."""
+    one, other = a.tensors(), b.tensors()
+    return one.keys() == other.keys() and all(
+        torch.allclose(one[name], other[name], rtol=tolerance, atol=tolerance) for name in one
+    )
+
+
+def copied(stack: Any) -> Any:
+    """The same values in memory of their own."""
+    return stack.each(torch.clone)

@@ -81,10 +81,13 @@ class Trainer:
             pooled: all their images are one client's, who starts from the first model.
 
         Raises:
+            InvalidValueError: for fewer than one epoch.
             Diverged: if an update is not finite; names the clients.
         """
         weights = tuple((penalty or {}).items())
-        epochs = epochs or self.settings.local_epochs
+        epochs = self.settings.local_epochs if epochs is None else epochs
+        if epochs < 1:
+            raise InvalidValueError(f"epochs={epochs}: expected at least 1; leave the training out instead")
         task = Task(tier, algorithm or LocalSGD(), epochs, rates or tier, factors, head, weights)
         shares, clients = self._shares(), self.clients
         if pooled:

@@ -7,32 +7,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hilora.adapters.table import AdapterTable
+from hilora.federated.client import ClientStore, Models, Trained
 from hilora.federated.engine.predictor import Scores
-from hilora.federated.engine.state import Models, State, Trained
-from hilora.federated.engine.work import Work
-from hilora.federated.settings import RunConfig
-from hilora.federated.strategies import STRATEGIES, Strategy
+from hilora.federated.engine.trainer import Trainer
+from hilora.federated.protocol import Download, Head, Upload
+from hilora.federated.settings import TrainingSettings
+from hilora.federated.strategies import STRATEGIES
+from hilora.federated.strategies.base import Problem
 
 CLIENTS, PROJECTIONS, WIDTH, RANK = 8, 3, 20, 2
 GROUPS = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1])  # the last two are unseen
-SEEN, UNSEEN = torch.arange(6), torch.tensor([6, 7])
-HEAD = {"weight": torch.zeros(1, 4, 5), "bias": torch.zeros(1, 4)}
+ALL, SEEN, UNSEEN = torch.arange(CLIENTS), torch.arange(6), torch.tensor([6, 7])
+HEAD = Head(torch.zeros(1, 4, 5), torch.zeros(1, 4))
 
 
-def fresh(tier: str, slots: int, generator: torch.Generator) -> State:
+def fresh(tier: str, slots: int, generator: torch.Generator) -> AdapterTable:
     A = torch.randn(slots, PROJECTIONS, RANK, WIDTH, generator=generator)
-    return {"A0": A, "B0": torch.zeros(slots, PROJECTIONS, WIDTH, RANK)}
+    return AdapterTable([A], [torch.zeros(slots, PROJECTIONS, WIDTH, RANK)])
 
 
-def run(**options: Any) -> RunConfig:
-    fields: dict[str, Any] = {"rank": RANK, "rounds": [2, 2, 1], "k_max": 4}
-    return RunConfig(**(fields | options))
-
-
-def make(name: str, **options: Any) -> Any:
-    """A strategy for eight clients, all of whose settings are its own defaults but for those given."""
-    kind: type[Strategy] = STRATEGIES[name]
-    return kind(kind.adapted(run(**options)), fresh, HEAD, CLIENTS)
+def settings(**options: Any) -> TrainingSettings:
+    return TrainingSettings(**({"rank": RANK, "rounds": [2, 2, 1]} | options))
 
 
 class Call(NamedTuple):
@@ -41,59 +37,135 @@ class Call(NamedTuple):
     clients: list[int]
     tier: str
     models: Models
-    epochs: int | None
-    factors: str
-    pooled: bool
+    how: dict[str, Any]
 
 
-class ByHand(Work):
-    """In the place of `Work`: a training adds the client's number + 1 to B, A, gates and the head; the loss of a client
-    is its entry in `losses` for the head's bias that it is asked about."""
+class ByHand(Trainer):
+    """In the place of `Trainer`: a training adds the client's number + 1 to B, A, gates and the head; the loss of a
+    client is how far the mean of its head's bias is from its number."""
 
-    def __init__(self, weights: list[int] | None = None) -> None:
-        self.calls: list[Call] = []
-        self.weights = torch.tensor(weights or [10] * CLIENTS)
-        self.true_groups = GROUPS
+    def __init__(self, clients: Tensor, weights: Tensor, calls: list[Call]) -> None:
+        self.clients, self.weights, self.calls = clients, weights, calls
 
-    def train(
-        self,
-        clients: Tensor,
-        models: Models,
-        tier: str,
-        **how: Any,
-    ) -> Trained:
-        factors, lower = how.get("factors", "AB"), how.get("lower")
-        pooled = how.get("pooled", False)
-        self.calls.append(Call(clients.tolist(), tier, models, how.get("epochs"), factors, pooled))
-        if pooled:
-            clients, models = clients[:1], models.rows(torch.tensor([0]))
-        number = clients.float() + 1
+    @property
+    def counts(self) -> Tensor:
+        return self.weights[self.clients]
 
-        def moved(state: State, which: str) -> State:
-            added = {name: number.view(-1, *[1] * (value.dim() - 1)) for name, value in state.items()}
-            return {name: value + added[name] * (name[0] in which) for name, value in state.items()}
+    def train(self, models: Models, tier: str, **how: Any) -> Trained:
+        clients = self.clients
+        self.calls.append(Call(clients.tolist(), tier, models, how))
+        if how.get("pooled"):
+            clients, models = clients[:1], models.of(torch.tensor([0]))
+        number = clients + 1.0
 
-        adapters, head = models.tiers[tier].taken(), models.head.taken()
-        below = moved(models.tiers[lower.tier].taken(), "AB") if lower is not None else {}
-        ones = torch.ones(len(clients))
-        return Trained(moved(adapters, factors + "g"), moved(head, "wb"), self.weights[clients], ones, below)
+        def moved(value: Tensor) -> Tensor:
+            return value + number.view(-1, *[1] * (value.dim() - 1))
 
-    def scores(self, clients: Tensor, models: Models, images: Tensor | None = None) -> Scores:
-        """The loss is how far the mean of a client's head bias is from its number."""
-        loss = (models.head.taken()["bias"].mean(1) - clients).abs()
-        return Scores(torch.zeros(len(clients)), loss)
+        def adapters(tier: str, factors: str) -> AdapterTable:
+            table = models.tiers[tier].taken()
+            return table.joined(table.only(factors).each(moved)) if factors else table
 
-    def examples(self, clients: Tensor, count: int) -> Tensor:
-        return clients[:, None] * 100 + torch.arange(count)
+        tiers = {tier: adapters(tier, how.get("factors", "AB"))}
+        algorithm, composition = how.get("algorithm"), models.composition
+        tiers |= {more: adapters(more, "AB") for more in algorithm.more_tiers} if algorithm else {}
+        head = models.head.taken().each(moved) if how.get("head", True) else models.head.taken()
+        gates = composition.each(moved) if composition is not None and composition.trained else None
+        return Trained(clients, tiers, head, gates, self.weights[clients], torch.ones(len(clients)))
+
+    def scores(self, models: Models, images: Tensor | None = None) -> Scores:
+        loss = (models.head.taken().bias.mean(1) - self.clients).abs()
+        return Scores(torch.zeros(len(loss)), loss)
+
+    def examples(self, count: int) -> Tensor:
+        return self.clients[:, None] * 100 + torch.arange(count)
 
 
-def rounds(strategy: Any, work: Any, count: int | None = None, clients: Tensor = SEEN) -> None:
-    """All rounds of all stages, or the first so many."""
-    done = 0
-    for stage in strategy.stages():
-        strategy.begin(stage.tier, SEEN, work)
-        for _ in range(stage.rounds):
-            if count is not None and done == count:
-                return
-            strategy.round(stage, clients, work)
-            done += 1
+class Halves:
+    """Both halves of a strategy for eight clients, in the place of `Federation`.
+
+    Args:
+        name: of the strategy.
+        weights: how many images each client has; 10 by default.
+        options: of `TrainingSettings`, and of the strategy.
+    """
+
+    true_groups: Tensor | None = GROUPS
+
+    def __init__(self, name: str, weights: list[int] | None = None, **options: Any) -> None:
+        shared = {key: options.pop(key) for key in list(options) if key in TrainingSettings.model_fields}
+        problem = Problem(settings(**shared), CLIENTS, fresh, HEAD, self.true_groups)
+        self.server, self.client = (self._half(name, options).join(problem) for _ in range(2))
+        self.server.start()
+        self.stages, self.stage, self.done = self.server.stages(), self.server.stages()[0], 0
+        self.store = ClientStore(CLIENTS)
+        self.weights, self.calls = torch.tensor(weights or [10] * CLIENTS), list[Call]()
+
+    def _half(self, name: str, options: dict[str, Any]) -> Any:
+        return STRATEGIES[name](**options)
+
+    def trainer(self, clients: Tensor) -> Trainer:
+        return ByHand(clients, self.weights, self.calls)
+
+    def ask(self, clients: Tensor, download: Download) -> Upload:
+        return self.client.local(self.store.of(clients), download, self.trainer(clients))
+
+    def begin(self, number: int = 0, clients: Tensor = SEEN) -> None:
+        """The stage of this number begins."""
+        self.stage, self.done = self.stages[number], 0
+        self.server.begin(self.stage, clients, self.ask)
+
+    def round(self, clients: Tensor = SEEN) -> dict[str, Any]:
+        """A round of the stage; returns what the server notes."""
+        self.done += 1
+        noted: dict[str, Any] = self.server.aggregate(self.stage, self.ask(clients, self._sent(clients, self.done)))
+        return noted
+
+    def one_round(self, clients: Tensor = SEEN) -> Any:
+        """The first round of the first stage; returns the halves."""
+        self.begin()
+        self.round(clients)
+        return self
+
+    def all_rounds(self) -> Any:
+        """All rounds of all stages; returns the halves."""
+        for number, stage in enumerate(self.stages):
+            self.begin(number)
+            for _ in range(stage.rounds):
+                self.round()
+        return self
+
+    def _sent(self, clients: Tensor, round: int) -> Download:
+        return self.server.configure(self.stage, clients).at(round)
+
+    def models(self, clients: Tensor = SEEN) -> Models:
+        return self.client.models(self.store.of(clients), self._sent(clients, self.done + 1), self.trainer(clients))
+
+    def personalised(self, clients: Tensor = UNSEEN) -> Models:
+        sent = self._sent(clients, self.done + 1)
+        return self.client.personalise(self.store.of(clients), sent, self.trainer(clients))
+
+    def admit(self) -> None:
+        self.server.admit(UNSEEN, self.ask)
+
+    def B(self, tier: str, clients: Tensor = ALL) -> Tensor:
+        """B of the clients' adapters of a tier, `[n, P, out, r]`."""
+        return self.models(clients).tiers[tier].taken().B[0]
+
+    def bias(self, clients: Tensor = ALL) -> Tensor:
+        """Of the heads that the clients predict with, `[n, classes]`."""
+        return self.models(clients).head.taken().bias
+
+    def kept(self, name: str) -> Any:
+        """What the clients keep for themselves, `[N, ...]`."""
+        return self.store.tables[name]
+
+
+def everywhere(value: Tensor, number: float) -> None:
+    torch.testing.assert_close(value, torch.full_like(value, number))
+
+
+def each(value: Tensor, numbers: list[float]) -> None:
+    """Row i of the value is number i everywhere."""
+    assert len(value) == len(numbers)
+    for row, number in zip(value, numbers, strict=True):
+        everywhere(row, number)
