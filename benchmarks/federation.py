@@ -65,7 +65,7 @@ class Federation:
         model: Any = self.backbone.model
         self.tokens, self.depth = model.pos_embed.shape[1], len(model.blocks)
         self.images = images or _random_images(shape.clients * shape.images)
-        self.images = replace(self.images, images=self.images.images.to(device))
+        self.images = self.images.to(device)
         self.shares = shares or list(torch.arange(shape.clients * shape.images).view(shape.clients, shape.images))
         self.models = self._start(torch.Generator().manual_seed(0), noise)
 

@@ -198,10 +198,8 @@ class BatchedEngine(Predictor):
         steps = -(-torch.tensor([len(share) for share in shares]) // batch)  # [G]
         training.begin(steps * task.epochs)
         for _ in range(task.epochs):
-            pixels, labels = self._epoch(images, shares, streams)
-            for step in range(int(steps.max())):
-                rows = slice(step * batch, (step + 1) * batch)
-                training.step(pixels[:, rows], labels[:, rows])
+            for pixels, labels in self._epoch(images, shares, streams):
+                training.step(pixels, labels)
         count = len(streams)
         cpu = torch.device("cpu")
 
@@ -234,9 +232,12 @@ class BatchedEngine(Predictor):
         self.model.train()
         return bench
 
-    def _epoch(self, images: ImageSet, shares: list[Tensor], streams: list[torch.Generator]) -> tuple[Tensor, Tensor]:
-        """The clients' images in this epoch's order: uint8 `[G, rows, 3, h, w]`, labels `[G, rows]` padded with -1."""
-        batch = self.settings.batch_size
+    def _epoch(
+        self, images: ImageSet, shares: list[Tensor], streams: list[torch.Generator]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The clients' images in this epoch's order, a batch of each at a time, as not all of them may fit memory:
+        uint8 `[G, b, 3, h, w]`, labels `[G, b]`, -1 where there is no image."""
+        batch, place = self.settings.batch_size, images.images.device
         rows = max(-(-len(share) // batch) * batch for share in shares)
         index = torch.full((len(shares), rows), -1)
         draws = torch.zeros(len(shares), rows, 3, dtype=torch.long)
@@ -245,11 +246,14 @@ class BatchedEngine(Predictor):
             index[client, : len(share)] = share[torch.randperm(len(share), generator=generator)]
             if self.settings.augment:
                 draws[client, : len(share)] = draw(len(share), height, width, generator, images.mirrors)
-        labels = torch.where(index >= 0, images.labels[index.clamp_min(0)], -1)
-        pixels = images.images[index.clamp_min(0).to(images.images.device)]
-        if self.settings.augment:
-            pixels = augment(pixels.flatten(0, 1), draws.flatten(0, 1)).view(pixels.shape)
-        return pixels, labels.to(self.device)
+        labels = torch.where(index >= 0, images.labels[index.clamp_min(0)], -1).to(self.device)
+        index, draws = index.clamp_min(0).to(place), draws.to(place)
+        for step in range(rows // batch):
+            part = slice(step * batch, (step + 1) * batch)
+            pixels = images.images[index[:, part]]
+            if self.settings.augment:
+                pixels = augment(pixels.flatten(0, 1), draws[:, part].flatten(0, 1)).view(pixels.shape)
+            yield pixels, labels[:, part]
 
     def _forget(self) -> None:
         self._ready = None

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
+from hilora.federated.data.memory import available_memory
+
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU, or that Linux could free for the CPU; elsewhere 4 GB are taken for granted."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    meminfo = Path("/proc/meminfo")
-    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
-    available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    return available[0] if available else 4 * 10**9
+    """Bytes that are free on a GPU, or available to this process on the CPU."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_memory()
 
 
 def saved_bytes(function: Callable[[], object]) -> int:
