@@ -3,7 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 CORE = ["torch>=2.11", "numpy>=1.26", "safetensors>=0.4.3", "scipy>=1.11", "scikit-learn>=1.4"]
-FEDERATED = ["timm>=1.0.15", "matplotlib>=3.8", "pillow>=10", "tqdm>=4.66"]
+FEDERATED = ["timm>=1.0.15", "matplotlib>=3.8", "pillow>=10", "tqdm>=4.66", "pydantic>=2.7"]
 DEV = [
     "setuptools>=64",
     "wheel",

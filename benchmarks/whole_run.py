@@ -20,7 +20,7 @@ from benchmarks.ledger import device_name
 from benchmarks.peers.peft_loop import PeftLoop
 from benchmarks.shapes import Round
 from benchmarks.timing import DEVICE
-from hilora.federated.data.partition import partition
+from hilora.federated.data.partitions import partition
 from hilora.federated.data.readers import read_images
 from hilora.federated.engine.batched import Task
 from hilora.federated.engine.device import quick_dtype

@@ -15,7 +15,7 @@ from typing import Any
 
 from hilora.cli.train import divide, new_parser, parse, run
 from hilora.federated.data.images import ImageSet
-from hilora.federated.data.partition import Population
+from hilora.federated.data.partitions import Population
 from hilora.federated.data.readers import download_cifar100, read_images
 from hilora.models.backbone import GLYPH_VIT
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hilora.cli.train import divide, new_parser, parse, run
 from hilora.federated.data.images import ImageSet
-from hilora.federated.data.partition import Population
+from hilora.federated.data.partitions import Population
 from hilora.federated.data.readers import read_domains
 
 

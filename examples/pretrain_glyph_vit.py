@@ -1,4 +1,4 @@
-"""Pretrain the small ViT that `hilora.federated.glyphs.glyph_vit` loads, on characters that no client has.
+"""Pretrain the small ViT that `hilora.models.glyph_vit.glyph_vit` loads, on characters that no client has.
 
     python examples/pretrain_glyph_vit.py --out glyph_vit.safetensors
 
@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hilora.federated.data.glyphs import PRETRAINING_SCRIPTS, new_glyph_vit, pretraining_glyphs
+from hilora.federated.data.glyphs import PRETRAINING_SCRIPTS, pretraining_glyphs
 from hilora.federated.data.images import ImageSet
+from hilora.models.glyph_vit import new_glyph_vit
 
 BATCH_SIZE = 64
 

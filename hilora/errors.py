@@ -27,3 +27,11 @@ class MissingFileError(HiLoRAError, FileNotFoundError):
 
 class FileError(HiLoRAError, ValueError):
     """A file that is corrupt, foreign, or not of the run or model it is used with."""
+
+
+class NotAFolderError(HiLoRAError, NotADirectoryError):
+    """A path that is there and is no folder."""
+
+
+class ResourceError(HiLoRAError, RuntimeError):
+    """Something from outside of the library that cannot be had: a download, a font."""

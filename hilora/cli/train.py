@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hilora.federated.data.images import ImageSet
-from hilora.federated.data.partition import Population, partition
+from hilora.federated.data.partitions import Population, partition
 from hilora.federated.engine.device import quick_dtype
 from hilora.federated.settings import TIERS, TrainingSettings
 from hilora.federated.simulation import Simulation

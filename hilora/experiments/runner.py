@@ -20,7 +20,7 @@ from hilora.experiments.plan import FINAL, TUNING, Job, choose, final_jobs, tuni
 from hilora.experiments.records import DIVERGED
 from hilora.experiments.results import results
 from hilora.experiments.spec import Experiment, Method, Setting
-from hilora.federated.data.partition import partition
+from hilora.federated.data.partitions import partition
 from hilora.federated.engine.work import Diverged
 from hilora.federated.simulation import Simulation
 

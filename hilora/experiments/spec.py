@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from hilora.experiments.checks import (
     SpecError,
@@ -21,18 +21,17 @@ from hilora.experiments.checks import (
     tables,
     text,
 )
-from hilora.federated.data.partition import ALPHA, partition
+from hilora.federated.data import partitions
 from hilora.federated.settings import RunConfig
 from hilora.federated.strategies import STRATEGIES
 
 DTYPES = ("auto", "float32", "bfloat16")
 DOMAINS = "domains"  # the scheme whose images know their domain
-ARGUMENTS = {  # of a partition, with their defaults; `clients` has none
-    name: parameter.default
-    for name, parameter in inspect.signature(partition).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY and name != "seed"
-}
-KINDS = get_type_hints(partition)
+_SETTINGS = {name: fields[0] for name, fields in partitions.settings().items()}
+ARGUMENTS = {  # of a partition, with their defaults; `clients` has none, and that of `alpha` is the scheme's
+    name: inspect.Parameter.empty if setting.is_required() else setting.default for name, setting in _SETTINGS.items()
+} | {"alpha": None}
+KINDS = {name: setting.annotation for name, setting in _SETTINGS.items()}
 FIELDS = tuple(field.name for field in fields(RunConfig) if field.name != "seed")
 
 
@@ -209,7 +208,7 @@ def _setting(name: str, table: Table, shared: tuple[int, ...]) -> Setting:
     own = ("data", "classes", "partition", "seeds", "run")
     needed = [argument for argument, default in ARGUMENTS.items() if default is inspect.Parameter.empty]
     check_names(table, (*own, *ARGUMENTS), place, required=("data", "partition", *needed))
-    scheme, classes = one_of(table["partition"], ALPHA, f"{place}.partition"), table.get("classes")
+    scheme, classes = one_of(table["partition"], partitions.PARTITIONS, f"{place}.partition"), table.get("classes")
     fits = classes is None or (type(classes) is int and classes > 1 and scheme == DOMAINS)
     require(fits, f"{place}.classes is {classes!r}, expected two or more, and only where the partition is {DOMAINS!r}")
     return Setting(

@@ -23,7 +23,7 @@ from hilora.federated.callbacks.report import Report
 from hilora.federated.callbacks.unseen import UnseenClients
 from hilora.federated.client import ClientStore, Models
 from hilora.federated.data.images import ImageSet
-from hilora.federated.data.partition import Population
+from hilora.federated.data.partitions import Population
 from hilora.federated.engine.batched import BatchedEngine
 from hilora.federated.engine.post import Post
 from hilora.federated.engine.predictor import Scores

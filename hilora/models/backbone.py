@@ -50,7 +50,7 @@ def load_backbone(name: str, weights: Path | None = None, size: int | None = Non
         RuntimeError: if the weights cannot be fetched.
     """
     if name == GLYPH_VIT:
-        from hilora.federated.data.glyphs import glyph_vit
+        from hilora.models.glyph_vit import glyph_vit
 
         if weights is not None or size not in (None, 32):
             raise ValueError(f"{GLYPH_VIT} has weights of its own and takes 32 × 32 images: leave weights and size out")

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from hilora.federated.data.images import ImageSet
-from hilora.federated.data.partition import Client, Population
+from hilora.federated.data.partitions import Client, Population
 from hilora.federated.settings import RunConfig
 from hilora.federated.simulation import Simulation
 from hilora.models.backbone import Backbone

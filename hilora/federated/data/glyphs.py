@@ -1,4 +1,4 @@
-"""Glyphs: an image set and a small ViT that need no download, drawn from the fonts that come with matplotlib.
+"""Glyphs: an image set that needs no download, drawn from the fonts that come with matplotlib.
 
 A class is a character and a superclass is a script: five scripts of ten characters for the clients, and other scripts
 (Latin, Greek, Cyrillic, …) to pretrain on, without the characters that look like a client's. An image is a character in
@@ -19,15 +19,13 @@ import matplotlib
 import torch
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
+from hilora.errors import InvalidValueError, ResourceError
 from hilora.federated.data.images import ImageSet
 
 SIZE = 32
-WEIGHTS = Path(__file__).parents[2] / "models" / "assets" / "glyph_vit.safetensors"
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,8 @@ def load_glyphs(seed: int = 0, train_per_class: int = 200, test_per_class: int =
         The training and the test set: images uint8 `[n, 3, 32, 32]`, labels int64 `[n]` in order, groups = scripts.
 
     Raises:
-        ValueError: if a number of images is not positive.
-        RuntimeError: if matplotlib came without its fonts.
+        InvalidValueError: if a number of images is not positive.
+        ResourceError: if matplotlib came without its fonts.
     """
     return _draw("glyphs", CLIENT_SCRIPTS, seed, (train_per_class, test_per_class))
 
@@ -84,41 +82,10 @@ def pretraining_glyphs(
     return _draw("pretraining-glyphs", PRETRAINING_SCRIPTS, seed, (train_per_class, test_per_class))
 
 
-def new_glyph_vit(num_classes: int) -> VisionTransformer:
-    """A ViT with random weights for images `[n, 3, 32, 32]`: 16 patches, width 96, 5 blocks of 3 heads."""
-    model = VisionTransformer(
-        img_size=SIZE,
-        patch_size=8,
-        embed_dim=96,
-        depth=5,
-        num_heads=3,
-        mlp_ratio=3,
-        num_classes=num_classes,
-        class_token=False,
-        global_pool="avg",
-    )
-    model.pretrained_cfg = {"input_size": (3, SIZE, SIZE), "mean": (0.5,) * 3, "std": (0.5,) * 3, "classifier": "head"}
-    return model
-
-
-def glyph_vit(num_classes: int) -> VisionTransformer:
-    """The ViT of `new_glyph_vit` as `examples/pretrain_glyph_vit.py` trained it, with a fresh classifier.
-
-    It expects images in [-1, 1] (mean and std 0.5, in its `pretrained_cfg` as timm has it).
-
-    Raises:
-        RuntimeError: if the shipped weights are not this model's.
-    """
-    model = new_glyph_vit(num_classes)
-    head = {f"head.{name}": value for name, value in model.head.state_dict().items()}
-    model.load_state_dict({name: value.float() for name, value in load_file(WEIGHTS).items()} | head)
-    return model
-
-
 def _draw(name: str, scripts: tuple[Script, ...], seed: int, per_class: tuple[int, int]) -> tuple[ImageSet, ImageSet]:
     """A training and a test set of so many images of each character."""
     if min(per_class) < 1:
-        raise ValueError(f"images per class must be positive, got {per_class}")
+        raise InvalidValueError(f"images per class must be positive, got {per_class}")
     counts = torch.tensor([len(script.characters) for script in scripts])
 
     def draw(split: int) -> ImageSet:
@@ -199,7 +166,7 @@ def _masks(characters: str) -> tuple[Tensor, Tensor]:
     counts = torch.tensor([len(of_one) for of_one in masks])
     if counts.min() == 0:
         missing = characters[int(counts.argmin())]
-        raise RuntimeError(f"no DejaVu font in {folder} has {missing!r}: install matplotlib from PyPI, with its fonts")
+        raise ResourceError(f"no DejaVu font in {folder} has {missing!r}: install matplotlib from PyPI, with its fonts")
     return torch.stack([mask for of_one in masks for mask in of_one]), counts
 
 

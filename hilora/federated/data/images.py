@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hilora.errors import InvalidValueError
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -25,7 +27,7 @@ class ImageSet:
         domain_names: names of the domains; empty where there are none.
 
     Raises:
-        ValueError: a tensor has another dtype or shape, or holds an index that nothing has.
+        InvalidValueError: a tensor has another dtype or shape, or holds an index that nothing has.
     """
 
     images: Tensor
@@ -47,12 +49,14 @@ class ImageSet:
             what = "one index of a group name a class, or -1"
             _check_indices("groups", self.groups, (len(self.classes),), -1, len(self.group_names), what)
         elif self.group_names:
-            raise ValueError(f"group_names are {self.group_names} but groups is None: give the group of each class too")
+            raise InvalidValueError(
+                f"group_names are {self.group_names} but groups is None: give the group of each class too"
+            )
         if self.domains is not None:
             what = "one index of a domain name an image"
             _check_indices("domains", self.domains, (len(self.images),), 0, len(self.domain_names), what)
         elif self.domain_names:
-            raise ValueError(
+            raise InvalidValueError(
                 f"domain_names are {self.domain_names} but domains is None: give the domain of each image too"
             )
 
@@ -77,11 +81,11 @@ def prepare(images: Tensor, size: int, mean: Tensor, std: Tensor, dtype: torch.d
         `[n, 3, size, size]` in `dtype`.
 
     Raises:
-        ValueError: `images` are not uint8 `[n, 3, h, w]`, or `size` is below 1.
+        InvalidValueError: `images` are not uint8 `[n, 3, h, w]`, or `size` is below 1.
     """
     _check_images(images)
     if size < 1:
-        raise ValueError(f"size is {size}, expected at least 1 pixel")
+        raise InvalidValueError(f"size is {size}, expected at least 1 pixel")
     exact = torch.promote_types(dtype, torch.float32)
     pixels = images.to(exact)
     if images.shape[-2:] != (size, size):
@@ -97,10 +101,10 @@ def draw(count: int, height: int, width: int, generator: torch.Generator, mirror
     The random numbers come from the CPU, so that they are the same whatever the device.
 
     Raises:
-        ValueError: the generator is not the CPU's.
+        InvalidValueError: the generator is not the CPU's.
     """
     if generator.device.type != "cpu":
-        raise ValueError(f"generator is on {generator.device}, expected a CPU generator: torch.Generator()")
+        raise InvalidValueError(f"generator is on {generator.device}, expected a CPU generator: torch.Generator()")
     bounds = [(-(height // 8), height // 8 + 1), (-(width // 8), width // 8 + 1), (0, 1 + mirror)]
     return torch.stack([torch.randint(*bound, (count,), generator=generator) for bound in bounds], 1)
 
@@ -116,7 +120,7 @@ def augment(images: Tensor, draws: Tensor) -> Tensor:
         uint8 `[n, 3, h, w]`, a new tensor.
 
     Raises:
-        ValueError: `images` are not uint8 `[n, 3, h, w]`.
+        InvalidValueError: `images` are not uint8 `[n, 3, h, w]`.
     """
     _check_images(images)
     n, _, height, width = images.shape
@@ -136,12 +140,14 @@ def _reflect(index: Tensor, length: int) -> Tensor:
 
 def _check_images(images: Tensor) -> None:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images are {images.dtype} {list(images.shape)}, expected torch.uint8 [n, 3, h, w]")
+        raise InvalidValueError(f"images are {images.dtype} {list(images.shape)}, expected torch.uint8 [n, 3, h, w]")
 
 
 def _check_indices(name: str, values: Tensor, shape: tuple[int, ...], low: int, high: int, what: str) -> None:
     if values.dtype != torch.int64 or values.shape != shape:
-        raise ValueError(f"{name} are {values.dtype} {list(values.shape)}, expected torch.int64 {list(shape)}: {what}")
+        raise InvalidValueError(
+            f"{name} are {values.dtype} {list(values.shape)}, expected torch.int64 {list(shape)}: {what}"
+        )
     if len(values) and not low <= (extremes := values.aminmax()).min <= extremes.max < high:
         found = f"{int(extremes.min)} to {int(extremes.max)}"
-        raise ValueError(f"{name} range over {found}, expected {low} to {high - 1}: {what}")
+        raise InvalidValueError(f"{name} range over {found}, expected {low} to {high - 1}: {what}")

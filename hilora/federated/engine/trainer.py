@@ -10,7 +10,7 @@ from torch import Tensor
 from hilora.errors import InvalidValueError
 from hilora.federated.client import Models, Trained
 from hilora.federated.data.images import ImageSet
-from hilora.federated.data.partition import Population
+from hilora.federated.data.partitions import Population
 from hilora.federated.engine.batched import BatchedEngine, Task
 from hilora.federated.engine.bench import LocalAlgorithm
 from hilora.federated.engine.predictor import Scores

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from hilora.federated.data import glyphs
 from hilora.federated.data.images import ImageSet, prepare
+from hilora.models import glyph_vit
 
 
 @pytest.fixture(scope="module")
@@ -81,21 +82,21 @@ def test_characters_are_distinct():
 
 
 def test_weights_fit_and_say_where_they_come_from():
-    model = glyphs.glyph_vit(7)
-    with safe_open(glyphs.WEIGHTS, "pt") as file:
+    model = glyph_vit.glyph_vit(7)
+    with safe_open(glyph_vit.WEIGHTS, "pt") as file:
         names, metadata = set(file.keys()), file.metadata()
     assert names == {name for name in model.state_dict() if not name.startswith("head.")}
     assert metadata["made_by"] == "examples/pretrain_glyph_vit.py"
-    assert glyphs.WEIGHTS.stat().st_size < 1e6
+    assert glyph_vit.WEIGHTS.stat().st_size < 1e6
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
-    assert glyphs.glyph_vit(0)(torch.zeros(2, 3, 32, 32)).shape == (2, 96)
+    assert glyph_vit.glyph_vit(0)(torch.zeros(2, 3, 32, 32)).shape == (2, 96)
 
 
 def test_foreign_weights_are_an_error(monkeypatch, tmp_path):
     save_file({"patch_embed.proj.bias": torch.zeros(96)}, tmp_path / "foreign.safetensors")
-    monkeypatch.setattr(glyphs, "WEIGHTS", tmp_path / "foreign.safetensors")
+    monkeypatch.setattr(glyph_vit, "WEIGHTS", tmp_path / "foreign.safetensors")
     with pytest.raises(RuntimeError, match="Missing key"):
-        glyphs.glyph_vit(5)
+        glyph_vit.glyph_vit(5)
 
 
 def test_frozen_features_serve_characters_never_seen(drawn):
@@ -112,7 +113,7 @@ def test_frozen_features_serve_characters_never_seen(drawn):
         return float(((y @ weights).argmax(1) == drawn[1].labels).float().mean())
 
     torch.manual_seed(0)
-    pretrained, random = probe(glyphs.glyph_vit(0)), probe(glyphs.new_glyph_vit(0))
+    pretrained, random = probe(glyph_vit.glyph_vit(0)), probe(glyph_vit.new_glyph_vit(0))
     assert pretrained > 0.4
     assert pretrained > 2 * random
 
@@ -124,7 +125,7 @@ def test_needs_no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     glyphs.load_glyphs(0, 1, 1)
     glyphs.pretraining_glyphs(0, 1, 1)
-    glyphs.glyph_vit(3)
+    glyph_vit.glyph_vit(3)
 
 
 def test_pretraining_script_writes_weights(monkeypatch, tmp_path, capsys):
@@ -136,7 +137,7 @@ def test_pretraining_script_writes_weights(monkeypatch, tmp_path, capsys):
     finally:
         timm.layers.set_fused_attn(True)
     assert "validation accuracy on 282 characters" in capsys.readouterr().out
-    with safe_open(out, "pt") as made, safe_open(glyphs.WEIGHTS, "pt") as shipped:
+    with safe_open(out, "pt") as made, safe_open(glyph_vit.WEIGHTS, "pt") as shipped:
         assert set(made.keys()) == set(shipped.keys())
         assert set(made.metadata()) == set(shipped.metadata())
     assert [path.name for path in out.parent.iterdir()] == [out.name]

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from hilora.federated.data.allocation import allocate
 from hilora.federated.data.images import ImageSet
-from hilora.federated.data.partition import PartitionError, Population, partition
+from hilora.federated.data.partitions import PartitionError, Population, partition
+from hilora.federated.data.partitions.dealt import Dealt
 from hilora.federated.data.readers import read_images
 
-MODULE = sys.modules[partition.__module__]
+MODULE = sys.modules[Dealt.__module__]
 SCHEMES = ("sc-dir", "gl-dir", "patho")
 
 
@@ -280,7 +281,7 @@ def test_the_seed_decides_everything(scheme):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scheme": "iid"}, "scheme is 'iid', expected one of gl-dir, sc-dir, patho"),
+        ({"scheme": "iid"}, "scheme is 'iid', expected one of domains, gl-dir, patho, sc-dir"),
         ({"clients": 0}, "clients is 0, expected at least 1"),
         ({"unseen": 1.0}, "unseen is 1.0"),
         ({"unseen": -0.1}, "unseen is -0.1"),

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hilora.federated.data.images import ImageSet
-from hilora.federated.data.partition import PartitionError, Population, partition
+from hilora.federated.data.partitions import PartitionError, Population, partition
 from hilora.federated.data.readers import read_domains
 from tests.federated.data.test_partition import check, image_set
 

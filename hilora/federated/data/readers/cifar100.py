@@ -13,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hilora.errors import FileError, MissingFileError, ResourceError
 from hilora.federated.data.images import ImageSet
+from hilora.federated.data.readers.base import Reader
 
 _BINARY = ("train.bin", "test.bin", "fine_label_names.txt", "coarse_label_names.txt")
 _PYTHON = ("train", "test", "meta")
@@ -40,19 +42,19 @@ def read_cifar100(path: str | Path) -> tuple[ImageSet, ImageSet]:
         The training and the test images, uint8 `[n, 3, 32, 32]`.
 
     Raises:
-        FileNotFoundError: there is no such folder, or files are missing.
-        ValueError: a file is truncated, corrupt or another's.
+        MissingFileError: there is no such folder, or files are missing.
+        FileError: a file is truncated, corrupt or another's.
     """
     folder = find_cifar100(path)
     if folder is None:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no CIFAR-100 in {path}: looked there, in cifar-100-binary and in cifar-100-python for train.bin (binary "
             "layout) and train (python layout). Fetch it from https://www.cs.toronto.edu/~kriz/cifar.html, or with "
             "hilora.federated.data.readers.download_cifar100(path)"
         )
     binary = (folder / _BINARY[0]).is_file()
     if missing := [name for name in (_BINARY if binary else _PYTHON) if not (folder / name).is_file()]:
-        raise FileNotFoundError(f"{folder} has no {', '.join(missing)}: fetch CIFAR-100 again, its archive holds them")
+        raise MissingFileError(f"{folder} has no {', '.join(missing)}: fetch CIFAR-100 again, its archive holds them")
     if binary:
         parts = [_read_records(folder / name) for name in _BINARY[:2]]
         classes, superclasses = (_read_lines(folder / name) for name in _BINARY[2:])
@@ -81,7 +83,7 @@ def download_cifar100(path: str | Path) -> None:
 
     Raises:
         ImportError: torchvision is not installed.
-        RuntimeError: the download failed, or brought something else.
+        ResourceError: the download failed, or brought something else.
     """
     if find_cifar100(path):
         return
@@ -93,10 +95,22 @@ def download_cifar100(path: str | Path) -> None:
             CIFAR100(scratch, download=True)
             os.replace(Path(scratch, "cifar-100-python"), Path(path, "cifar-100-python"))
     except (OSError, RuntimeError) as error:
-        raise RuntimeError(
+        raise ResourceError(
             f"CIFAR-100 could not be fetched into {path} ({error}): check the network, or unpack an archive from "
             "https://www.cs.toronto.edu/~kriz/cifar.html there"
         ) from error
+
+
+class Cifar100(Reader):
+    """Where CIFAR-100's training file lies, in either layout."""
+
+    name: ClassVar[str] = "cifar100"
+
+    def recognises(self, path: Path) -> bool:
+        return find_cifar100(path) is not None
+
+    def read(self, path: Path, size: int, seed: int) -> tuple[ImageSet, ImageSet]:
+        return read_cifar100(path)
 
 
 class _Part(NamedTuple):
@@ -113,14 +127,14 @@ def _group(
         for kind, labels, names in (("fine", part.fine, classes), ("coarse", part.coarse, superclasses)):
             if labels.min() < 0 or labels.max() >= len(names):
                 found = f"{labels.min()} to {labels.max()}"
-                raise ValueError(f"{part.file}: {kind} labels range over {found}, expected 0 to {len(names) - 1}")
+                raise FileError(f"{part.file}: {kind} labels range over {found}, expected 0 to {len(names) - 1}")
     fine = np.concatenate([part.fine for part in parts])
     coarse = np.concatenate([part.coarse for part in parts])
     groups = np.full(len(classes), -1)
     groups[fine] = coarse
     if (two := fine[groups[fine] != coarse]).size:
         files = " or ".join(str(part.file) for part in parts)
-        raise ValueError(
+        raise FileError(
             f"{files} is corrupt, class {classes[two[0]]!r} lies in two superclasses: fetch CIFAR-100 again"
         )
     return groups
@@ -129,7 +143,7 @@ def _group(
 def _read_records(file: Path) -> _Part:
     values = np.fromfile(file, np.uint8)
     if not len(values) or len(values) % (2 + _PIXELS):
-        raise ValueError(f"{file} has {len(values)} bytes, expected a multiple of {2 + _PIXELS}: fetch it again")
+        raise FileError(f"{file} has {len(values)} bytes, expected a multiple of {2 + _PIXELS}: fetch it again")
     records = values.reshape(-1, 2 + _PIXELS)
     coarse, fine = records[:, :2].T.astype(np.int64)
     return _Part(file, np.ascontiguousarray(records[:, 2:]), fine, coarse)
@@ -139,24 +153,27 @@ def _read_lines(file: Path) -> tuple[str, ...]:
     try:
         return tuple(file.read_text(encoding="utf-8").split())
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not text ({error}): fetch it again") from error
+        raise FileError(f"{file} is not text ({error}): fetch it again") from error
 
 
 def _read_batch(file: Path) -> _Part:
     pixels, fine, coarse = _unpickle(file, "data", "fine_labels", "coarse_labels")
     if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != _PIXELS or not len(pixels):
-        raise ValueError(f"{file}: data are {pixels.dtype} {pixels.shape}, expected uint8 (n, {_PIXELS})")
+        raise FileError(f"{file}: data are {pixels.dtype} {pixels.shape}, expected uint8 (n, {_PIXELS})")
     for name, labels in (("fine_labels", fine), ("coarse_labels", coarse)):
         if labels.dtype.kind not in "iu" or labels.shape != (len(pixels),):
-            raise ValueError(f"{file}: {name} are {labels.dtype} {labels.shape}, expected integers ({len(pixels)},)")
+            raise FileError(f"{file}: {name} are {labels.dtype} {labels.shape}, expected integers ({len(pixels)},)")
     return _Part(file, np.array(pixels, order="C"), fine.astype(np.int64), coarse.astype(np.int64))
 
 
 def _read_meta(file: Path) -> tuple[tuple[str, ...], ...]:
     lists = _unpickle(file, "fine_label_names", "coarse_label_names")
     if any(names.dtype.kind not in "SU" or names.ndim != 1 for names in lists):
-        raise ValueError(f"{file}: fine_label_names and coarse_label_names are not both lists of names")
-    return tuple(tuple(_text(name) for name in names.tolist()) for names in lists)
+        raise FileError(f"{file}: fine_label_names and coarse_label_names are not both lists of names")
+    try:
+        return tuple(tuple(_text(name) for name in names.tolist()) for names in lists)
+    except UnicodeDecodeError as error:
+        raise FileError(f"{file}: a name of a class is not text ({error}): fetch it again") from error
 
 
 def _unpickle(file: Path, *keys: str) -> list[npt.NDArray[Any]]:
@@ -169,9 +186,7 @@ def _unpickle(file: Path, *keys: str) -> list[npt.NDArray[Any]]:
         return [value.array if isinstance(value, _Array) else np.asarray(value) for value in values]
     except Exception as error:  # a damaged pickle raises nearly anything
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"{file} cannot be read as CIFAR-100's {', '.join(keys)} ({reason}): fetch it again"
-        ) from error
+        raise FileError(f"{file} cannot be read as CIFAR-100's {', '.join(keys)} ({reason}): fetch it again") from error
 
 
 def _text(value: Any) -> Any:
