@@ -17,7 +17,7 @@ from hilora.federated.settings import TIERS, TrainingSettings
 from hilora.federated.simulation import Simulation
 from hilora.federated.strategies import STRATEGIES
 from hilora.models.backbone import GLYPH_VIT, load_backbone, tune_for_cpu
-from hilora.reporting.run import table
+from hilora.reporting.comparison import comparison_text
 
 Check = Callable[[argparse.Namespace], None]
 """Raises an error where the data that are asked for cannot be there, before anything takes long."""
@@ -158,7 +158,7 @@ def run(args: argparse.Namespace, check: Check, load: Load) -> int:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     if summaries:
-        print(f"\n{table(summaries)}\n\nfiles: {args.out}")
+        print(f"\n{comparison_text(summaries)}\n\nfiles: {args.out}")
     return code
 
 

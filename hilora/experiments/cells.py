@@ -10,7 +10,7 @@ from hilora.experiments.ledger import Ledger
 from hilora.experiments.plan import Choice, choose, final_jobs, tuning_jobs
 from hilora.experiments.records import DIVERGED, Line
 from hilora.experiments.spec import Experiment, Method, Setting
-from hilora.experiments.statistics import Interval, Spread, differences, interval, spread
+from hilora.reporting.statistics import Interval, Spread, differences, interval, spread
 
 
 @dataclass(frozen=True)

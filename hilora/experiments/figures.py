@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hilora.experiments.cells import Cell
-from hilora.experiments.statistics import Interval
-from hilora.reporting.metrics import write_bytes
-from hilora.reporting.plots import BLUE, GREY, ORANGE, VERMILION
+from hilora.reporting.statistics import Interval
+from hilora.reporting.style import BLUE, GREY, ORANGE, VERMILION, grid, new_figure, open_frame, save
 
 MOST_POINTS = 400  # of a row's clients in a plot; more would be a blot
 
@@ -77,7 +74,7 @@ def plot_traffic(cells: Sequence[Cell], path: Path) -> bool:
     if not points:
         return False
     points.sort(key=lambda point: point[0])
-    figure = Figure(figsize=(7, max(3.0, 1.4 + 0.26 * len(points))), dpi=130, layout="constrained")
+    figure = new_figure(7, max(3.0, 1.4 + 0.26 * len(points)))
     axes = figure.add_subplot()
     heights = _apart([height for height, _, _ in points])
     for (y, x, cell), height in zip(points, heights, strict=True):
@@ -111,13 +108,12 @@ def _apart(heights: Sequence[float]) -> list[float]:
 
 def _rows(cells: Sequence[Cell], label: str) -> tuple[Figure, Axes]:
     """Axes with a row for each cell, the first on top."""
-    figure = Figure(figsize=(7, 1.3 + 0.38 * len(cells)), dpi=130, layout="constrained")
+    figure = new_figure(7, 1.3 + 0.38 * len(cells))
     axes = figure.add_subplot()
     axes.set_yticks(range(len(cells)), [cell.method.label for cell in cells])
     axes.set_ylim(len(cells) - 0.5, -0.5)
     axes.set_xlabel(label)
-    axes.grid(axis="x", color="#dddddd", linewidth=0.7)
-    axes.set_axisbelow(True)
+    grid(axes, "x")
     return figure, axes
 
 
@@ -135,9 +131,6 @@ def _save(figure: Figure, axes: Axes, title: str, cells: Sequence[Cell], path: P
     notes = ["orange: not all seeds are done"] if not all(cell.complete for cell in cells) else []
     notes += ["grey: for reference"] if any(cell.method.reference for cell in cells) else []
     figure.suptitle("\n".join([title, *([", ".join(notes)] if notes else [])]), fontsize=9.5)
-    axes.spines[["top", "right"]].set_visible(False)
-    FigureCanvasAgg(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    write_bytes(path, buffer.getvalue())
+    open_frame(axes)
+    save(figure, path)
     return True

@@ -1,17 +1,13 @@
-"""What runs are made of: the backbone and the images, read once a process; and where all of it happened."""
+"""What runs are made of: the backbone and the images, read once a process."""
 
 from __future__ import annotations
 
-import platform
-import subprocess
 from collections.abc import Iterable
-from functools import cached_property, lru_cache, partial
-from importlib.metadata import version
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
 
-import hilora
 from hilora.experiments.spec import DOMAINS, Model, Setting
 from hilora.federated.data.glyphs import load_glyphs
 from hilora.federated.data.images import ImageSet
@@ -76,26 +72,3 @@ def check_files(model: Model, settings: Iterable[Setting], root: Path) -> None:
     missing = [name for name in dict.fromkeys(needed) if not (root / name).exists()]
     if missing:
         raise FileNotFoundError(f"{root} does not hold {', '.join(missing)}: give the folder that does by --data-dir")
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU, or the CPU and how many of its threads are used."""
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-    name = models[0].split(":", 1)[1].strip() if models else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} thread{'' if torch.get_num_threads() == 1 else 's'}"
-
-
-def revision() -> str:
-    """The version, and the commit where the package is in a repository, with a `+` if its files have changed since."""
-    folder = Path(hilora.__file__).parent
-    ask = partial(subprocess.check_output, cwd=folder, text=True, stderr=subprocess.DEVNULL)
-    try:
-        tracked = ask(["git", "ls-files", "__init__.py"])
-        commit = ask(["git", "rev-parse", "--short", "HEAD"]).strip()
-        changed = ask(["git", "status", "--porcelain", "--", ".", "../kernels"])
-    except (OSError, subprocess.CalledProcessError):
-        return version("hilora")
-    return f"{version('hilora')} {commit}{'+' if changed else ''}" if tracked else version("hilora")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 
 from hilora.experiments.identity import fingerprint
 from hilora.experiments.records import Line, is_record
+from hilora.files import append_line, read_lines
 
 
 class Ledger:
@@ -41,17 +40,16 @@ class Ledger:
 
     def read(self) -> None:
         """Take in what the file has now, if it has grown since it was last read."""
-        content = self.path.read_bytes() if self.path.exists() else b""
-        if len(content) == self._size:
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size == self._size:
             return
-        self.lines, self.torn, self._found, self._size = [], [], {}, len(content)
-        for number, text in enumerate(content.splitlines(), start=1):
+        self.lines, self.torn, self._found, self._size = [], [], {}, size
+        for number, (_, line) in enumerate(read_lines(self.path), start=1):
             try:
-                line = json.loads(text)
-                known = fingerprint(line["decides"]) if is_record(line) else None
-            except (ValueError, OverflowError, RecursionError):  # no JSON, no text, or numbers and depths beyond use
+                known = fingerprint(line["decides"]) if line is not None and is_record(line) else None
+            except OverflowError:  # numbers beyond use
                 known = None
-            if known is None:
+            if line is None or known is None:
                 self.torn.append(number)
             else:
                 self.lines.append(line)
@@ -63,14 +61,5 @@ class Ledger:
         Raises:
             OSError: it could not be written.
         """
-        text = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab+", buffering=0) as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    text = b"\n" + text  # ends a torn line, which would swallow this one
-            if file.write(text) != len(text):
-                raise OSError(f"{self.path} took only a part of a line: is the disk full?")
-            os.fsync(file.fileno())
+        append_line(self.path, line)
         self.read()

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from hilora.experiments import figures, inputs, tables
 from hilora.experiments.cells import Cell, collect
-from hilora.experiments.document import Block, Code, Heading, Paragraph, Picture, markdown, page
 from hilora.experiments.ledger import Ledger
 from hilora.experiments.records import Line
 from hilora.experiments.spec import ARGUMENTS, Experiment, Setting, Tuning
-from hilora.reporting.metrics import write_bytes
-from hilora.reporting.run import GLYPHS
+from hilora.files import write_bytes, write_text
+from hilora.reporting.comparison import GLYPHS
+from hilora.reporting.document import Block, Code, Heading, Paragraph, Picture, between, markdown, page
 
 LEGEND = (
     "Accuracies in %: the mean over the clients' own test images at the end, then mean ± standard deviation over seeds "
@@ -54,35 +54,23 @@ def write_report(experiment: Experiment, ledger: Ledger, out: Path, into: Path |
         The documents written.
 
     Raises:
-        ValueError: `into` has no markers; nothing is written then.
+        FileError: `into` has no markers; nothing is written then.
     """
+    begin, end = f"<!-- begin {experiment.name} -->", f"<!-- end {experiment.name} -->"
     cells = collect(experiment, ledger)
     if into is not None:
-        between(into, experiment.name, "")  # fails before anything is written
+        between(into, begin, end, "")  # fails before anything is written
     blocks = report(experiment, ledger, cells, out)
     written = {out / "report.md": markdown(blocks, "") + "\n", out / "report.html": page(experiment.title, blocks)}
     if into is not None:
-        written[into] = between(into, experiment.name, markdown(blocks, f"{into.stem}/", level=2))
+        section = markdown(blocks, f"{into.stem}/", level=2)
+        written[into] = between(into, begin, end, f"\n{section}\n")
         for block in blocks:
             if isinstance(block, Picture):
                 write_bytes(into.with_suffix("") / block.path.name, block.path.read_bytes())
     for path, text in written.items():
-        write_bytes(path, text.encode())
+        write_text(path, text)
     return list(written)
-
-
-def between(path: Path, name: str, text: str) -> str:
-    """A file's text with what is between its markers exchanged.
-
-    Raises:
-        ValueError: where the file does not have both markers, in their order.
-    """
-    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    before, found, rest = path.read_text(encoding="utf-8").partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise ValueError(f"{path} needs a line {begin} and after it a line {end}, for what is written between them")
-    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
 def report(experiment: Experiment, ledger: Ledger, cells: Sequence[Sequence[Cell]], pictures: Path) -> list[Block]:

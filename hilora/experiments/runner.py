@@ -8,13 +8,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hilora.experiments.inputs import Inputs, device_name, revision
+from hilora.experiments.inputs import Inputs
 from hilora.experiments.ledger import Ledger
 from hilora.experiments.plan import FINAL, TUNING, Job, choose, final_jobs, tuning_jobs, validation
 from hilora.experiments.records import DIVERGED
@@ -23,6 +22,7 @@ from hilora.experiments.spec import Experiment, Method, Setting
 from hilora.federated.data.partitions import partition
 from hilora.federated.engine.work import Diverged
 from hilora.federated.simulation import Simulation
+from hilora.reporting.machine import device_name, revision, today
 
 Pair = tuple[Setting, Method]
 HEAVY = ("checkpoint.pt", "adapters.safetensors", "heads.safetensors")  # not kept of a finished run
@@ -128,7 +128,7 @@ class Runner:
                 "key": job.key,
                 "decides": job.decides,
                 "results": figures,
-                "date": f"{datetime.now(UTC):%Y-%m-%d}",
+                "date": today(),
                 **self._here,
                 "dtype": str(self.inputs.dtype).removeprefix("torch."),
             }

@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hilora.experiments.cells import Cell
-from hilora.experiments.document import Row, Table
 from hilora.experiments.spec import Experiment
-from hilora.experiments.statistics import Spread, spread
+from hilora.reporting.statistics import Spread, spread
+from hilora.reporting.tables import MISSING, Row, Table
 
-NONE = "–"
 INCOMPLETE = "†"
 
 
@@ -21,8 +20,8 @@ def accuracy_table(cells: Sequence[Cell], compare: Cell) -> Table:
         "method": _label,
         "runs": _runs,
         "accuracy": lambda cell: _percent(cell.over_seeds("final", "mean")),
-        f"minus {compare.method.label} [95 %]": lambda cell: NONE if cell is compare else _difference(cell, compare),
-        "by seed": lambda cell: NONE if cell is compare else _differences(cell, compare),
+        f"minus {compare.method.label} [95 %]": lambda cell: MISSING if cell is compare else _difference(cell, compare),
+        "by seed": lambda cell: MISSING if cell is compare else _differences(cell, compare),
         "tail": lambda cell: _percent(cell.over_seeds("final", "tail")),
         "std over clients": lambda cell: _percent(cell.over_seeds("final", "std")),
         "unseen, zero leaf": lambda cell: _percent(cell.over_seeds("unseen", "zero_leaf")),
@@ -63,10 +62,10 @@ def tier_table(cells: Sequence[Cell]) -> Table:
                 (
                     cell.method.label,
                     tier,
-                    f"{100 * mean.mean:.1f} ± {100 * std.mean:.1f}" if mean and std else NONE,
-                    NONE if loss is None else f"{loss.mean:.3f}{' ▲ rose' if rose else ''}",
+                    f"{100 * mean.mean:.1f} ± {100 * std.mean:.1f}" if mean and std else MISSING,
+                    MISSING if loss is None else f"{loss.mean:.3f}{' ▲ rose' if rose else ''}",
                     _overlap(overlaps),
-                    NONE if distance is None else f"{distance.mean:.3f}",
+                    MISSING if distance is None else f"{distance.mean:.3f}",
                 )
             )
             before = loss or before
@@ -109,7 +108,7 @@ def _table(cells: Sequence[Cell], columns: Mapping[str, Callable[[Cell], str]]) 
 
 def _filled(header: Sequence[str], rows: Sequence[Row]) -> Table:
     """Without the columns that no row fills."""
-    kept = [place for place in range(len(header)) if any(row.cells[place] != NONE for row in rows)]
+    kept = [place for place in range(len(header)) if any(row.cells[place] != MISSING for row in rows)]
     return Table(
         tuple(header[place] for place in kept),
         tuple(Row(tuple(row.cells[place] for place in kept), row.reference) for row in rows),
@@ -135,7 +134,7 @@ def _runs(cell: Cell) -> str:
 
 def _percent(value: Spread | None) -> str:
     if value is None:
-        return NONE
+        return MISSING
     return f"{100 * value.mean:.1f}" + ("" if value.std is None else f" ± {100 * value.std:.1f}")
 
 
@@ -147,7 +146,7 @@ def _difference(cell: Cell, compare: Cell) -> str:
     seeds = len(by_seed if found is None else by_client)
     known = found or spread(list(by_seed.values()))
     if known is None:
-        return NONE
+        return MISSING
     text = _points(known.mean)
     if found is not None and found.low is not None and found.high is not None:
         text += f" [{_points(found.low)}, {_points(found.high)}]"
@@ -161,8 +160,8 @@ def _differences(cell: Cell, compare: Cell) -> str:
 def _named(cell: Cell, texts: Mapping[int, str]) -> str:
     """Texts with the seed of each, unless the setting has one seed alone."""
     if len(cell.setting.seeds) == 1:
-        return next(iter(texts.values()), NONE)
-    return ", ".join(f"{seed}: {text}" for seed, text in texts.items()) or NONE
+        return next(iter(texts.values()), MISSING)
+    return ", ".join(f"{seed}: {text}" for seed, text in texts.items()) or MISSING
 
 
 def _points(value: float) -> str:
@@ -183,7 +182,7 @@ def _each(cell: Cell, form: str, *keys: str) -> str:
 
 def _paper(cell: Cell) -> str:
     found = cell.method.paper.get(cell.setting.name)
-    return NONE if found is None else f"{found:.1f}"
+    return MISSING if found is None else f"{found:.1f}"
 
 
 def _overlap(found: Sequence[Mapping[str, float | None]]) -> str:
@@ -191,12 +190,12 @@ def _overlap(found: Sequence[Mapping[str, float | None]]) -> str:
     for other in dict.fromkeys(name for overlap in found for name in overlap):
         value = spread([overlap.get(other) for overlap in found])
         parts += [] if value is None else [f"{other} {value.mean:.3f}"]
-    return ", ".join(parts) or NONE
+    return ", ".join(parts) or MISSING
 
 
 def _size(value: Spread | None) -> str:
     if value is None:
-        return NONE
+        return MISSING
     for unit, scale in (("MB", 1e6), ("kB", 1e3)):
         if value.mean >= scale:
             return f"{value.mean / scale:.3g} {unit}"
@@ -204,4 +203,4 @@ def _size(value: Spread | None) -> str:
 
 
 def _count(value: Spread | None) -> str:
-    return NONE if value is None else f"{value.mean:,.0f}"
+    return MISSING if value is None else f"{value.mean:,.0f}"

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-import hilora
-from hilora.experiments.inputs import Inputs, check_files, device_name, revision
+from hilora.experiments.inputs import Inputs, check_files
 from hilora.experiments.spec import Model, Setting
 from tests.experiments.conftest import Write
 
@@ -95,11 +93,3 @@ def test_missing_data_and_weights_are_named(write: Write, folder: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not hold far"):
         check_files(elsewhere.model, [groups, mixed], folder)
     check_files(experiment.model, experiment.settings.values(), folder)
-
-
-def test_where_it_was() -> None:
-    assert device_name(CPU).endswith(f"{torch.get_num_threads()} thread" + ("s" if torch.get_num_threads() > 1 else ""))
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(hilora.__file__).parent, capture_output=True, text=True
-    )
-    assert revision().startswith(f"0.1.0 {commit.stdout.strip()}".strip())

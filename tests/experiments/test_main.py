@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hilora.experiments.__main__ import main
-from hilora.reporting.run import Progress
+from hilora.reporting.progress import Progress
 from tests.experiments.conftest import SMALL
 
 

@@ -12,13 +12,13 @@ from PIL import Image
 
 from hilora.experiments import figures
 from hilora.experiments.cells import Cell, collect
-from hilora.experiments.document import Table
 from hilora.experiments.ledger import Ledger
 from hilora.experiments.plan import Job, final_jobs, tuning_jobs
 from hilora.experiments.records import DIVERGED
-from hilora.experiments.report import between, write_report
+from hilora.experiments.report import write_report
 from hilora.experiments.spec import Experiment
 from hilora.experiments.tables import accuracy_table, cost_table, tier_table, tuning_table
+from hilora.reporting.tables import Table
 from tests.experiments.conftest import GRID, GRIDS, Write, line
 
 TIERS = {
@@ -299,9 +299,3 @@ def test_a_document_without_markers_is_left_alone(
         write_report(experiment, ledger, tmp_path / "out", document)
     assert document.read_text() == text
     assert not (tmp_path / "out").exists()
-
-
-def test_only_what_is_between_the_markers_of_its_name_is_exchanged(tmp_path: Path) -> None:
-    path = tmp_path / "a.md"
-    path.write_text("<!-- begin b -->1<!-- end b -->2<!-- begin a -->3<!-- end a -->4")
-    assert between(path, "a", "new") == "<!-- begin b -->1<!-- end b -->2<!-- begin a -->\n\nnew\n\n<!-- end a -->4"

@@ -18,7 +18,7 @@ from hilora.experiments.results import KEPT
 from hilora.experiments.runner import Runner, claimed, shard
 from hilora.experiments.spec import Experiment, Model
 from hilora.federated.simulation import Simulation
-from hilora.reporting.run import Progress
+from hilora.reporting.progress import Progress
 from tests.experiments.conftest import GRID, GRIDS, Write, line
 
 

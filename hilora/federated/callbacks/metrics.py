@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hilora.federated.callbacks.base import Callback, Round
-from hilora.reporting.metrics import MetricsLog, summarise
+from hilora.reporting.metrics import MetricsLog
+from hilora.reporting.statistics import summarise
 
 if TYPE_CHECKING:
     from hilora.federated.simulation import Simulation
@@ -51,9 +52,6 @@ class Metrics(Callback):
             self.per_client = {"ids": simulation.population.seen.tolist()}
             self.per_client |= {split: correct.tolist() for split, correct in self._measured.items()}
         self.log.append(round.record)
-
-    def end(self, simulation: Simulation) -> None:
-        self.log.close()
 
     def summary(self, simulation: Simulation) -> Mapping[str, Any]:
         last = list(self.tiers.values())[-1] if self.tiers else NOT_MEASURED

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hilora.federated.callbacks.base import Callback, Round
-from hilora.reporting.run import Progress
+from hilora.reporting.progress import Progress
 
 if TYPE_CHECKING:
     from hilora.federated.simulation import Simulation

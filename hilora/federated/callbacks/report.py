@@ -9,11 +9,15 @@ import torch
 from hilora.adapters.io.native import save_adapters, write_tensors
 from hilora.federated.callbacks.base import Callback
 from hilora.federated.callbacks.metrics import Metrics
-from hilora.reporting.metrics import write_json
-from hilora.reporting.run import write_report
+from hilora.reporting.summary import write_summary
 
 if TYPE_CHECKING:
     from hilora.federated.simulation import Simulation
+
+
+PICTURES = ("accuracy.png", "clusters.png", "classes.png")
+RESULTS = ("summary.json", "metrics.jsonl", "checkpoint.pt", "adapters.safetensors", "heads.safetensors", *PICTURES)
+"""The files of a run."""
 
 
 class Report(Callback):
@@ -22,9 +26,11 @@ class Report(Callback):
     name = "report"
 
     def end(self, simulation: Simulation) -> None:
+        from hilora.reporting.plots import draw_run  # loads matplotlib
+
         summary, images, population = simulation.summary(), simulation.train_images, simulation.population
         out = simulation.out
-        write_json(out / "summary.json", summary)
+        write_summary(out / "summary.json", summary)
         everyone = torch.arange(len(population.clients))
         adapters, heads = simulation.server.tables(simulation.models(everyone))
         simulation.engine.keep(adapters)
@@ -35,4 +41,4 @@ class Report(Callback):
         seen = torch.tensor([client.seen for client in population.clients])
         records = next((one.log.records for one in simulation.callbacks if isinstance(one, Metrics)), [])
         truth, names = population.true_groups, population.groups
-        write_report(out, summary, records, counts, seen, truth, names, simulation.server.clustering())
+        draw_run(out, summary, records, counts, seen, truth, names, simulation.server.clustering())

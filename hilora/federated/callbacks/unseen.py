@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hilora.federated.callbacks.base import Callback
 from hilora.federated.client import Models
-from hilora.reporting.metrics import summarise
+from hilora.reporting.statistics import summarise
 
 if TYPE_CHECKING:
     from hilora.federated.simulation import Simulation

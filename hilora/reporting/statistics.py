@@ -1,4 +1,4 @@
-"""What runs of several seeds say together: means, spreads over seeds, intervals over clients."""
+"""Accuracies over clients, and what runs of several seeds say together: spreads over seeds, intervals over clients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev, variance
 from typing import NamedTuple
 
-from scipy.stats import t as student
+from torch import Tensor
 
 CONFIDENCE = 0.95
 BySeed = Mapping[int, Mapping[int, float]]
@@ -29,6 +29,28 @@ class Interval(NamedTuple):
     high: float | None
 
 
+def summarise(accuracies: Tensor) -> dict[str, float | None]:
+    """Mean, tail and spread of personalised accuracy.
+
+    Args:
+        accuracies: `[n]`, one fraction of 1 for each client; NaN for a client without test images, which is left out.
+
+    Returns:
+        `mean` over the clients; `tail`, the mean of the worst tenth of them (rounded up, so at least one client);
+        `std`, the population standard deviation over clients. All None where no client has test images.
+    """
+    values = accuracies.detach().double().flatten().cpu()
+    values = values[~values.isnan()].sort().values
+    if not len(values):
+        return {"mean": None, "tail": None, "std": None}
+    worst = -(-len(values) // 10)  # the ceiling in integers: 0.1 * 30 is above 3 in floats
+    return {
+        "mean": values.mean().item(),
+        "tail": values[:worst].mean().item(),
+        "std": values.std(correction=0).item(),
+    }
+
+
 def spread(values: Sequence[float | None]) -> Spread | None:
     """Mean and spread over seeds; None where no seed has a value."""
     known = [value for value in values if value is not None]
@@ -48,6 +70,8 @@ def interval(samples: Sequence[Sequence[float]]) -> Interval | None:
     Returns:
         None where there is no value at all.
     """
+    from scipy.stats import t as student
+
     samples = [values for values in samples if values]
     if not samples:
         return None

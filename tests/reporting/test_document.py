@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
-from hilora.experiments.document import Code, Heading, Paragraph, Picture, Row, Table, markdown, page
+from hilora.errors import FileError
+from hilora.reporting.document import Code, Heading, Paragraph, Picture, between, markdown, page
+from hilora.reporting.tables import Row, Table
 
 TABLE = Table(
     ("name", "figure", "words"),
@@ -30,12 +33,6 @@ def test_markdown() -> None:
     ]
 
 
-def test_the_first_column_is_to_the_left_whatever_it_says() -> None:
-    table = Table(("name", "figure"), (Row(("3-NN", "1")), Row(("+LoRA", "2"))))
-    assert "| :-- | --: |" in markdown([table], "")
-    assert "<td class=left>3-NN</td><td>1</td>" in page("", [table])
-
-
 def test_html(tmp_path: Path) -> None:
     picture = tmp_path / "a.png"
     Image.new("RGB", (2, 2)).save(picture)
@@ -51,3 +48,12 @@ def test_html(tmp_path: Path) -> None:
 
 def test_a_picture_is_linked_from_where_the_text_will_be() -> None:
     assert markdown([Picture(Path("/somewhere/a.png"), "A")], "results/") == "![A](results/a.png)"
+
+
+def test_only_what_is_between_the_markers_is_exchanged(tmp_path: Path) -> None:
+    path = tmp_path / "a.md"
+    path.write_text("<b>1</b>2<a>3</a>4")
+    assert between(path, "<a>", "</a>", "new") == "<b>1</b>2<a>\nnew\n</a>4"
+    for markers in (("<c>", "</c>"), ("</a>", "<a>")):
+        with pytest.raises(FileError, match=f"needs a line {markers[0]} and after it"):
+            between(path, *markers, "new")

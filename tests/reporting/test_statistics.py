@@ -5,9 +5,38 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from scipy import stats
 
-from hilora.experiments.statistics import Spread, differences, interval, spread
+from hilora.reporting.statistics import Spread, differences, interval, spread, summarise
+
+
+@pytest.mark.parametrize(("n", "worst"), [(1, 1), (9, 1), (10, 1), (11, 2), (25, 3), (30, 3), (100, 10)])
+def test_tail_is_the_mean_of_the_worst_tenth_rounded_up(n: int, worst: int) -> None:
+    values = torch.linspace(0, 1, n)[torch.randperm(n, generator=torch.Generator().manual_seed(0))]
+    expected = values.sort().values[:worst].double().mean().item()
+    assert summarise(values)["tail"] == pytest.approx(expected, abs=1e-7)
+
+
+def test_mean_and_population_std() -> None:
+    found = summarise(torch.tensor([0.2, 0.4, 0.9]))
+    assert found["mean"] == pytest.approx(0.5)
+    assert found["std"] == pytest.approx(math.sqrt((0.09 + 0.01 + 0.16) / 3))
+    assert all(type(value) is float for value in found.values())
+
+
+def test_one_client_has_no_spread() -> None:
+    assert summarise(torch.tensor([0.25])) == {"mean": 0.25, "tail": 0.25, "std": 0.0}
+
+
+def test_clients_without_test_images_are_left_out() -> None:
+    nan = float("nan")
+    assert summarise(torch.tensor([nan, 0.5, nan, 1.0])) == {"mean": 0.75, "tail": 0.5, "std": 0.25}
+
+
+@pytest.mark.parametrize("values", [[], [float("nan")] * 3])
+def test_nobody_has_test_images(values: list[float]) -> None:
+    assert summarise(torch.tensor(values)) == {"mean": None, "tail": None, "std": None}
 
 
 def test_spread_over_seeds() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+
+from hilora.errors import FileError
+from hilora.reporting.tables import Table, escaped
 
 
 @dataclass(frozen=True)
@@ -25,20 +28,6 @@ class Paragraph:
 @dataclass(frozen=True)
 class Code:
     text: str
-
-
-@dataclass(frozen=True)
-class Row:
-    cells: tuple[str, ...]
-    reference: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """Reference rows stand below a rule; the first column names the rows, and columns of figures are to the right."""
-
-    header: tuple[str, ...]
-    rows: tuple[Row, ...]
 
 
 @dataclass(frozen=True)
@@ -64,29 +53,28 @@ def markdown(blocks: Iterable[Block], pictures: str, level: int = 1) -> str:
 def _markdown(block: Block, pictures: str, level: int) -> str:
     match block:
         case Heading():
-            return f"{'#' * (block.level + level - 1)} {_plain(block.text)}"
+            return f"{'#' * (block.level + level - 1)} {escaped(block.text)}"
         case Paragraph():
-            return _plain(block.text)
+            return escaped(block.text)
         case Code():
             return f"```\n{block.text}\n```"
         case Picture():
-            return f"![{_plain(block.text)}]({pictures}{block.path.name})"
+            return f"![{escaped(block.text)}]({pictures}{block.path.name})"
         case Table():
-            lines = [tuple(map(_plain, block.header)), tuple(":--" if left else "--:" for left in _to_the_left(block))]
-            before = False
-            for row in block.rows:
-                if row.reference and not before:
-                    lines.append(("*for reference*", *[""] * (len(block.header) - 1)))
-                before = row.reference
-                lines.append(tuple(map(_plain, row.cells)))
-            return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+            return block.markdown()
 
 
-def _plain(text: str) -> str:
-    """Text that Markdown leaves as it is."""
-    for sign in "\\`*_|<&[]":
-        text = text.replace(sign, "\\" + sign)
-    return text
+def between(path: Path, begin: str, end: str, text: str) -> str:
+    """A file's text with what is between its markers exchanged for lines of `text`.
+
+    Raises:
+        FileError: the file does not have both markers, in their order.
+    """
+    before, found, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise FileError(f"{path} needs a line {begin} and after it a line {end}, for what is written between them")
+    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
 def page(title: str, blocks: Iterable[Block]) -> str:
@@ -111,32 +99,9 @@ def _html(block: Block) -> str:
             data = base64.b64encode(block.path.read_bytes()).decode()
             return f'<img src="data:image/png;base64,{data}" alt="{escape(block.text)}">'
         case Table():
-            left = _to_the_left(block)
-            head = _cells("th", block.header, left)
-            rows = []
-            for number, row in enumerate(block.rows):
-                first = row.reference and not (number and block.rows[number - 1].reference)
-                rows.append(f"<tr{' class=rule' if first else ''}>{_cells('td', row.cells, left)}</tr>")
-            table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody>\n</table>"
-            return f"<div class=scroll>{table}</div>"
+            return block.html()
 
 
-def _cells(tag: str, texts: Sequence[str], left: Sequence[bool]) -> str:
-    return "".join(
-        f"<{tag}{' class=left' if to_left else ''}>{escape(text)}</{tag}>"
-        for text, to_left in zip(texts, left, strict=True)
-    )
-
-
-def _to_the_left(table: Table) -> list[bool]:
-    """Which columns are text rather than figures: the first, and those where no cell begins with a digit or a sign."""
-    return [
-        not place or not any(row.cells[place][:1] in FIGURES for row in table.rows)
-        for place in range(len(table.header))
-    ]
-
-
-FIGURES = tuple("0123456789+−")
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --line: #d5dbe1; --paper: #fff; --fill: #f5f7f9; }
 @media (prefers-color-scheme: dark) {

@@ -1,0 +1,48 @@
+"""Where and with what something was computed, as results have it beside them."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+import hilora
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU, or the CPU and how many of its threads are used."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    cpuinfo = Path("/proc/cpuinfo")
+    models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
+    name = models[0].split(":", 1)[1].strip() if models else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} thread{'' if torch.get_num_threads() == 1 else 's'}"
+
+
+def revision(*also: Path) -> str:
+    """The version, and the commit where the package is in a repository, with a `+` if its files, or `also` these, have
+    changed since."""
+    folder = Path(hilora.__file__).parent
+    ask = partial(subprocess.check_output, cwd=folder, text=True, stderr=subprocess.DEVNULL)
+    try:
+        tracked = ask(["git", "ls-files", "__init__.py"])
+        commit = ask(["git", "rev-parse", "--short", "HEAD"]).strip()
+        changed = ask(["git", "status", "--porcelain", "--", ".", "../kernels", *map(str, also)])
+    except (OSError, subprocess.CalledProcessError):
+        return version("hilora")
+    return f"{version('hilora')} {commit}{'+' if changed else ''}" if tracked else version("hilora")
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The installed version of each package."""
+    return {name: version(name) for name in packages}
+
+
+def today() -> str:
+    """The date, UTC, as in 2026-01-31."""
+    return f"{datetime.now(UTC):%Y-%m-%d}"

@@ -1,0 +1,171 @@
+"""What `summary.json` says of a run: the one schema of results, for runs, tables of experiments and benchmarks.
+
+Accuracies are fractions of 1; a figure that was not measured is None.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import (
+    Annotated,
+    Any,
+    NotRequired,  # pydantic wants these before Python 3.12
+)
+
+from pydantic import FiniteFloat, Strict, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from hilora.errors import FileError, InvalidValueError, MissingFileError
+from hilora.files import PathLike, plain, write_json
+
+SCHEMA = 2
+"""1 had no key `schema`, no bytes of each client, and in its first files only some of the figures."""
+
+Figure = Annotated[FiniteFloat, Strict()] | None
+Count = Annotated[int, Strict()]
+Text = Annotated[str, Strict()]
+
+
+class Accuracy(TypedDict):
+    """Over clients: the mean, the mean of the worst tenth, the standard deviation."""
+
+    mean: Figure
+    tail: Figure
+    std: Figure
+
+
+class Unseen(TypedDict):
+    """Mean accuracy of clients that took no part: before they train anything, and after epochs of their own."""
+
+    zero_leaf: Figure
+    leaf: Figure
+
+
+class Clusters(TypedDict):
+    """How many groups, the group of each seen client, agreement with the true ones, the group of each unseen client."""
+
+    k: Count
+    labels: list[Count]
+    ari: Figure
+    unseen: NotRequired[list[Count]]
+
+
+class EachWay(TypedDict):
+    """Bytes that each seen client sent and received in all rounds together."""
+
+    up: list[Figure]
+    down: list[Figure]
+
+
+class Communication(TypedDict):
+    """Bytes a client and round."""
+
+    up: Figure
+    down: Figure
+    per_client: NotRequired[EachWay]
+
+
+class Diagnosis(TypedDict, total=False):
+    """The terms of the paper's Theorem 1 after a tier."""
+
+    train_loss: Figure
+    overlap: dict[Text, Figure]
+    label_distance: Figure
+
+
+class Summary(TypedDict):
+    """A run, or as much of one as its interruption left.
+
+    Attributes:
+        schema: of a file; absent in the first ones.
+        tiers: after each tier, in the order in which these were trained; `final` is the last of them.
+        val: on validation images, at the end.
+        per_client: lists of `ids` and `unseen_ids`, and of accuracies in their order.
+        communication: absent, like all below, where it was not measured.
+    """
+
+    schema: NotRequired[Count]
+    strategy: Text
+    partition: Text
+    seed: Count
+    data: Text
+    backbone: Text
+    tiers: dict[Text, Accuracy]
+    final: Accuracy
+    unseen: Unseen
+    clusters: Clusters | None
+    seconds: Figure
+    images_per_second: Figure
+    dtype: NotRequired[Text]
+    val: NotRequired[Accuracy]
+    per_client: NotRequired[dict[Text, list[Figure]]]
+    diagnostics: NotRequired[dict[Text, Diagnosis]]
+    communication: NotRequired[Communication]
+    trained_parameters: NotRequired[Count]
+    images: NotRequired[Count]
+    rounds: NotRequired[Count]
+    interrupted: NotRequired[bool]
+    config: NotRequired[dict[str, Any]]
+    arguments: NotRequired[dict[str, Any]]
+
+
+def write_summary(path: PathLike, summary: Mapping[str, Any]) -> None:
+    """Write `summary.json`, the version of the schema first.
+
+    Raises:
+        InvalidValueError: what is given is no summary; nothing is written then.
+    """
+    whole = plain({"schema": SCHEMA, **summary})
+    wrong = mistake(Summary, whole)
+    if wrong:
+        raise InvalidValueError(f"{os.fspath(path)} is not written, since this is no summary of a run: {wrong}")
+    write_json(path, whole)
+
+
+def read_summary(path: PathLike) -> dict[str, Any]:
+    """What `write_summary` wrote, now or in earlier versions.
+
+    Raises:
+        MissingFileError: there is no such file.
+        FileError: it holds something else, or was written by a later version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingFileError(f"there is no summary {path}: give the summary.json in the folder of a run")
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise FileError(f"{path} is no summary of a run: {error}") from error
+    version = found.get("schema", 1) if isinstance(found, dict) else 1
+    if isinstance(version, int) and version > SCHEMA:
+        raise FileError(f"{path} has schema {version}, expected at most {SCHEMA}: update hilora, which wrote it")
+    wrong = mistake(Summary, found)
+    if wrong:
+        raise FileError(f"{path} is no summary of a run: {wrong}")
+    summary: dict[str, Any] = found
+    return summary
+
+
+def mistake(kind: Any, value: Any) -> str | None:
+    """Where a value first departs from a type of the schema, and how; None where it does not."""
+    try:
+        _adapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "all of it"
+        return f"{place} is {_short(first['input'])}: {first['msg']}"
+    return None
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:59] + "…"
