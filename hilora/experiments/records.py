@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from hilora.experiments.schema import DEFAULTS
+
 Line = dict[str, Any]
 DIVERGED = "diverged"  # in the results of a run that could not be trained: why
 TEXTS = ("date", "revision", "torch", "device", "dtype")
@@ -27,10 +29,17 @@ def is_record(value: Any) -> bool:
 def _decides(value: Any) -> bool:
     return (
         isinstance(value, dict)
-        and all(isinstance(value.get(name), dict) for name in ("run", "partition", "model"))
+        and value.get("schema", 1) in DEFAULTS
+        and all(isinstance(value.get(name), dict) for name in (_settings(value), "partition", "model"))
         and isinstance(value.get("strategy"), str)
-        and isinstance(value["run"].get("options", {}), dict)
+        and isinstance(value["partition"].get("scheme", ""), str)
+        and isinstance(value[_settings(value)].get("options", {}), dict)
     )
+
+
+def _settings(decides: dict[str, Any]) -> str:
+    """Where a line keeps the settings of its training."""
+    return "settings" if "schema" in decides else "run"
 
 
 def _results(value: Any) -> bool:

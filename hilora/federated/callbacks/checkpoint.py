@@ -60,6 +60,20 @@ def restore(simulation: Simulation) -> None:
     simulation.load_state_dict(state)
 
 
+def checkpoint_dtype(folder: Path) -> str | None:
+    """The arithmetic of the run that a folder has the checkpoint of, by name: what `auto` chose there is kept when it
+    goes on. None where there is no checkpoint.
+
+    Raises:
+        FileError: if it is corrupt.
+    """
+    path = folder / "checkpoint.pt"
+    if not path.is_file():
+        return None
+    found = load_checkpoint(path)["identity"].get("dtype")
+    return None if found is None else str(found)
+
+
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Write tensors, stacks, numbers and containers of them, whole or not at all.
 

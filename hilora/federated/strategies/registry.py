@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pydantic.fields import FieldInfo
+
 from hilora.errors import InvalidValueError
+from hilora.federated.settings import TrainingSettings
 from hilora.federated.strategies.base import Strategy
 
 STRATEGIES: dict[str, type[Strategy]] = {}
@@ -20,6 +23,19 @@ def register(kind: type[Strategy]) -> type[Strategy]:
             f"{kind.name!r} is the name of {other.__qualname__}: choose another for {kind.__qualname__}"
         )
     return kind
+
+
+def own_fields(kind: type[Strategy]) -> dict[str, FieldInfo]:
+    """The settings that a method has beside those that all share, by name.
+
+    Raises:
+        InvalidValueError: if it gives one a name of those that all share.
+    """
+    fields = kind.Settings.model_fields
+    taken = sorted(set(fields) & set(TrainingSettings.model_fields))
+    if taken:
+        raise InvalidValueError(f"{kind.name}: {', '.join(taken)} is what all methods share: give it another name")
+    return dict(fields)
 
 
 def resolve(strategy: str | type[Strategy] | Strategy) -> Strategy:
