@@ -39,3 +39,11 @@ class NotAFolderError(HiLoRAError, NotADirectoryError):
 
 class ResourceError(HiLoRAError, RuntimeError):
     """Something from outside of the library that cannot be had: a download, a font."""
+
+
+def told(error: BaseException) -> str | None:
+    """What a command says of an error, in one line and without a traceback: where it was given something that it cannot
+    use, a file or device that does not work, or a package is missing. None where the error is a bug."""
+    if isinstance(error, ImportError) and (error.name or "hilora").split(".")[0] != "hilora":
+        return f"{error}: install it, as by pip install {(error.name or '').split('.')[0]}"
+    return " ".join(str(error).split()) if isinstance(error, HiLoRAError | OSError) else None

@@ -6,6 +6,7 @@ from typing import Any, NotRequired
 
 from typing_extensions import TypedDict  # as in hilora.reporting.summary
 
+from hilora.experiments.schema import DEFAULTS
 from hilora.reporting.summary import Results, Text, mistake
 
 Line = dict[str, Any]
@@ -21,8 +22,10 @@ class Run(TypedDict):
 class Decides(TypedDict):
     """All that decides a result."""
 
+    schema: NotRequired[int]
     strategy: Text
-    run: Run
+    run: NotRequired[Run]  # of the first schema, in place of the settings
+    settings: NotRequired[dict[str, Any]]
     partition: dict[str, Any]
     model: dict[str, Any]
 
@@ -43,6 +46,9 @@ class Record(TypedDict):
 def is_record(value: Any) -> bool:
     """Whether a value that JSON gave has the shape of a line. Figures may be absent; what is there is of its type."""
     if mistake(Record, value):
+        return False
+    decides = value["decides"]
+    if decides.get("schema", 1) not in DEFAULTS or ("settings" if "schema" in decides else "run") not in decides:
         return False
     clients = value["results"].get("per_client", {})
     return len(clients.get("ids", ())) == len(clients.get("test", ()))

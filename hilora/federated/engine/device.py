@@ -8,7 +8,28 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from hilora.errors import InvalidValueError
 from hilora.federated.data.memory import available_memory
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Of a backbone's arithmetic, by name."""
+
+
+def find_device(name: str) -> torch.device:
+    """A device by its name, such as cpu or cuda:1, that this machine has.
+
+    Raises:
+        InvalidValueError: it has none of that name.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts it
+        known = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        raise InvalidValueError(
+            f"there is no device {name!r} here, expected one of {', '.join(known)}, or another that torch was built for"
+        ) from error
+    return device
 
 
 def free_memory(device: torch.device) -> int:

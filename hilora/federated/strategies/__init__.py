@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pydantic.fields import FieldInfo
+
 from hilora.discovery import enter, find_classes
 from hilora.errors import InvalidValueError
+from hilora.federated.settings import TrainingSettings
 from hilora.federated.strategies.base import Strategy
 
-__all__ = ["STRATEGIES", "Strategy", "register", "resolve"]
+__all__ = ["STRATEGIES", "Strategy", "own_fields", "register", "resolve"]
 
 STRATEGIES: dict[str, type[Strategy]] = find_classes(__name__, __path__, Strategy)  # type: ignore[type-abstract]
 """The methods that there are, by name."""
@@ -33,3 +36,16 @@ def resolve(strategy: str | type[Strategy] | Strategy) -> Strategy:
             raise InvalidValueError(f"unknown strategy {strategy!r}: there are {', '.join(STRATEGIES)}")
         strategy = STRATEGIES[strategy]
     return strategy() if isinstance(strategy, type) else strategy
+
+
+def own_fields(kind: type[Strategy]) -> dict[str, FieldInfo]:
+    """The settings that a method has beside those that all share, by name.
+
+    Raises:
+        InvalidValueError: if it gives one a name of those that all share.
+    """
+    fields = kind.Settings.model_fields
+    taken = sorted(set(fields) & set(TrainingSettings.model_fields))
+    if taken:
+        raise InvalidValueError(f"{kind.name}: {', '.join(taken)} is what all methods share: give it another name")
+    return dict(fields)
