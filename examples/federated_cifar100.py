@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hilora.cli.train import divide, new_parser, parse, run
+from hilora.cli.train import Command, divide, run
+from hilora.errors import MissingFileError
 from hilora.federated.data.images import ImageSet
 from hilora.federated.data.partitions import Population
 from hilora.federated.data.readers import download_cifar100, read_images
@@ -30,41 +31,33 @@ GLYPHS: dict[str, Any] = {
 
 
 def add_data(data: argparse._ArgumentGroup) -> None:
-    data.add_argument(
-        "--data-dir",
-        type=Path,
-        help="CIFAR-100 (binary or python), or a folder of images by class; default: generated glyphs",
-    )
+    images = "CIFAR-100 (binary or python), or a folder of images by class (generated glyphs)"
+    data.add_argument("--data-dir", type=Path, help=images)
     data.add_argument("--download", action="store_true", help="fetch CIFAR-100 into --data-dir first")
-    data.add_argument("--partition", choices=["sc-dir", "gl-dir", "patho"], default="sc-dir")
-    data.add_argument("--clients", type=int, default=100, help="all of them (100; glyphs: 25)")
+    schemes = ["sc-dir", "gl-dir", "patho"]
+    data.add_argument("--partition", choices=schemes, default="sc-dir", help="who has which images (%(default)s)")
 
 
 def check(args: argparse.Namespace) -> None:
     if args.data_dir is not None and not args.download and not args.data_dir.is_dir():
-        raise FileNotFoundError(f"there is no folder {args.data_dir}: give one with CIFAR-100 or images, or --download")
+        raise MissingFileError(f"there is no folder {args.data_dir}: give one with CIFAR-100 or images, or --download")
 
 
 def load(args: argparse.Namespace, size: int) -> tuple[ImageSet, ImageSet, Population]:
-    if args.data_dir is None:
-        from hilora.federated.data.glyphs import load_glyphs
-
-        train, test = load_glyphs(args.seed)
-    else:
-        if args.download:
-            download_cifar100(args.data_dir)
-        train, test = read_images(args.data_dir, size, args.seed)
-    return divide(args, train, test, args.partition, args.clients)
+    if args.download:
+        download_cifar100(args.data_dir)
+    train, test = read_images("glyphs" if args.data_dir is None else args.data_dir, size, args.seed)
+    return train, test, divide(args, train, test, args.partition)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = new_parser(__doc__, add_data)
-    args = parse(parser, arguments)
-    if args.data_dir is None:
-        if args.download:
-            parser.error("--download needs a --data-dir to put CIFAR-100 into")
-        parser.set_defaults(**GLYPHS)
-        args = parse(parser, arguments)
+    where = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    where.add_argument("--data-dir")
+    glyphs = where.parse_known_args(arguments)[0].data_dir is None
+    command = Command(__doc__, add_data, GLYPHS if glyphs else {"clients": 100})
+    args = command.parse(arguments)
+    if args.download and glyphs:
+        command.error("--download needs a --data-dir to put CIFAR-100 into")
     return run(args, check, load)
 
 

@@ -13,7 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from hilora.cli.train import divide, new_parser, parse, run
+from hilora.cli.train import Command, divide, run
+from hilora.errors import MissingFileError
 from hilora.federated.data.images import ImageSet
 from hilora.federated.data.partitions import Population
 from hilora.federated.data.readers import read_domains
@@ -23,24 +24,22 @@ def add_data(data: argparse._ArgumentGroup) -> None:
     data.add_argument("--data-dir", type=Path, required=True, help="a folder per domain, a folder per class inside it")
     data.add_argument("--classes", type=int, help="the largest so many (all; for DomainNet, the paper takes 10)")
     data.add_argument("--clients-per-domain", type=int, default=15, help="all of them (%(default)s)")
-    data.add_argument("--alpha", type=float, default=0.6, help="of the Dirichlet over a client's classes (%(default)s)")
 
 
 def check(args: argparse.Namespace) -> None:
     if not args.data_dir.is_dir():
-        raise FileNotFoundError(f"there is no folder {args.data_dir}: give one with a folder per domain")
+        raise MissingFileError(f"there is no folder {args.data_dir}: give one with a folder per domain")
 
 
 def load(args: argparse.Namespace, size: int) -> tuple[ImageSet, ImageSet, Population]:
     train, test = read_domains(args.data_dir, size, args.seed, args.classes)
     clients = args.clients_per_domain * len(train.domain_names)
-    return divide(args, train, test, "domains", clients, alpha=args.alpha)
+    return train, test, divide(args, train, test, "domains", clients=clients)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = new_parser(__doc__, add_data)
-    parser.set_defaults(local_epochs=2)
-    return run(parse(parser, arguments), check, load)
+    command = Command(__doc__, add_data, {"local_epochs": 2}, without=["clients"])
+    return run(command.parse(arguments), check, load)
 
 
 if __name__ == "__main__":

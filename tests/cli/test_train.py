@@ -42,20 +42,19 @@ def test_with_nothing_given_it_runs_on_glyphs_and_compares_three_strategies(
     example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert example.main([*SMALL, "--out", str(tmp_path)]) == 0
-    for folder, strategy in (
-        (tmp_path, "hilora"),
-        (tmp_path / "fedit", "fedit"),
-        (tmp_path / "local-lora", "local-lora"),
-    ):
-        found = summary(folder)
+    for strategy in ("hilora", "fedit", "local-lora"):
+        found = summary(tmp_path / strategy)
         assert found["strategy"] == strategy
         assert found["data"] == "glyphs"
         assert found["backbone"] == "glyph_vit"
+    assert not (tmp_path / "summary.json").exists()
+    table = (tmp_path / "comparison.md").read_text()
     printed = capsys.readouterr().out
     assert "glyph" in printed
     assert "cifar" not in printed.lower().replace("cifar-100", "")  # named only to say that this is not it
     for strategy in ("hilora", "fedit", "local-lora"):
         assert any(line.lstrip().lower().startswith(strategy) for line in printed.splitlines())
+        assert f"| {strategy} |" in table
 
 
 def test_values_per_tier_and_their_mistakes(example: ModuleType, tmp_path: Path) -> None:
@@ -79,13 +78,15 @@ def test_values_per_tier_and_their_mistakes(example: ModuleType, tmp_path: Path)
         (["--unseen", "1.5"], "unseen"),
         (["--weights", "/nowhere/w.safetensors", "--backbone", "deit_tiny_patch16_224"], "/nowhere/w.safetensors"),
         (["--backbone", "no_such_vit"], "no_such_vit"),
-        (["--participation", "0"], "participation"),
-        (["--batch-size", "0"], "batch_size"),
+        (["--participation", "0"], "--participation=0"),
+        (["--batch-size", "0"], "--batch-size=0"),
         (["--device", "quantum"], "quantum"),
         (["--resume"], "--resume"),
-        (["--data-dir", __file__], "test_cli.py"),
+        (["--data-dir", __file__], "test_train.py"),
         (["--seed", "-1"], "seed"),
-        (["--gamma", "nan"], "gamma_root"),
+        (["--k", "3"], "--k is for ifca"),
+        (["--pf2lora.own-rank", "3"], "pf2lora"),
+        (["--gamma-root", "nan"], "--gamma-root"),
         (["--rank", "200"], "rank"),
     ],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 UNKNOWN = 4 * 10**9
 """What is taken for granted where no system says what is free."""
 # Of a control group: its limit, what it uses, and the name in memory.stat of what of that could be freed.
-_GROUPS = (
+_GROUPS: tuple[tuple[Path, str, str, str], ...] = (
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
@@ -39,7 +39,7 @@ def _left_in_groups(root: Path) -> Iterator[int]:
     names = [line.split(":", 2)[2].strip("/") for line in _read(root / "proc/self/cgroup").splitlines()]
     for place, limit, usage, freeable in _GROUPS:
         top = root / place.relative_to("/")
-        for group in {top / above for name in names for above in (name, *Path(name).parents)} | {top}:
+        for group in {top / above for name in names for above in (Path(name), *Path(name).parents)} | {top}:
             most, used = _read(group / limit).strip(), _read(group / usage).strip()
             if most.isdigit() and used.isdigit():  # no limit is "max", or a number beyond all memory
                 stat = dict(line.split() for line in _read(group / "memory.stat").splitlines())

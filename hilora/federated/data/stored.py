@@ -179,7 +179,7 @@ def stored_for_now(shape: tuple[int, int, int, int], records: Records) -> Stored
     header, _ = _header({}, shape)
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    file = tempfile.TemporaryFile(dir=folder)
+    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 -- open for as long as the images are there
     _fill(file, header, shape, records, folder)
     return StoredImages(folder / "(deleted)", file)
 
