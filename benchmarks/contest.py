@@ -37,32 +37,40 @@ class Contestant(NamedTuple):
     share: float = 1.0
 
 
-def contest(
-    benchmark: Any,
-    ledger: Ledger,
-    what: Mapping[str, Any],
-    rivals: Mapping[str, Contestant],
-    inputs: Sequence[Inputs],
-    truth: Mapping[str, Sequence[Tensor]],
-    dtype: torch.dtype = torch.float32,
-    capture: bool = True,
-) -> None:
-    """Check, time and record; the first of the rivals is ours, by whose time the others are divided.
+class Lineup(NamedTuple):
+    """Who takes part in a contest.
+
+    Attributes:
+        rivals: by name; the first is ours, by whose time the others are divided.
+        truth: what the results must be, by the name of a rival, or under "" for all that are not named.
+        inputs: sets of inputs for the steps; the first one also for the results.
+        dtype: in which the device's rate of arithmetic counts.
+        capture: whether a GPU can capture the steps.
+        close: to be called when all is done.
+    """
+
+    rivals: Mapping[str, Contestant]
+    truth: Mapping[str, Sequence[Tensor]]
+    inputs: Sequence[Inputs] = ((),)
+    dtype: torch.dtype = torch.float32
+    capture: bool = True
+    close: Callable[[], None] = lambda: None
+
+
+def contest(benchmark: Any, ledger: Ledger, what: Mapping[str, Any], lineup: Lineup) -> None:
+    """Check, time and record.
 
     Args:
         benchmark: pytest-benchmark's fixture; the ratios go to its `extra_info`.
         ledger: gets a figure for each rival.
         what: the operation and its shape, for the figures.
-        rivals: by name.
-        inputs: sets of inputs for the steps; the first one also for the results.
-        truth: what the results must be, by the name of a rival, or under "" for all that are not named.
-        dtype: in which the device's rate of arithmetic counts.
-        capture: whether a GPU can capture the steps.
+        lineup: who takes part.
 
     Raises:
         WrongResult: if any rival's result is off; nothing is recorded then.
         ExceptionGroup: if rivals could not run, once the others are recorded.
     """
+    rivals, truth, inputs = lineup.rivals, lineup.truth, lineup.inputs
     ours = next(iter(rivals))
     errors: dict[str, float] = {}
     peaks: dict[str, int] = {}
@@ -72,13 +80,13 @@ def contest(
         try:
             errors[name] = _check(name, rival, inputs[0], truth.get(name, truth[""]))
             peaks[name] = peak_bytes(rival.step, inputs[0])
-            turns[name] = ready(rival.step, inputs, capture)
+            turns[name] = ready(rival.step, inputs, lineup.capture)
         except Exception as error:
             if name == ours or isinstance(error, WrongResult):
                 raise
             error.add_note(f"while running {name}")
             failures.append(error)
-    rates = ledger.rates(dtype)
+    rates = ledger.rates(lineup.dtype)
     timings = take_turns(turns, SECONDS[ledger.scale])
     mine = timings[ours].over(rivals[ours].share)
     for name in turns:
@@ -87,6 +95,7 @@ def contest(
         ledger.append(
             {
                 **what,
+                "dtype": str(lineup.dtype).removeprefix("torch."),
                 "rival": name,
                 "ms": round(1e3 * timing.seconds, 5),
                 "ms_quartiles": [round(1e3 * timing.low, 5), round(1e3 * timing.high, 5)],

@@ -7,17 +7,9 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from benchmarks.shapes import Distances, Layer, Penalty, Round
+from benchmarks.operations import operations
 
-SHAPES: dict[str, type[Layer] | type[Penalty] | type[Distances] | type[Round]] = {
-    "layer": Layer,
-    "penalty": Penalty,
-    "distances": Distances,
-    "round": Round,
-    "cohort": Round,
-    "population": Round,
-}
-OURS, FROZEN = "hilora", "frozen layer"
+OURS = "hilora"
 Figure = dict[str, Any]
 
 
@@ -53,8 +45,7 @@ class Comparison:
         return median(found) if found else None
 
 
-Shape = Layer | Penalty | Distances | Round
-Key = tuple[str, str, Shape]  # operation, phase, shape
+Key = tuple[str, str, Any]  # operation, phase, shape
 
 
 class Device(NamedTuple):
@@ -64,19 +55,21 @@ class Device(NamedTuple):
     runs: int
     comparisons: dict[Key, Comparison]
 
-    def layers(self, phase: str) -> dict[Layer, Comparison]:
-        return {key[2]: found for key, found in self.comparisons.items() if key[:2] == ("layer", phase)}  # type: ignore[misc]
+    def of(self, operation: str, phase: str) -> dict[Any, Comparison]:
+        """By shape."""
+        return {shape: found for (op, ph, shape), found in self.comparisons.items() if (op, ph) == (operation, phase)}
 
 
 def by_device(figures: Sequence[Figure]) -> list[Device]:
-    """Devices in the order in which they were last measured, the newest first."""
+    """Devices in the order in which they were last measured, the newest first; without operations that are gone."""
+    figures = [figure for figure in figures if figure["op"] in operations()]
     last = {figure["device"]: figure for figure in figures}
     found = []
     for device, newest in sorted(last.items(), key=lambda item: item[1]["run"], reverse=True):
         alike = [f for f in figures if f["device"] == device and _code(f) == _code(newest)]
         comparisons: dict[Key, Comparison] = defaultdict(Comparison)
         for figure in alike:
-            shape = SHAPES[figure["op"]]
+            shape = operations()[figure["op"]].shape
             key = figure["op"], figure["phase"], shape(**{name: figure[name] for name in shape._fields})
             comparisons[key].by_rival[figure["rival"]][figure["run"]] = figure
         found.append(Device(newest, len({figure["run"] for figure in alike}), dict(comparisons)))

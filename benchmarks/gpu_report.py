@@ -18,8 +18,7 @@ from pathlib import Path
 from time import monotonic
 
 from benchmarks.ledger import RESULTS
-from benchmarks.shapes import SCALES
-from benchmarks.timing import DEVICE
+from benchmarks.timing import DEVICE, SCALES
 
 ROOT = Path(__file__).parents[1]
 TIMED_OUT = 124  # as the command `timeout` has it
@@ -40,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     toy = given.scale == "toy"
     tests = (
-        ["tests/kernels/test_dispatch.py"]
+        ["tests/kernels/test_backends.py"]
         if toy
         else ["tests/kernels", "tests/federated/test_training.py", "--deselect", "tests/kernels/test_precompile.py"]
     )

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +12,9 @@ import torch
 
 from benchmarks.cost import Rates, measured_rates
 from benchmarks.timing import DEVICE
+from hilora.errors import FileError
+from hilora.files import append_line, read_lines
+from hilora.reporting.machine import device_name, revision, today, versions
 
 RESULTS = Path(__file__).with_name("results") / "figures.jsonl"
 
@@ -29,12 +27,12 @@ class Ledger:
         now = datetime.now(UTC)
         self.conditions = {
             "run": f"{now:%Y%m%dT%H%M%S}-{os.getpid()}",
-            "date": f"{now:%Y-%m-%d}",
+            "date": today(),
             "scale": scale,
-            "device": device_name(),
+            "device": device_name(torch.device(DEVICE)),
             "threads": torch.get_num_threads(),
-            "hilora": revision(),
-            **{name: version(name) for name in ("torch", "triton", "peft")},
+            "hilora": revision(Path(__file__).with_name("*.py")),
+            **versions("torch", "triton", "peft"),
         }
         self._rates: dict[torch.dtype, Rates] = {}
 
@@ -45,42 +43,17 @@ class Ledger:
         return self._rates[dtype]
 
     def append(self, figure: Mapping[str, Any]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**self.conditions, **figure}, ensure_ascii=False) + "\n")
+        append_line(self.path, {**self.conditions, **figure})
 
 
 def read(path: Path = RESULTS) -> list[dict[str, Any]]:
     """All figures of a ledger, in the order in which they were measured.
 
     Raises:
-        ValueError: naming the line that is no figure, as where a run was cut off while it wrote.
+        FileError: naming the line that is no figure, as where a run was cut off while it wrote.
     """
-    figures = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            figure = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not a figure ({error}); delete the line") from error
-        figures.append(figure)
-    return figures
-
-
-def device_name() -> str:
-    if DEVICE == "cuda":
-        return str(torch.cuda.get_device_name())
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-    name = models[0].split(":", 1)[1].strip() if models else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def revision() -> str:
-    """The version, and the commit where the files are in a repository, with a `+` if they have changed since."""
-    ask = partial(subprocess.check_output, cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL)
-    try:
-        commit = ask(["git", "rev-parse", "--short", "HEAD"]).strip()
-        changed = ask(["git", "status", "--porcelain", "--", "../kernels", "../hilora", "*.py"])
-    except (OSError, subprocess.CalledProcessError):
-        return version("hilora")
-    return f"{version('hilora')} {commit}{'+' if changed else ''}"
+    lines = read_lines(path)
+    for number, line in enumerate(lines, 1):
+        if line.record is None:
+            raise FileError(f"{path}, line {number}: not a figure, since it is no JSON object; delete the line")
+    return [line.record for line in lines if line.record is not None]

@@ -9,24 +9,20 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks import charts
-from benchmarks.figures import OURS, Comparison, Device, Shape, by_device
+from benchmarks.charts import Drawn
+from benchmarks.figures import OURS, Comparison, Device, by_device
 from benchmarks.ledger import RESULTS, read
-from benchmarks.shapes import Layer
+from benchmarks.operations import Operation, operations
+from hilora.files import write_text
+from hilora.reporting.document import between
+from hilora.reporting.tables import MISSING, Row, Table
 
 START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 TO_COME = "**No figure has been measured on a GPU yet**: CUDA figures are to come, by `make gpu-report`."
-OTHERS = {
-    "round": "A local epoch of many clients",
-    "cohort": "A local epoch by the size of cohorts",
-    "population": "The same images shared out among more clients",
-    "penalty": "Orthogonality penalty, value and gradient",
-    "distances": "Distances of clients",
-}
-LAYER_RIVALS = [name for name in charts.COLOURS if name != OURS]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,46 +39,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not devices:
             raise ValueError(f"{given.figures} holds no figures: run pytest benchmarks/ --benchmark-only")
         written = {
-            given.readme: between_markers(given.readme, headline(devices)),
-            given.docs / "benchmarks.md": between_markers(given.docs / "benchmarks.md", everything(devices)),
+            given.readme: between(given.readme, START, END, headline(devices)),
+            given.docs / "benchmarks.md": between(given.docs / "benchmarks.md", START, END, everything(devices)),
         }
     except (OSError, ValueError) as error:
         sys.exit(f"report: {error}")
-    (given.docs / "benchmarks").mkdir(exist_ok=True)
     for device in devices:
-        if charts.drawable(device):
-            charts.rival_bars(device, given.docs / chart(device, "rivals"))
-            charts.curves(device, given.docs / chart(device, "curves"))
-            charts.memory_bars(device, given.docs / chart(device, "memory"))
+        drawn = Drawn(device)
+        if drawn.whole:
+            drawn.rival_bars(given.docs / chart(device, "rivals"))
+            drawn.curves(given.docs / chart(device, "curves"))
+            drawn.memory_bars(given.docs / chart(device, "memory"))
     for path, text in written.items():
-        path.write_text(text, encoding="utf-8")
-
-
-def between_markers(path: Path, text: str) -> str:
-    """A file's text with what is between its markers exchanged.
-
-    Raises:
-        ValueError: where the file has no markers.
-    """
-    before, start, rest = path.read_text(encoding="utf-8").partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise ValueError(f"{path} needs a line {START} and a line {END}, for what is written between them")
-    return f"{before}{START}\n{text}\n{END}{after}"
+        write_text(path, text)
 
 
 def headline(devices: Sequence[Device]) -> str:
     parts = []
     for device in devices:
-        if not charts.drawable(device):
+        drawn = Drawn(device)
+        if not drawn.whole:
             continue
-        shape = charts.centre(device)
-        forwards, steps = (device.layers(phase)[shape] for phase in charts.PHASES)
-        rows = [(name, forwards.ratio(name), steps.ratio(name)) for name in LAYER_RIVALS]
+        phases, names = drawn.operation.phases, [name for name in drawn.charts.colours if name != OURS]
+        ratios = [(name, [drawn.at_centre(phase).ratio(name) for phase in phases]) for name in names]
+        rows = [[name, *found] for name, found in ratios if found[-1]]
         parts += [
             f"![Rivals](docs/{chart(device, 'rivals')})",
-            f"*Time of the rivals over ours, {conditions(device)}; {charts.describe(shape)}.*",
-            table(["rival", "forward", "forward and backward"], [row for row in rows if row[2]]),
+            f"*Time of the rivals over ours, {conditions(device)}; {drawn.charts.describe(drawn.centre)}.*",
+            table(["rival", *phases.values()], rows),
         ]
     return "\n\n".join([*parts, *to_come(devices)])
 
@@ -96,34 +80,26 @@ def everything(devices: Sequence[Device]) -> str:
             + ", ".join(sorted({f"{f['tflops']:.3g} TFLOP/s in {dtype}" for dtype, f in rates(device).items()}))
             + f", {device.conditions['gb_per_s']:.3g} GB/s."
         )
-        if charts.drawable(device):
+        if Drawn(device).whole:
             for name, text in (("rivals", "All rivals"), ("curves", "Along the shape"), ("memory", "Memory")):
                 parts.append(f"![{text}]({chart(device, name)})")
-        for phase, title in charts.PHASES.items():
-            layers = device.layers(phase)
-            if layers:
-                parts += [f"### Adapters on q and v: {title}", layer_table(layers)]
-        for op, title in OTHERS.items():
-            found = {key[2]: comparison for key, comparison in device.comparisons.items() if key[0] == op}
-            if found:
-                parts += [f"### {title}", other_table(found)]
+        for name, operation in operations().items():
+            for phase, title in operation.phases.items():
+                found = device.of(name, phase)
+                if found:
+                    parts += [f"### {operation.title}{title and f': {title}'}", comparisons(operation, found)]
     return "\n\n".join(parts)
 
 
-def layer_table(layers: dict[Layer, Comparison]) -> str:
-    header = ["form", "width", "rows", "clients", "tiers × rank", "dtype", "ours, ms", "floor / ours", *LAYER_RIVALS]
-    rows: list[list[object]] = []
-    for s, found in sorted(layers.items(), key=lambda item: item[0]._replace(compiled=False)):
-        form = [s.form, s.width, f"{s.rows:,}", s.groups, f"{s.tiers} × {s.rank}", s.dtype]
-        rows.append([*form, *own(found), *(found.ratio(name) for name in LAYER_RIVALS)])
-    return table(header, rows)
-
-
-def other_table(found: dict[Shape, Comparison]) -> str:
-    fields = next(iter(found))._fields
-    rivals = list(dict.fromkeys(name for comparison in found.values() for name in comparison.by_rival if name != OURS))
-    rows = [[*shape, *own(c), *(c.ratio(name) for name in rivals)] for shape, c in sorted(found.items())]
-    return table([*fields, "ours, ms", "floor / ours", *rivals], rows)
+def comparisons(operation: Operation, found: Mapping[Any, Comparison]) -> str:
+    """A row for each shape: our time, the floor, and the rivals' times over ours."""
+    measured = dict.fromkeys(name for comparison in found.values() for name in comparison.by_rival)
+    rivals = [name for name in (operation.charts.colours if operation.charts else measured) if name != OURS]
+    rows = [
+        [*operation.columns(shape).values(), *own(one), *(one.ratio(name) for name in rivals)]
+        for shape, one in sorted(found.items())
+    ]
+    return table([*operation.columns(next(iter(found))), "ours, ms", "floor / ours", *rivals], rows)
 
 
 def own(comparison: Comparison) -> list[object]:
@@ -132,9 +108,9 @@ def own(comparison: Comparison) -> list[object]:
     return [f"{ours:.3g}", f"{floor / ours:.0%}"] if ours and floor is not None else ["", ""]
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join("–" if cell is None else str(cell) for cell in line) + " |" for line in lines)
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    cells = (tuple(MISSING if cell is None else str(cell) for cell in row) for row in rows)
+    return Table(tuple(header), tuple(map(Row, cells))).markdown()
 
 
 def conditions(device: Device) -> str:

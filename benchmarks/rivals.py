@@ -14,9 +14,8 @@ kinder to PEFT than its default (fp32 adapters, for which it casts x); ours are 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +24,12 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 import hilora
-from benchmarks.shapes import Layer
 from benchmarks.timing import DEVICE
 from hilora.adapters.injection import banks
 from hilora.federated.settings import TIERS
-from hilora.kernels import dispatch
+
+if TYPE_CHECKING:
+    from benchmarks.operations.layer import Layer
 
 SCALE = 2.0
 
@@ -91,7 +91,7 @@ class Problem(NamedTuple):
         return copy.deepcopy(self.base, {id(p): p for p in self.base.parameters()})
 
 
-Pair = tuple[nn.Parameter, nn.Parameter]  # A and B
+Pair = tuple[Tensor, Tensor]  # A and B
 
 
 class Rival(NamedTuple):
@@ -105,7 +105,7 @@ class Rival(NamedTuple):
     modules: list[nn.Module]
     live: list[list[Pair]]
 
-    def trained(self) -> list[nn.Parameter]:
+    def trained(self) -> list[Tensor]:
         return [factor for pairs in self.live for pair in pairs for factor in pair]
 
     def gradients(self) -> list[Tensor]:
@@ -132,13 +132,12 @@ def ours(problem: Problem, whole: bool = False) -> Rival:
     if shape.groups > 1:
         hilora.set_slots(model, **dict(zip(problem.tiers, problem.slots, strict=True)))
     (bank,) = banks(model)
-    with torch.no_grad():
-        for tier, A, B in zip(problem.tiers, problem.A, problem.B, strict=True):
-            bank.A[tier].copy_(A.expand_as(bank.A[tier]))
-            bank.B[tier].copy_(_whole(B)[None] if whole else B.transpose(0, 1))
-    last = problem.tiers[-1]
-    hilora.set_active_tier(model, last)
-    return Rival([model], [[(bank.A[last], bank.B[last])]])
+    hilora.set_active_tier(model, last := problem.tiers[-1])
+    for tier, A, B in zip(problem.tiers, problem.A, problem.B, strict=True):
+        tables = (A.expand_as(bank.A(tier)), _whole(B)[None] if whole else B.transpose(0, 1))
+        held = [table.detach().clone().contiguous().requires_grad_(tier == last) for table in tables]
+        bank.hold(tier, held[0], held[1], bank.slots[tier])
+    return Rival([model], [[bank.held[last]]])
 
 
 def peft(problem: Problem) -> Rival:
@@ -221,19 +220,9 @@ def frozen(problem: Problem) -> Rival:
     return Rival([problem.base], [])
 
 
-@contextmanager
-def forced(backend: str) -> Iterator[None]:
-    """Let an implementation serve, as `HILORA_BACKEND` does."""
-    before, dispatch.FORCED = dispatch.FORCED, backend
-    try:
-        yield
-    finally:
-        dispatch.FORCED = before
-
-
 def _with_stacked(layer: nn.Module, others: Sequence[tuple[Tensor, Tensor]], last: tuple[Tensor, Tensor]) -> Rival:
     """Of A `[G, r, in]` and B `[G, 2, out, r]`."""
-    pairs = []
+    pairs: list[Pair] = []
     for name, B in _by_layer(layer, last[1]).items():
         before = [(other_A, _by_layer(layer, other_B)[name]) for other_A, other_B in others]
         one = Stacked(getattr(layer, name), before, (last[0], B))

@@ -19,6 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Step = Callable[..., object]
 Inputs = tuple[Tensor, ...]
 SECONDS = {"toy": 0.05, "cpu": 1.2, "cuda": 1.0}  # that the rivals of one contest are timed for, all together
+SCALES = tuple(SECONDS)  # of the shapes
 TURN = 0.02  # seconds that a turn lasts at least: short steps are repeated within it
 
 

@@ -4,13 +4,17 @@ Every class is also the built-in exception that Python programs expect there, so
 bug of the library is none of these, and keeps its traceback.
 """
 
+from hilora.kernels.errors import BackendError, HiLoRAError, InvalidValueError
 
-class HiLoRAError(Exception):
-    """The library was given something that it cannot use."""
-
-
-class InvalidValueError(HiLoRAError, ValueError):
-    """A value, shape, rank or dtype that does not fit."""
+__all__ = [
+    "BackendError",
+    "FileError",
+    "HiLoRAError",
+    "InvalidTypeError",
+    "InvalidValueError",
+    "MissingFileError",
+    "SlotError",
+]
 
 
 class InvalidTypeError(HiLoRAError, TypeError):
@@ -35,3 +39,11 @@ class NotAFolderError(HiLoRAError, NotADirectoryError):
 
 class ResourceError(HiLoRAError, RuntimeError):
     """Something from outside of the library that cannot be had: a download, a font."""
+
+
+def told(error: BaseException) -> str | None:
+    """What a command says of an error, in one line and without a traceback: where it was given something that it cannot
+    use, a file or device that does not work, or a package is missing. None where the error is a bug."""
+    if isinstance(error, ImportError) and (error.name or "hilora").split(".")[0] != "hilora":
+        return f"{error}: install it, as by pip install {(error.name or '').split('.')[0]}"
+    return " ".join(str(error).split()) if isinstance(error, HiLoRAError | OSError) else None

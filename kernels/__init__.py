@@ -1,14 +1,19 @@
-"""The operations on tensors that everything above is built from. They know nothing of ViTs, adapters or clients."""
+"""The operations on tensors that everything above is built from. They know nothing of ViTs, adapters or clients.
 
-from .dispatch import gram_penalty, stacked_lora_linear, subspace_distances, twice_differentiable
-from .reference import orthonormal_basis
-from .tier import Tier
+Each folder is a family of operations; `backends` says who serves a call.
+"""
+
+from .backends import explain, twice_differentiable, use_backend
+from .overlaps import gram_penalty, orthonormal_basis, subspace_distances
+from .stacked_linear import Tier, stacked_lora_linear
 
 __all__ = [
     "Tier",
+    "explain",
     "gram_penalty",
     "orthonormal_basis",
     "stacked_lora_linear",
     "subspace_distances",
     "twice_differentiable",
+    "use_backend",
 ]

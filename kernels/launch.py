@@ -1,7 +1,8 @@
-"""How kernels are launched: tile sizes, and the precision of products."""
+"""What kernels of all operations share: their helpers, how they are launched, and what autocast does to operators."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -57,8 +58,32 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def contiguous_slot(slot: Tensor | None, like: Tensor) -> Tensor | None:
-    """Slots for a kernel: int32, on the device of `like`."""
-    if slot is not None and slot.dtype != torch.int32:
-        slot = slot.clamp(-1, torch.iinfo(torch.int32).max)  # too large stays too large
-    return None if slot is None else slot.to(like.device, torch.int32).contiguous()
+def int32(numbers: Tensor | None, like: Tensor) -> Tensor | None:
+    """Slots or ranks for a kernel, on the device of `like`."""
+    if numbers is not None and numbers.dtype != torch.int32:
+        numbers = numbers.clamp(-1, torch.iinfo(torch.int32).max)  # too large stays too large
+    return None if numbers is None else numbers.to(like.device, torch.int32).contiguous()
+
+
+def power_of_two(number: int, at_least: int = 1) -> int:
+    """The next power of two."""
+    return max(1 << (number - 1).bit_length(), at_least)
+
+
+_LIBRARY = torch.library.Library("hilora", "FRAGMENT")
+
+
+def under_autocast(name: str, operator: Callable[..., Any], cast: int = 0) -> None:
+    """Let autocast take an operator of torch, `hilora::name`, as it stands, its first few arguments cast."""
+    for key, device in (("AutocastCUDA", "cuda"), ("AutocastCPU", "cpu")):
+        _LIBRARY.impl(name, _cast(operator, device, cast), key)
+
+
+def _cast(operator: Callable[..., Any], device: str, cast: int) -> Callable[..., Any]:
+    def inside(*args: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+        narrow = [arg.to(dtype) if isinstance(arg, Tensor) else arg for arg in args[:cast]]
+        with torch.autocast(device, enabled=False):
+            return operator(*narrow, *args[cast:])
+
+    return inside

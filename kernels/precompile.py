@@ -13,23 +13,22 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from . import gram, launch, tiled
-from .tier import Tier
+from . import launch
+from .backends import folders
 
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes of a program
 ARCHITECTURES = [80, 89, 90, 100]  # that are compiled for unless told otherwise
-PRODUCTS = ("gemm", "shrink_expand", "backward_rows", "pairwise_overlaps")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 
 
@@ -55,7 +54,7 @@ class Compiled(NamedTuple):
             return f"{self.shared} bytes of shared memory, {SHARED_MEMORY[self.arch]} are there"
         if (
             self.arch == 90
-            and self.kernel in PRODUCTS
+            and self.kernel in products()
             and self.dtype in ("bf16", "fp16")
             and "HGMMA" not in self.instructions
         ):
@@ -79,51 +78,14 @@ class Pretended:
         return 0
 
 
-def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+def plans() -> list[Any]:
+    """Of each family of operations: its `plan`, where it has one, says by `cases` what to compile."""
+    return [import_module(f"{folder}.plan") for folder in folders() if find_spec(f"{folder}.plan")]
 
 
-def linear(
-    dtype: torch.dtype, width: int, ranks: tuple[int, ...], *, groups: int = 1, rows: int = 12_608,
-    fused_qkv: bool = True, bias: bool = True, needs_x: bool = True,
-) -> None:  # fmt: skip
-    """Forward and backward of a layer by both plans, the last tier in training."""
-    out = 3 * width if fused_qkv else width
-    x, weight = empty(groups, rows, width, dtype=dtype), empty(out, width, dtype=dtype)
-    slot = empty(groups).int() if groups > 1 else None
-    columns = [(0, width), (2 * width, width)] if fused_qkv else [(0, width)]
-    tables = 4 if groups > 1 else 1
-    tiers = [Tier(empty(tables, r, width), empty(tables, width, r), 2.0, slot, part) for part in columns for r in ranks]
-    trained = [index % len(ranks) == len(ranks) - 1 for index in range(len(tiers))]
-    for plan in ("fused", "split"):
-        y, S = tiled.forward(x, weight, empty(out, dtype=dtype) if bias else None, tiers, trained, plan)
-        tiled.backward(y, S, x, weight, tiers, trained, plan, needs_x)
-
-
-def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
-    """What to call for a dtype of x."""
-    yield "ViT-B qkv, r 8+8+8", lambda: linear(dtype, 768, (8, 8, 8))
-    if dtype == torch.float16:
-        return
-    yield "ViT-Ti q, r 16+8+4, 4 clients", lambda: linear(dtype, 192, (16, 8, 4), groups=4, rows=37, fused_qkv=False)
-    yield "width 200, r 64+64+64", lambda: linear(dtype, 200, (64, 64, 64), fused_qkv=False, bias=False)
-    if dtype == torch.bfloat16:
-        for name, width in (("ViT-S", 384), ("ViT-H", 1280)):
-            yield f"{name} qkv, r 8", lambda width=width: linear(dtype, width, (8,))  # type: ignore[misc]
-        yield "ViT-B qkv, first layer", lambda: linear(dtype, 768, (8, 8, 8), needs_x=False)
-    if dtype == torch.float32:
-        yield "r 8 against 8, 8", lambda: penalties(8)
-        yield "r 64 against 64, 64", lambda: penalties(64)
-        for rank in (8, 64):
-            yield f"r {rank}", lambda rank=rank: _distances(rank)  # type: ignore[misc]
-
-
-def penalties(rank: int) -> None:
-    gram.penalties(empty(24, 4, 768, rank), [empty(24, 1, 768, rank), empty(24, 4, 768, rank)], [0.1, 0.1])
-
-
-def _distances(rank: int) -> None:
-    gram.subspace_distances(empty(100, 24, 768, rank))
+def products() -> set[str]:
+    """Kernels that multiply matrices, by the instructions of tensor cores."""
+    return {name for plan in plans() for name in getattr(plan, "PRODUCTS", ())}
 
 
 def compile_all(arch: int) -> list[Compiled]:
@@ -132,7 +94,7 @@ def compile_all(arch: int) -> list[Compiled]:
     found: dict[tuple[str, str, str], Compiled] = {}
     for dtype_name, dtype in DTYPES.items():
         torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype_name == "tf32" else "ieee"
-        for case, call in cases(dtype):
+        for case, call in (one for plan in plans() for one in plan.cases(dtype)):
 
             def compile_only(kernel: Any, grid: tuple[int, ...], args: Any, constants: dict[str, Any]) -> None:
                 compiled = kernel.warmup(*args, grid=grid, **constants)
@@ -151,7 +113,7 @@ def _examine(compiled: Any, arch: int, kernel: str, case: str, dtype: str, const
         binary = Path(folder, "kernel.cubin")
         binary.write_bytes(compiled.asm["cubin"])
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(binary)]
-        if kernel in PRODUCTS:
+        if kernel in products():
             command.append("-sass")  # which takes long
         report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     instructions = sorted(set(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA|FFMA2?)\b", report)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import hilora
-from hilora.adapters.bank import AdapterBank
 from hilora.adapters.injection import banks
 
 TIERS = ("root", "cluster", "leaf")
@@ -43,16 +41,34 @@ def images(count: int, size: int = 16, seed: int = 1, dtype: torch.dtype = torch
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int = 0, scale: float = 0.3) -> None:
     """Random adapters in place of those without effect."""
-    for index, (_, _, factor) in enumerate(factors(model)):
-        factor.copy_(random(*factor.shape, seed=100 * seed + index, dtype=factor.dtype) * scale)
+    tables = [(bank, tier) for bank in banks(model) for tier in bank.tiers]
+    for index, (bank, tier) in enumerate(tables):
+        bank.assign(
+            tier,
+            *(
+                random(*factor.shape, seed=100 * seed + 2 * index + i, dtype=factor.dtype) * scale
+                for i, factor in enumerate((bank.A(tier), bank.B(tier)))
+            ),
+        )
 
 
-def factors(model: nn.Module) -> Iterator[tuple[AdapterBank, str, nn.Parameter]]:
-    """Every A and B in a model, with their bank and tier."""
+def values(model: nn.Module) -> list[Tensor]:
+    """A and B of all tiers of all banks, as copies: `[P, S, r, in]`, `[P, S, out, r]`."""
+    return [
+        factor(tier).detach().clone() for bank in banks(model) for factor in (bank.A, bank.B) for tier in bank.tiers
+    ]
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    """Their gradients likewise, zero where there is none."""
+    found = []
     for bank in banks(model):
-        for tier in bank.tiers:
-            yield bank, tier, bank.A[tier]
-            yield bank, tier, bank.B[tier]
+        for factor, name in ((bank.A, "lora_A"), (bank.B, "lora_B")):
+            for tier in bank.tiers:
+                parameters = [getattr(layer, name)[tier] for layer in bank.layers]
+                each = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+                found.append(torch.cat([grad.flatten() for grad in each]).view(factor(tier).shape))
+    return found
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

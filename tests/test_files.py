@@ -46,19 +46,27 @@ def test_a_failed_replacement_leaves_the_old_file_and_no_other(tmp_path, monkeyp
 
 
 def test_an_error_while_writing_leaves_neither_file_nor_folder(tmp_path):
-    (tmp_path / "there").mkdir()
-    for path in (tmp_path / "there" / "a", tmp_path / "new" / "newer" / "a"):
-        with pytest.raises(KeyboardInterrupt), atomic(path) as temporary:
+    def interrupted(path: Path) -> None:
+        with atomic(path) as temporary:
             temporary.write_bytes(b"half")
             assert not path.exists()
             raise KeyboardInterrupt
+
+    (tmp_path / "there").mkdir()
+    for path in (tmp_path / "there" / "a", tmp_path / "new" / "newer" / "a"):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(path)
     assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
 
 
 def test_what_another_one_put_into_a_new_folder_stays(tmp_path):
-    with pytest.raises(OSError, match="full"), atomic(tmp_path / "new" / "a"):
-        (tmp_path / "new" / "b").touch()
-        raise OSError("full")
+    def fails() -> None:
+        with atomic(tmp_path / "new" / "a"):
+            (tmp_path / "new" / "b").touch()
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        fails()
     assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "b"]
 
 
@@ -85,10 +93,19 @@ def test_permissions_are_those_of_the_umask_or_of_the_file_that_was_there(tmp_pa
 
 
 def test_a_file_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
-    order = []
+    order: list[object] = []
     sync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda file: (order.append(os.fstat(file).st_size), sync(file)))
-    monkeypatch.setattr(os, "replace", lambda one, other: (order.append("replace"), replace(one, other)))
+
+    def synced(file: int) -> None:
+        order.append(os.fstat(file).st_size)
+        sync(file)
+
+    def replaced(source: Path, target: Path) -> None:
+        order.append("replace")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
     write_bytes(tmp_path / "a", b"123")
     assert order[:2] == [3, "replace"]
     assert len(order) == 3

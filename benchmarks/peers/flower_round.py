@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import queue
 import threading
+from dataclasses import replace
 from functools import cache
 from time import sleep
 from typing import Any
@@ -16,10 +17,10 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from torch import Tensor
 
-from benchmarks.federation import Federation
+from benchmarks.federation import Federation, Round
 from benchmarks.peers.peft_loop import PeftLoop
-from benchmarks.shapes import Round
-from hilora.federated.engine.state import Table
+from hilora.adapters.table import AdapterTable
+from hilora.federated.protocol import Head, Rows
 from hilora.federated.settings import TIERS
 
 client_app = ClientApp()
@@ -39,12 +40,12 @@ def train(message: Message, context: Context) -> Message:
     federation, peft = _trainer(given["shape"], given["threads"])
     state = message.content["arrays"].to_torch_state_dict()
     own = torch.zeros(1, dtype=torch.long)
-    models = federation.models.rows(torch.tensor([given["client"]]))
-    leaf = Table({name: state[name][None] for name in ("A0", "B0")}, own)
-    head = Table({name: state[name][None] for name in ("weight", "bias")}, own)
-    models = models._replace(tiers={**models.tiers, TIERS[-1]: leaf}, head=head)
+    models = federation.models.of(torch.tensor([given["client"]]))
+    leaf = Rows(AdapterTable([state["A"][None]], [state["B"][None]]), own)
+    head = Rows(Head(state["weight"][None], state["bias"][None]), own)
+    models = replace(models, tiers={**models.tiers, TIERS[-1]: leaf}, head=head)
     adapters, heads = peft.train(federation.images, [federation.orders()[given["client"]]], models)
-    trained = {name: value[0] for name, value in {**adapters, **heads}.items()}
+    trained = {"A": adapters.A[0][0], "B": adapters.B[0][0], "weight": heads.weight[0], "bias": heads.bias[0]}
     return Message(content=RecordDict({"arrays": ArrayRecord(trained), "config": given}), reply_to=message)
 
 
@@ -99,8 +100,9 @@ class FlowerRounds:
         shape, models = json.dumps(self.federation.shape), self.federation.models
         messages = []
         for client, node in enumerate(nodes):
-            start = models.rows(torch.tensor([client]))
-            state = {**start.tiers["leaf"].taken(), **start.head.taken()}
+            start = models.of(torch.tensor([client]))
+            leaf, head = start.tiers["leaf"].taken(), start.head.taken()
+            state = {"A": leaf.A[0], "B": leaf.B[0], "weight": head.weight, "bias": head.bias}
             arrays = ArrayRecord({name: value[0] for name, value in state.items()})
             config = ConfigRecord({"client": client, "shape": shape, "threads": self.threads})
             content = RecordDict({"arrays": arrays, "config": config})
@@ -108,4 +110,4 @@ class FlowerRounds:
         replies = {}
         for reply in grid.send_and_receive(messages):
             replies[reply.content["config"]["client"]] = reply.content["arrays"].to_torch_state_dict()
-        return [torch.stack([replies[client][name] for client in range(len(nodes))]) for name in ("B0", "weight")]
+        return [torch.stack([replies[client][name] for client in range(len(nodes))]) for name in ("B", "weight")]

@@ -13,9 +13,11 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from benchmarks.federation import Federation
+from benchmarks.federation import GAMMAS, Federation
+from hilora.adapters.table import AdapterTable
+from hilora.federated.client import Models
 from hilora.federated.data.images import ImageSet
-from hilora.federated.engine.state import Models, State
+from hilora.federated.protocol import Head
 from hilora.federated.settings import TIERS
 from hilora.models.backbone import Backbone
 
@@ -48,8 +50,8 @@ class PeftLoop:
     """
 
     def __init__(self, federation: Federation, merged: bool = False, tuned: bool = False) -> None:
-        backbone, run = federation.backbone, federation.run
-        self.backbone, self.run, self.device = backbone, run, federation.device
+        backbone, run = federation.backbone, federation.settings
+        self.backbone, self.settings, self.device = backbone, run, federation.device
         self.merged, self.tuned = merged, tuned
         self.head = nn.Linear(backbone.features, len(federation.images.classes)).to(self.device)
         base: Any = copy.deepcopy(backbone.model).to(self.device).requires_grad_(False)
@@ -66,7 +68,7 @@ class PeftLoop:
         self.layers = [layer for layer in self.model.modules() if isinstance(layer, LoraLayer)]
         self.frozen = [layer.get_base_layer().weight.clone() for layer in self.layers]
 
-    def train(self, images: ImageSet, orders: Sequence[Tensor], models: Models) -> tuple[State, State]:
+    def train(self, images: ImageSet, orders: Sequence[Tensor], models: Models) -> tuple[AdapterTable, Head]:
         """A local epoch of each client.
 
         Args:
@@ -75,26 +77,25 @@ class PeftLoop:
             models: what they start from; the adapters of one bank of 12 whole `qkv`.
 
         Returns:
-            Leaf adapters and heads, as `Cohort.train` gives them.
+            Leaf adapters and heads, as the batched engine gives them.
         """
         dataset, found = Images(images, self.backbone), []
         for client, order in enumerate(orders):
-            self._load(models.rows(torch.tensor([client])))
-            loader = DataLoader(Subset(dataset, order.tolist()), batch_size=self.run.batch_size)
+            self._load(models.of(torch.tensor([client])))
+            loader = DataLoader(Subset(dataset, order.tolist()), batch_size=self.settings.batch_size)
             found.append(self._fit(loader))
-        adapters, heads = zip(*found, strict=True)
-        return tuple(
-            {name: torch.stack([one[name] for one in states]) for name in states[0]} for states in (adapters, heads)
-        )  # type: ignore[return-value]
+        A, B, weight, bias = (torch.stack(values) for values in zip(*found, strict=True))
+        return AdapterTable([A], [B]), Head(weight, bias)
 
-    def _fit(self, loader: DataLoader[tuple[Tensor, Tensor]]) -> tuple[State, State]:
+    def _fit(self, loader: DataLoader[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A and B `[P, …]` of the leaf, weight and bias of the head."""
         leaves = [p for p in self.model.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(
             [
-                {"params": leaves, "lr": self.run.lr["leaf"]},
-                {"params": self.head.parameters(), "lr": self.run.head_lr["leaf"]},
+                {"params": leaves, "lr": self.settings.lr["leaf"]},
+                {"params": self.head.parameters(), "lr": self.settings.head_lr["leaf"]},
             ],
-            weight_decay=self.run.weight_decay,
+            weight_decay=self.settings.weight_decay,
         )
         self.model.train()
         for pixels, labels in loader:
@@ -106,11 +107,11 @@ class PeftLoop:
             loss.backward()
             optimiser.step()
         A, B = (torch.stack([value.detach().clone() for value in self._factors("leaf", factor)]) for factor in "AB")
-        return {"A0": A, "B0": B}, {name: value.detach().clone() for name, value in self.head.named_parameters()}
+        return A, B, self.head.weight.detach().clone(), self.head.bias.detach().clone()
 
     def _penalty(self) -> Tensor:
         total = torch.zeros((), device=self.device)
-        for tier, gamma in (("root", self.run.gamma_root), ("cluster", self.run.gamma_cluster)):
+        for tier, gamma in GAMMAS.items():
             for other, leaf in zip(self.before[tier], self._factors("leaf", "B"), strict=True):
                 total = total + gamma * (other.T @ leaf).square().sum()
         return total
@@ -121,24 +122,24 @@ class PeftLoop:
     @torch.no_grad()
     def _load(self, models: Models) -> None:
         """One client's adapters and head."""
-        taken = {
-            tier: {name: value[0].to(self.device) for name, value in models.tiers[tier].taken().items()}
-            for tier in TIERS
-        }
-        self.before = {tier: taken[tier]["B0"].unbind(0) for tier in TIERS[:2]}
+        taken = {}
+        for tier in TIERS:
+            (A,), (B,) = (factor for factor in (models.tiers[tier].taken().A, models.tiers[tier].taken().B))
+            taken[tier] = {"A": A[0].to(self.device), "B": B[0].to(self.device)}
+        self.before = {tier: taken[tier]["B"].unbind(0) for tier in TIERS[:2]}
         for tier in TIERS[2:] if self.merged else TIERS:
             for factor in "AB":
-                for weight, value in zip(self._factors(tier, factor), taken[tier][f"{factor}0"], strict=True):
+                for weight, value in zip(self._factors(tier, factor), taken[tier][factor], strict=True):
                     weight.copy_(value)
         if self.merged:
             for index, (layer, frozen) in enumerate(zip(self.layers, self.frozen, strict=True)):
                 delta = sum(
-                    self.run.lora_alpha[tier]
-                    / self.run.rank[tier]
-                    * taken[tier]["B0"][index]
-                    @ taken[tier]["A0"][index]
+                    self.settings.lora_alpha[tier]
+                    / self.settings.rank[tier]
+                    * taken[tier]["B"][index]
+                    @ taken[tier]["A"][index]
                     for tier in TIERS[:2]
                 )
                 layer.get_base_layer().weight.copy_(frozen + delta)
-        for name, value in models.head.taken().items():
+        for name, value in models.head.taken().tensors().items():
             getattr(self.head, name).copy_(value[0])

@@ -1,67 +1,174 @@
-"""AdapterBank: the adapters of all projections of one shape, one flat tensor per tier and factor."""
+"""AdapterBank: the adapters of all projections of one shape, as one flat tensor per tier and factor."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hilora.adapters.config import HiLoRAConfig
+from hilora.adapters.factors import Held, joined, slot_count, squeezed
+from hilora.adapters.table import AdapterTable
+from hilora.adapters.torch_internals import reshape_parameter
+from hilora.errors import InvalidValueError
 
-Mixer = Callable[[int, Tensor], Mapping[str, float | Tensor]]
+if TYPE_CHECKING:
+    from hilora.adapters.layers import TieredLoRALinear
+
+Composition = Callable[[int, Tensor], Mapping[str, float | Tensor]]
 
 
-class AdapterBank(nn.Module):
-    """Adapters of P projections `in → out`, S of them (slots) in each tier.
-
-    A tier is one batch of matrices, so that the optimiser, the orthogonality penalty, the aggregation and a file see
-    two tensors a tier, however many layers the model has.
+class Shared:
+    """What the layers of a bank have in common; each of them refers to it.
 
     Attributes:
-        A: tier → parameter `[P, S, r, in]`; Kaiming-uniform when fresh.
-        B: tier → parameter `[P, S, out, r]`; zero when fresh.
-        names: paths of the P projections.
+        config: the adapters.
         slots: tier → int32 `[G]`, which adapter each of G equal groups of rows uses, -1 for none; or None.
-        mixer: what weighs the tiers' outputs against each other: from a projection's number and its x `[G, M, in]`,
-            for tiers that it names, a number or a tensor `[G, M]`; None adds them as they are.
+        ranks: tier → int32 `[S]`, the ranks of adapters that do not have all of the tier's; or None.
+        composition: what weighs the tiers' outputs against each other: from a projection's number and its x
+            `[G, M, in]`, for tiers that it names, a number or a tensor `[G, M]`; None adds them as they are.
+        held: tier → tables in place of the layers' parameters.
+        disabled: the layers compute as if they had no adapters.
     """
 
-    def __init__(self, names: Sequence[str], config: HiLoRAConfig, like: Tensor) -> None:
-        """Adapters for the projections `names`, each of the shape `[out, in]` and on the device of the weight `like`,
-        in fp32 also beside narrower weights, as in PEFT."""
-        super().__init__()
-        self.names, self.config = tuple(names), config
-        self.out_features, self.in_features = like.shape
-        self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
+    def __init__(self, config: HiLoRAConfig) -> None:
+        self.config = config
         self.slots: dict[str, Tensor | None] = dict.fromkeys(config.tiers)
-        self.mixer: Mixer | None = None
-        self.composition: Mixer | None = None
-        self.held: dict[str, tuple[Tensor, Tensor]] = {}
-        self._parts: dict[str, _Parts] = {}
-        wide = torch.promote_types(like.dtype, torch.float32)
-        for tier in config.tiers:
-            A, B = self.fresh(tier, config.slot_count(tier))
-            self.A[tier], self.B[tier] = (nn.Parameter(factor.to(like.device, wide)) for factor in (A, B))
-        self.activate(config.tiers[0])
+        self.ranks: dict[str, Tensor | None] = dict.fromkeys(config.tiers)
+        self.composition: Composition | None = None
+        self.held: dict[str, Held] = {}
+        self.disabled = False
+        self.before: dict[str, tuple[Tensor | None, Tensor | None]] = {}  # slots and ranks, for when nothing is held
+
+    def release(self, tiers: Iterable[str] | None = None) -> None:
+        """Hold nothing more, of these tiers or of all: slots and ranks are again what they were."""
+        for tier in list(self.held) if tiers is None else tiers:
+            if self.held.pop(tier, None) is not None:
+                self.slots[tier], self.ranks[tier] = self.before.pop(tier)
+
+    def to(self, device: torch.device) -> None:
+        """Move slots and ranks."""
+        for tensors in (self.slots, self.ranks):
+            for tier, tensor in tensors.items():
+                tensors[tier] = None if tensor is None else tensor.to(device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is held stays with the original: copies have the layers' own adapters."""
+        copied = type(self)(self.config)
+        copied.__dict__.update(self.__dict__)
+        for name in ("slots", "ranks", "held", "before"):
+            copied.__dict__[name] = dict(self.__dict__[name])
+        copied.release()
+        return copied.__dict__
+
+
+class AdapterBank:
+    """Adapters of P projections `in → out`, S of them (slots) in each tier.
+
+    The parameters belong to the layers; a bank is how they are seen together: a tier is one batch of matrices, so that
+    a penalty, an aggregation and a file see two tensors a tier, however many layers the model has. `hilora.inject` lays
+    the parameters out as consecutive pieces of one flat tensor, which `A` and `B` then give without a copy.
+
+    Attributes:
+        layers: the layers of a model, in its order, that share the adapters' shape.
+        names: paths of the P projections.
+        in_features: of each projection; `out_features` likewise.
+    """
+
+    def __init__(self, layers: Sequence[TieredLoRALinear], names: Sequence[str]) -> None:
+        self.layers, self.names, self.shared = tuple(layers), tuple(names), layers[0].shared
+        self.in_features, self.out_features = layers[0].in_features, layers[0].columns[0][1]
+        self._counts = [len(layer.columns) for layer in layers]
+
+    @property
+    def config(self) -> HiLoRAConfig:
+        return self.shared.config
 
     @property
     def tiers(self) -> tuple[str, ...]:
         return self.config.tiers
 
     @property
+    def device(self) -> torch.device:
+        return self.layers[0].weight.device
+
+    @property
+    def slots(self) -> dict[str, Tensor | None]:
+        """Tier → int32 `[G]`, which adapter each of G equal groups of rows uses, -1 for none; or None."""
+        return self.shared.slots
+
+    @property
+    def ranks(self) -> dict[str, Tensor | None]:
+        """Tier → int32 `[S]`, the ranks of adapters that do not have all of the tier's; or None."""
+        return self.shared.ranks
+
+    @property
+    def composition(self) -> Composition | None:
+        """What weighs the tiers' outputs against each other; see `Shared`."""
+        return self.shared.composition
+
+    @composition.setter
+    def composition(self, composition: Composition | None) -> None:
+        self._number()
+        self.shared.composition = composition
+
+    def A(self, tier: str) -> Tensor:
+        """A of the tier, `[P, S, r, in]`: to be read, see `factors.joined`; what is held, if something is."""
+        held = self.shared.held.get(tier)
+        return held.A if held is not None else self._joined("lora_A", tier)
+
+    def B(self, tier: str) -> Tensor:
+        """B of the tier, `[P, S, out, r]`, likewise."""
+        held = self.shared.held.get(tier)
+        return held.B if held is not None else self._joined("lora_B", tier)
+
+    def _joined(self, factor: str, tier: str) -> Tensor:
+        return joined(self._parameters(factor, tier), self._counts)
+
+    def _parameters(self, factor: str, tier: str) -> list[nn.Parameter]:
+        return [getattr(layer, factor)[tier] for layer in self.layers]
+
+    def parameters(self, tier: str) -> list[nn.Parameter]:
+        """The layers' parameters of a tier: all A, then all B."""
+        return self._parameters("lora_A", tier) + self._parameters("lora_B", tier)
+
+    def slot_count(self, tier: str) -> int:
+        """S of a tier."""
+        held = self.shared.held.get(tier)
+        if held is not None:
+            return held.A.shape[1]
+        return slot_count(self.layers[0].lora_A[tier], self._counts[0])
+
+    def rank_of(self, tier: str) -> Tensor:
+        """The rank of each of the tier's adapters, int64 `[S]` on the CPU."""
+        ranks = self.shared.ranks[tier]
+        if ranks is None:
+            return torch.full((self.slot_count(tier),), self.config.rank(tier))
+        return ranks.cpu().long()
+
+    def table(self, tier: str) -> AdapterTable:
+        """The tier's adapters, to be read: `[S, P, r, in]`, `[S, P, out, r]`, views of `A` and `B`."""
+        A, B = (factor(tier).detach().transpose(0, 1) for factor in (self.A, self.B))
+        return AdapterTable([A], [B], self.rank_of(tier))
+
+    @property
     def active(self) -> str | None:
         """The tier in training, if one is."""
-        trained = (tier for tier in self.tiers if self.A[tier].requires_grad or self.B[tier].requires_grad)
-        return next(trained, None)
+        for tier in self.tiers:
+            held = self.shared.held.get(tier)
+            factors = self.parameters(tier) if held is None else [held.A, held.B]
+            if any(factor.requires_grad for factor in factors):
+                return tier
+        return None
 
     def activate(self, tier: str | None) -> None:
-        """Let this tier require gradients, and no other."""
+        """Let this tier's parameters require gradients, and no others."""
         for name in self.tiers:
-            self.A[name].requires_grad_(name == tier)
-            self.B[name].requires_grad_(name == tier)
+            for parameter in self.parameters(name):
+                parameter.requires_grad_(name == tier)
 
     def fresh(self, tier: str, slots: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """New adapters of a tier that change nothing yet, on the CPU: A `[P, slots, r, in]` Kaiming-uniform as in PEFT,
@@ -71,99 +178,108 @@ class AdapterBank(nn.Module):
         A = torch.empty(count, slots, rank, self.in_features).uniform_(-bound, bound, generator=generator)
         return A, A.new_zeros(count, slots, self.out_features, rank)
 
+    def start(self) -> None:
+        """Give layers that have no parameters yet fresh ones, of which the first tier is in training: in fp32 also
+        beside narrower weights, as in PEFT."""
+        for tier in self.tiers:
+            for factor, table in zip(("lora_A", "lora_B"), self.fresh(tier, self.config.slot_count(tier)), strict=True):
+                weight = self.layers[0].weight
+                flat = table.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+                for layer, piece in zip(self.layers, flat.split(self._counts), strict=True):
+                    getattr(layer, factor)[tier] = nn.Parameter(squeezed(piece).to(layer.weight.device))
+        self.activate(self.tiers[0])
+
     def grow(self, tier: str, slots: int) -> None:
         """Add fresh adapters until the tier has at least `slots`; those that are there keep their values."""
-        A, B = self.A[tier], self.B[tier]
-        missing = slots - A.shape[1]
+        missing = slots - self.slot_count(tier)
         if missing > 0:
+            A, B, rank = self.A(tier).detach(), self.B(tier).detach(), self.rank_of(tier)
             new_A, new_B = self.fresh(tier, missing)
-            self.assign(tier, torch.cat([A.data, new_A.to(A)], 1), torch.cat([B.data, new_B.to(B)], 1))
+            rank = torch.cat([rank, rank.new_full((missing,), self.config.rank(tier))])
+            self.assign(tier, torch.cat([A, new_A.to(A)], 1), torch.cat([B, new_B.to(B)], 1), rank)
 
-    def assign(self, tier: str, A: Tensor, B: Tensor) -> None:
-        """Give a tier another table: A `[P, S, r, in]`, B `[P, S, out, r]`, any S. The parameters stay the same
-        objects; an optimiser that holds moments of the former shape must be made anew.
+    @torch.no_grad()
+    def assign(self, tier: str, A: Tensor, B: Tensor, rank: Tensor | None = None) -> None:
+        """Give a tier's parameters other values: A `[P, S, r, in]`, B `[P, S, out, r]`, any S, copied. The parameters
+        stay the same objects; an optimiser that holds moments of another shape must be made anew. What is held of the
+        tier is released.
+
+        Args:
+            tier: which one.
+            A, B: the adapters.
+            rank: integers `[S]`, how much of the tier's rank each of them has; all of it by default.
 
         Raises:
-            ValueError: if the shapes do not fit the bank.
+            InvalidValueError: if the shapes do not fit the bank.
         """
         self.check(tier, A, B)
-        for parameter, value in ((self.A[tier], A), (self.B[tier], B)):
-            # By way of another dtype: nothing else resets autograd's node, which an old graph may keep alive, and
-            # which would sum gradients to the old shape.
-            parameter.data = parameter.new_empty(0, dtype=torch.half if parameter.dtype != torch.half else torch.float)
-            parameter.data, parameter.grad = value, None
+        self.shared.release([tier])
+        for factor, table in (("lora_A", A), ("lora_B", B)):
+            parameters = self._parameters(factor, tier)
+            flat: Tensor | None = None
+            start = 0
+            for parameter, count in zip(parameters, self._counts, strict=True):
+                value = squeezed(table[start : start + count])
+                if parameter.shape == value.shape:
+                    parameter.copy_(value)
+                    parameter.grad = None
+                else:
+                    if flat is None:
+                        flat = table.detach().to(parameter.device, parameter.dtype, copy=True).contiguous()
+                    piece = squeezed(flat[start : start + count])
+                    reshape_parameter(parameter, piece.to(parameter.device, parameter.dtype))
+                start += count
+        full = rank is None or bool((rank == self.config.rank(tier)).all())
+        self.shared.ranks[tier] = None if full or rank is None else rank.to(parameters[0].device, torch.int32)
 
     def check(self, tier: str, A: Tensor, B: Tensor) -> None:
-        """Raise a ValueError unless A `[P, S, r, in]` and B `[P, S, out, r]` fit the tier."""
+        """Raise an InvalidValueError unless A `[P, S, r, in]` and B `[P, S, out, r]` fit the tier."""
         count, rank = len(self.names), self.config.rank(tier)
         slots = A.shape[1] if A.dim() == 4 else -1
         fits = A.shape == (count, slots, rank, self.in_features) and B.shape == (count, slots, self.out_features, rank)
         if not fits:
-            raise ValueError(
+            raise InvalidValueError(
                 f"A {tuple(A.shape)} and B {tuple(B.shape)} do not fit tier {tier!r}: expected "
                 f"[{count}, S, {rank}, {self.in_features}] and [{count}, S, {self.out_features}, {rank}]"
             )
 
-    def part(self, tier: str, index: int) -> tuple[Tensor, Tensor]:
-        """The adapters of one projection: A `[S, r, in]`, B `[S, out, r]`."""
-        A, B = self.held.get(tier) or (self.A[tier], self.B[tier])
-        return self._part(f"A.{tier}", A, index), self._part(f"B.{tier}", B, index)
+    def hold(self, tier: str, A: Tensor, B: Tensor, slot: Tensor | None = None, ranks: Tensor | None = None) -> None:
+        """Let the layers use these tables themselves in place of their parameters of a tier, until `release`.
 
-    def hold(self, tier: str, A: Tensor, B: Tensor, slot: Tensor | None = None) -> None:
-        """Let the layers use these tensors in place of the bank's own, A `[P, S, r, in]` and B `[P, S, out, r]`."""
-        self.held[tier], self.slots[tier] = (A, B), slot
-
-    def _part(self, key: str, parameter: Tensor, index: int) -> Tensor:
-        """`parameter[index]`.
-
-        In training, all projections of a forward pass are taken apart by one `unbind`: layer by layer, the backward
-        pass would write a gradient of the whole bank for each of them. A part is handed out once, so that every forward
-        pass has an unbind of its own.
-        """
-        trains = parameter.requires_grad and torch.is_grad_enabled()
-        if not trains or torch.compiler.is_compiling():
-            return parameter[index]
-        stamp = (id(parameter), parameter._version, parameter.untyped_storage()._cdata)
-        parts = self._parts.get(key)
-        if parts is None or parts.stamp != stamp or parts.views[index] is None:
-            parts = self._parts[key] = _Parts(stamp, list(parameter.unbind(0)))
-        view, parts.views[index] = parts.views[index], None
-        assert view is not None
-        return view
-
-    def select(self, tier: str, slot: int) -> tuple[Tensor, Tensor]:
-        """One adapter of the tier for all projections: A `[P, r, in]`, B `[P, out, r]`.
+        Args:
+            tier: which one.
+            A: `[P, S, r, in]`, any S; a leaf, or a tensor with a history, through which gradients go.
+            B: `[P, S, out, r]`.
+            slot: int32 `[G]` on the tables' device, or None.
+            ranks: int32 `[S]` there, or None where all have the tier's rank.
 
         Raises:
-            IndexError: if the tier has no such slot.
+            InvalidValueError: if the shapes do not fit the bank.
         """
-        count = self.A[tier].shape[1]
-        if not 0 <= slot < count:
-            raise IndexError(f"tier {tier!r} has {count} slots, there is no slot {slot}")
-        return self.A[tier][:, slot], self.B[tier][:, slot]
+        self.check(tier, A, B)
+        self._number()
+        shared = self.shared
+        shared.before.setdefault(tier, (shared.slots[tier], shared.ranks[tier]))
+        shared.held[tier] = Held(A, B)
+        shared.slots[tier], shared.ranks[tier] = slot, ranks
 
-    def only_slot(self, tier: str) -> int | None:
-        """The slot that goes without saying: 0 for one adapter, -1 for none, None where there are several."""
-        count = self.A[tier].shape[1]
-        return count - 1 if count < 2 else None
+    def release(self) -> None:
+        """Let the layers use their own parameters again, with the slots that they had."""
+        self.shared.release()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_parts": {}}  # views with a history can be neither copied nor pickled
+    @property
+    def held(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Tier → the A and B that are held."""
+        return {tier: (held.A, held.B) for tier, held in self.shared.held.items()}
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        for tier, slot in self.slots.items():
-            self.slots[tier] = None if slot is None else slot.to(self.A[tier].device)
-        return self
+    def _number(self) -> None:
+        """Tell the layers their places in this bank."""
+        position = 0
+        for layer, count in zip(self.layers, self._counts, strict=True):
+            layer.position = position
+            position += count
 
-    def extra_repr(self) -> str:
+    def __repr__(self) -> str:
         shape = f"{len(self.names)} projections {self.in_features} → {self.out_features}"
-        tiers = ", ".join(f"{tier}: r={self.config.rank(tier)} × {self.A[tier].shape[1]}" for tier in self.tiers)
-        return f"{shape}; {tiers}"
-
-
-class _Parts(NamedTuple):
-    """A parameter taken apart."""
-
-    stamp: tuple[int, int, int]  # which parameter, how often it was written to, where its values are
-    views: list[Tensor | None]  # those that have not been handed out
+        tiers = ", ".join(f"{tier}: r={self.config.rank(tier)} × {self.slot_count(tier)}" for tier in self.tiers)
+        return f"AdapterBank({shape}; {tiers})"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from numbers import Real
 from typing import Any
 
 from torch import nn
+
+from hilora.errors import InvalidValueError
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class HiLoRAConfig:
         target_modules: which linear layers to adapt. `"q"`, `"k"`, `"v"` mean a separate layer or the slice of a fused
             `qkv`, `kv` or `qk`; `"proj"`, `"fc1"`, `"fc2"` the other layers of a block, whatever the library calls
             them; anything else is the end of a module's path (`"mlp.fc1"`) or a pattern for it (`"[0-5].*.fc1"`).
+            A string in place of a tuple: `"all-linear"` for all linear layers but the classifier's, else a regular
+            expression that the whole of a path must match, as in PEFT.
         lora_dropout: probability of dropping an input of the adapters, in training mode only.
         tiers: names of the tiers in the order of the cascade.
         slots: adapters in each tier's table; one number for all tiers, or one for each. Tables also grow on demand
@@ -32,24 +37,28 @@ class HiLoRAConfig:
 
     r: int | Mapping[str, int] = 8
     lora_alpha: float | Mapping[str, float] = 16
-    target_modules: tuple[str, ...] = ("q", "v")
+    target_modules: tuple[str, ...] | str = ("q", "v")
     lora_dropout: float = 0.0
     tiers: tuple[str, ...] = ("root", "cluster", "leaf")
     slots: int | Mapping[str, int] = 1
 
     def __post_init__(self) -> None:
+        if isinstance(self.target_modules, str):
+            _check_expression(self.target_modules)
         for field in ("target_modules", "tiers"):
             names = getattr(self, field)
+            if field == "target_modules" and isinstance(names, str):
+                continue
             if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
-                raise ValueError(f"{field} must be a tuple of names, at least one, got {names!r}")
+                raise InvalidValueError(f"{field} must be a tuple of names, at least one, got {names!r}")
             object.__setattr__(self, field, tuple(names))
         if len(set(self.tiers)) < len(self.tiers):
-            raise ValueError(f"tiers must be distinct names, got {self.tiers}")
+            raise InvalidValueError(f"tiers must be distinct names, got {self.tiers}")
         for name in self.tiers:
             if not name.isidentifier() or hasattr(nn.ParameterDict, name):
-                raise ValueError(f"a tier cannot be called {name!r}: choose a Python identifier such as 'root'")
+                raise InvalidValueError(f"a tier cannot be called {name!r}: choose a Python identifier such as 'root'")
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout!r}")
+            raise InvalidValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout!r}")
         self._settle("r", int, "a whole number of at least 1", lambda v: v == v // 1 and v >= 1)
         self._settle("slots", int, "a whole number of at least 0", lambda v: v == v // 1 and v >= 0)
         self._settle("lora_alpha", float, "a positive number", lambda v: 0 < v < math.inf)
@@ -58,10 +67,10 @@ class HiLoRAConfig:
         """Make plain numbers of a field's values, or raise an error."""
         value = getattr(self, field)
         if isinstance(value, Mapping) and set(value) != set(self.tiers):
-            raise ValueError(f"{field} names the tiers {sorted(value)}, the config has {sorted(self.tiers)}")
+            raise InvalidValueError(f"{field} names the tiers {sorted(value)}, the config has {sorted(self.tiers)}")
         for number in value.values() if isinstance(value, Mapping) else (value,):
             if not _is_number(number) or not fits(number):
-                raise ValueError(f"{field} must be {expected}, got {value!r}")
+                raise InvalidValueError(f"{field} must be {expected}, got {value!r}")
         plain = {tier: kind(value[tier]) for tier in self.tiers} if isinstance(value, Mapping) else kind(value)
         object.__setattr__(self, field, plain)
 
@@ -79,7 +88,7 @@ class HiLoRAConfig:
 
     def _of(self, field: str, tier: str) -> Any:
         if tier not in self.tiers:
-            raise ValueError(f"unknown tier {tier!r}: this config has {', '.join(self.tiers)}")
+            raise InvalidValueError(f"unknown tier {tier!r}: this config has {', '.join(self.tiers)}")
         value = getattr(self, field)
         return value[tier] if isinstance(value, Mapping) else value
 
@@ -96,8 +105,17 @@ class HiLoRAConfig:
         """
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
-            raise ValueError(f"unknown fields {sorted(unknown)}: made by a newer hilora?")
+            raise InvalidValueError(f"unknown fields {sorted(unknown)}: made by a newer hilora?")
         return cls(**values)
+
+
+def _check_expression(expression: str) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise InvalidValueError(
+            f"target_modules {expression!r} is no regular expression ({error}): give one, or a tuple of names"
+        ) from error
 
 
 def _is_number(value: Any) -> bool:

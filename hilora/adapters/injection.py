@@ -4,41 +4,60 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hilora.adapters.bank import AdapterBank
-from hilora.adapters.callcheck import check_calls, end_check
+from hilora.adapters.bank import AdapterBank, Shared
+from hilora.adapters.callcheck import check_calls, end_check, watch_rows
 from hilora.adapters.config import HiLoRAConfig
-from hilora.adapters.layers import Projection, TieredLoRALinear
+from hilora.adapters.layers import TieredLoRALinear
+from hilora.adapters.statistics import freeze_statistics, thaw_statistics
+from hilora.adapters.torch_internals import walk
+from hilora.errors import InvalidValueError
+from hilora.models.registry import family_of
 from hilora.models.targets import Target, find_targets
 
 FRESH_HEAD = "_hilora_fresh_head"  # attributes of a model: its head before training,
 MERGED = "_hilora_merged"  # and the layers that a merge has put aside
 
 
-def banks(model: nn.Module) -> list[AdapterBank]:
+def banks(model: nn.Module, merged: bool = False) -> list[AdapterBank]:
     """The adapters in a model: one bank for each shape of projection.
+
+    Args:
+        model: a model with adapters.
+        merged: also those that a merge has put aside.
 
     Raises:
         ValueError: if the model has none, or they are merged.
     """
-    found: list[AdapterBank] = []
-    walk = [model]
-    while walk:  # as model.modules(), in a fifth of its time: a training step asks for the banks
-        module = walk.pop()
-        if isinstance(module, AdapterBank):
-            if all(module is not other for other in found):
-                found.append(module)
-        else:
-            walk += reversed([child for child in module._modules.values() if child is not None])
-    if MERGED in model.__dict__:
-        raise ValueError("the adapters are merged into the weights: take them out first, by hilora.unmerge(model)")
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no adapters: inject them first, by hilora.inject(model, config)")
-    return found
+    aside: dict[str, TieredLoRALinear] | None = model.__dict__.get(MERGED)
+    if aside is not None and not merged:
+        raise InvalidValueError(
+            "the adapters are merged into the weights: take them out first, by hilora.unmerge(model)"
+        )
+    paths: dict[TieredLoRALinear, str] = {}
+    for path, layer in walk(model, TieredLoRALinear) if aside is None else aside.items():
+        paths.setdefault(layer, path)
+    if not paths:
+        raise InvalidValueError(
+            f"{type(model).__name__} has no adapters: inject them first, by hilora.inject(model, config)"
+        )
+    members: dict[Shared, list[TieredLoRALinear]] = {}
+    for layer in paths:
+        members.setdefault(layer.shared, []).append(layer)
+    return [
+        AdapterBank(layers, [name for layer in layers for name in _names(paths[layer], layer)])
+        for layers in members.values()
+    ]
+
+
+def _names(path: str, layer: TieredLoRALinear) -> list[str]:
+    """Paths of a layer's projections: slices of `attn.qkv` are called `attn.q` and `attn.v`. A layer that a user
+    wrapped by hand has no name."""
+    parent, dot, _ = path.rpartition(".")
+    return [""] if layer.parts is None else [parent + dot + part for part in layer.parts]
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -49,9 +68,9 @@ def has_adapters(model: nn.Module) -> bool:
 def inject(model: nn.Module, config: HiLoRAConfig, example_input: Tensor | None = None) -> nn.Module:
     """Put adapters into a model, in place; its outputs do not change yet.
 
-    Everything but the first tier, and a ViT's classifier head, is frozen. The bank of each shape of projection is
-    registered with the first layer that uses it. Fresh adapters are drawn from torch's global random stream of the CPU,
-    also for a model on another device.
+    Everything but the first tier, and a ViT's classifier head, is frozen. The parameters are at the layers that they
+    adapt, `blocks.3.attn.qkv.lora_A.leaf`. Fresh adapters are drawn from torch's global random stream of the CPU, also
+    for a model on another device.
 
     Args:
         model: a ViT of timm, transformers or torchvision, or any module that contains what the targets name.
@@ -69,9 +88,11 @@ def inject(model: nn.Module, config: HiLoRAConfig, example_input: Tensor | None 
             After any error the model is as it was.
     """
     if has_adapters(model):
-        raise ValueError("the model has adapters already: take them out first, by hilora.unload(model)")
+        raise InvalidValueError("the model has adapters already: take them out first, by hilora.unload(model)")
     if isinstance(model, nn.Linear):
-        raise ValueError("a single nn.Linear cannot be changed in place: wrap it, hilora.TieredLoRALinear(linear, ...)")
+        raise InvalidValueError(
+            "a single nn.Linear cannot be changed in place: wrap it, hilora.TieredLoRALinear(linear, ...)"
+        )
     targets = find_targets(model, config.target_modules)
     with restored_on_error(model):
         layers = _layers(model, targets, config)
@@ -79,7 +100,9 @@ def inject(model: nn.Module, config: HiLoRAConfig, example_input: Tensor | None 
         for path, module in list(model.named_modules(remove_duplicate=False)):
             if module in by_original:
                 replace(model, path, by_original[module])
-        check_calls(model, layers, example_input)
+        example = family_of(model).example(model) if example_input is None else example_input
+        freeze_statistics(model)
+        check_calls(model, layers, example, given=example_input is not None)
         model.__dict__[FRESH_HEAD] = {name: p.detach().clone() for name, p in head_parameters(model).items()}
         set_active_tier(model, config.tiers[0])
     return model
@@ -94,6 +117,7 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         end_check(model)
+        thaw_statistics(model)
         for path, linear in linears:
             replace(model, path, linear)
         for parameter, flag in required_grad:
@@ -103,22 +127,21 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def _layers(model: nn.Module, targets: list[Target], config: HiLoRAConfig) -> dict[str, TieredLoRALinear]:
-    """The adapted layers by path, on banks shared by all projections of one shape."""
-    linears = {target.module: linear_at(model, target.module) for target in targets}
-    by_shape: dict[tuple[int, int], list[Target]] = {}
+    """The adapted layers by path, with adapters that have no effect yet."""
+    by_layer: dict[str, list[Target]] = {}
     for target in targets:
-        by_shape.setdefault((target.columns[1], linears[target.module].in_features), []).append(target)
-    projections: dict[str, list[Projection]] = {path: [] for path in linears}
-    owned: dict[str, list[AdapterBank]] = {path: [] for path in linears}
-    for shape, members in by_shape.items():
-        like = linears[members[0].module].weight.detach()[:1, :1].expand(shape)
-        bank = AdapterBank([target.path for target in members], config, like)
-        owned[members[0].module].append(bank)
-        for position, target in enumerate(members):
-            projections[target.module].append(Projection(bank, position, target.columns))
-    layers = {path: TieredLoRALinear(linear, config, projections[path]) for path, linear in linears.items()}
-    for path, layer in layers.items():
-        layer.banks.extend(owned[path])
+        by_layer.setdefault(target.module, []).append(target)
+    layers: dict[str, TieredLoRALinear] = {}
+    by_shape: dict[tuple[int, int], dict[str, TieredLoRALinear]] = {}
+    for path, members in by_layer.items():
+        linear, width = linear_at(model, path), members[0].columns[1]
+        alike = by_shape.setdefault((width, linear.in_features), {})
+        shared = next(iter(alike.values())).shared if alike else Shared(config)
+        parts = {target.path.rpartition(".")[2]: target.columns for target in members}
+        alike[path] = layers[path] = TieredLoRALinear(linear, config, parts, shared)
+    for alike in by_shape.values():
+        names = [name for path, layer in alike.items() for name in _names(path, layer)]
+        AdapterBank(list(alike.values()), names).start()
     return layers
 
 
@@ -137,19 +160,10 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters of a ViT's classifier head, by name, but for adapted layers; none where the model has no head."""
-    classifier = getattr(model, "get_classifier", None)
-    if classifier is not None:  # timm
-        found: Any = classifier()
-        heads = found if isinstance(found, tuple) else (found,)
-    else:  # transformers, torchvision, others
-        heads = tuple(getattr(model, name, None) for name in HEADS)
-    members = {id(parameter) for head in heads if isinstance(head, nn.Module) for parameter in head.parameters()}
+    members = {id(parameter) for head in family_of(model).heads(model) for parameter in head.parameters()}
     adapted = [module for module in model.modules() if isinstance(module, TieredLoRALinear)]
     members -= {id(parameter) for layer in adapted for parameter in layer.parameters()}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in members}
-
-
-HEADS = ("classifier", "cls_classifier", "distillation_classifier", "heads", "head")
 
 
 def set_active_tier(model: nn.Module, tier: str) -> None:
@@ -169,7 +183,39 @@ def set_active_tier(model: nn.Module, tier: str) -> None:
         parameter.requires_grad_(True)
 
 
-def set_slots(model: nn.Module, **slots: Tensor | None) -> None:
+@contextmanager
+def disable_adapters(model: nn.Module, /) -> Iterator[None]:
+    """Inside of this, a model with adapters, also a merged one, computes as it did before they were injected; its
+    classifier head stays the trained one.
+
+    Raises:
+        ValueError: if the model has no adapters.
+    """
+    found = banks(model, merged=True)
+    aside: dict[str, TieredLoRALinear] = model.__dict__.get(MERGED, {})
+    plain = {path: linear_at(model, path) for path in aside}
+    before = [bank.shared.disabled for bank in found]
+    try:
+        for bank in found:
+            bank.shared.disabled = True
+        for path, layer in aside.items():
+            replace(model, path, alike(layer, plain[path]))
+        yield
+    finally:
+        for path, linear in plain.items():
+            replace(model, path, linear)
+        for bank, was in zip(found, before, strict=True):
+            bank.shared.disabled = was
+
+
+def alike(layer: TieredLoRALinear, plain: nn.Linear) -> TieredLoRALinear:
+    """A layer in the dtype, on the device and in the mode of the plain one that was in its place."""
+    if layer.weight.dtype != plain.weight.dtype:
+        layer.to(plain.weight.dtype)
+    return layer.to(plain.weight.device).train(plain.training)
+
+
+def set_slots(model: nn.Module, /, **slots: Tensor | None) -> None:
     """Say which adapter of each tier a client uses, where a batch holds several clients.
 
     The first dimension of what the adapted layers see must be the batch: its rows are in G equal groups, one a client.
@@ -189,15 +235,18 @@ def set_slots(model: nn.Module, **slots: Tensor | None) -> None:
         if table is None:
             continue
         if table.dim() != 1 or table.dtype not in (torch.int32, torch.int64) or not len(table):
-            raise ValueError(f"slots of {tier} must be integers [G], got {table.dtype} {tuple(table.shape)}")
+            raise InvalidValueError(f"slots of {tier} must be integers [G], got {table.dtype} {tuple(table.shape)}")
         if int(table.min()) < -1:
-            raise ValueError(f"slots of {tier} must be -1 (none) or more, got {int(table.min())}")
+            raise InvalidValueError(f"slots of {tier} must be -1 (none) or more, got {int(table.min())}")
     for bank in found:
         lengths = {tier: len(table) for tier, table in {**bank.slots, **tables}.items() if table is not None}
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"all tiers need slots for the same number of groups, got {lengths}")
+            raise InvalidValueError(f"all tiers need slots for the same number of groups, got {lengths}")
+    several = any(table is not None and len(table) > 1 for table in tables.values())
+    if several:
+        watch_rows(model)
     for bank in found:
         for tier, table in tables.items():
             if table is not None:
                 bank.grow(tier, int(table.max()) + 1)
-            bank.slots[tier] = None if table is None else table.to(bank.A[tier].device, torch.int32)
+            bank.slots[tier] = None if table is None else table.to(bank.device, torch.int32)

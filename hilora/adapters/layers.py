@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from hilora import kernels
-from hilora.adapters.bank import AdapterBank
+from hilora.adapters.bank import AdapterBank, Shared
 from hilora.adapters.config import HiLoRAConfig
+from hilora.adapters.factors import Factors, pieces
+from hilora.adapters.torch_internals import owns_weight, take_over_hooks
+from hilora.errors import InvalidTypeError, InvalidValueError, SlotError
 
-
-class Projection(NamedTuple):
-    """Where the adapters of some of a layer's outputs are: which projection of a bank."""
-
-    bank: AdapterBank
-    position: int
-    columns: tuple[int, int]  # (start, width) in the layer's output
+Columns = tuple[int, int]
 
 
 class TieredLoRALinear(nn.Linear):
     """`y = x Wᵀ + b + Σ_tier scale · B_tier A_tier x`, with W and b frozen.
 
-    By itself it wraps a linear layer and owns its adapters:
+    By itself it wraps a linear layer:
 
         layer = hilora.TieredLoRALinear(nn.Linear(768, 768), r=8, lora_alpha=16)
 
-    It shares the weight and bias of `base` and is an `nn.Linear` in its place, under the same keys. Inside of a model,
-    `hilora.inject` makes these layers and keeps the adapters of all of them in shared banks.
+    It shares the weight and bias of `base` and is an `nn.Linear` in its place, under the same keys. `hilora.inject`
+    makes these layers inside of a model.
 
     Args:
         base: the layer to adapt; its hooks are kept.
         config: the adapters, or else the fields of `HiLoRAConfig` as keywords.
-        projections: which projections of shared banks adapt the layer; None: it owns a bank for all of its outputs.
+        parts: what `inject` adapts of it, in a model of which `shared` is known: for each projection the last name of
+            its path, and (start, width) of the layer's output. None: one projection, all of the output.
+
+    Attributes:
+        lora_A: tier → parameter `[r, in]`; `[S, r, in]` for S ≠ 1 adapters; with a leading dimension for the
+            projections of a fused layer of which several are adapted. Kaiming-uniform when fresh.
+        lora_B: tier → parameter `[out, r]`, `[S, out, r]`, …; zero when fresh.
 
     Raises:
         TypeError: if `base` computes anything but an `nn.Linear` does, or for a config beside its fields.
@@ -44,27 +47,34 @@ class TieredLoRALinear(nn.Linear):
         self,
         base: nn.Linear,
         config: HiLoRAConfig | None = None,
-        projections: Sequence[Projection] | None = None,
+        parts: Mapping[str, Columns] | None = None,
+        shared: Shared | None = None,
         **fields: Any,
     ) -> None:
         _check_base(base)
         if config is not None and fields:
-            raise TypeError(f"give a config or its fields, not both: {', '.join(fields)}")
-        self.config = config or HiLoRAConfig(**fields)
+            raise InvalidTypeError(f"give a config or its fields, not both: {', '.join(fields)}")
+        config = config or HiLoRAConfig(**fields)
         super().__init__(base.in_features, base.out_features, device="meta", bias=base.bias is not None)
         adopt(self, base)
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        self.banks = nn.ModuleList()
+        self.parts = None if parts is None else tuple(parts)
+        self.columns: tuple[Columns, ...] = ((0, base.out_features),) if parts is None else tuple(parts.values())
+        self.shared = shared or Shared(config)
+        self.position = 0  # of its first projection, in the bank that holds tables or weighs tiers
+        self.rows_are_the_batch: bool | None = None  # whether groups of rows can be clients; None: not known yet
+        self.lora_A, self.lora_B = Factors(), Factors()
         # A module with a hook keeps nn.TransformerEncoderLayer off its fast path, which uses only the weight.
-        self.banks.register_forward_pre_hook(_no_effect)
-        if projections is None:
-            bank = AdapterBank([""], self.config, like=base.weight)
-            self.banks.append(bank)
-            projections = [Projection(bank, 0, (0, base.out_features))]
-        # Shared banks belong to the model: a tuple keeps them from being registered once more with each layer.
-        self.projections = tuple(projections)
+        self.lora_A.register_forward_pre_hook(_no_effect)
+        if shared is None:
+            AdapterBank([self], [""]).start()
+
+    @property
+    def config(self) -> HiLoRAConfig:
+        """The adapters."""
+        return self.shared.config
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` → `[..., out]`. Where slots tell clients apart, the leading rows are in G equal groups.
@@ -72,32 +82,42 @@ class TieredLoRALinear(nn.Linear):
         Raises:
             ValueError: if the rows are not G equal groups, or it was never said which of several adapters to use.
         """
-        slots = (bank.slots[tier] for bank, _, _ in self.projections for tier in bank.tiers)
-        groups = next((slot.shape[0] for slot in slots if slot is not None), None)
+        if self.shared.disabled:
+            return super().forward(x)
+        slots = (slot for slot in self.shared.slots.values() if slot is not None)
+        groups = next((slot.shape[0] for slot in slots), None)
         shape = x.shape
         if groups is not None:
             if x.dim() < 2 or shape[0] % groups:
-                raise ValueError(f"the rows of x {tuple(shape)} are not {groups} equal groups, as the slots say")
+                raise InvalidValueError(f"the rows of x {tuple(shape)} are not {groups} equal groups, as the slots say")
             x = x.unflatten(0, (groups, shape[0] // groups)).flatten(1, -2)
         dropout = self.config.lora_dropout if self.training else 0.0
         y = kernels.stacked_lora_linear(x, self.weight, self.bias, self._tiers(x), dropout)
         return y.reshape(*shape[:-1], self.out_features)
 
     def _tiers(self, x: Tensor) -> list[kernels.Tier]:
-        tiers = []
-        for bank, position, columns in self.projections:
-            gains = bank.composition(position, x) if bank.composition is not None else {}
-            for name in bank.tiers:
-                A, B = bank.part(name, position)
-                slot = bank.slots[name]
+        shared, tiers = self.shared, []
+        factors = {name: self._factors(name) for name in self.config.tiers}
+        for index, columns in enumerate(self.columns):
+            gains = shared.composition(self.position + index, x) if shared.composition is not None else {}
+            for name, tables in factors.items():
+                A, B = tables[index]
+                slot = shared.slots[name]
                 if slot is None and A.shape[0] > 1:
-                    raise ValueError(f"tier {name!r} has {A.shape[0]} adapters: say which to use by hilora.set_slots")
-                scale, gain = bank.config.scale(name), gains.get(name, 1.0)
-                if isinstance(gain, Tensor):
-                    tiers.append(kernels.Tier(A, B, scale, slot, columns, gain))
-                else:
-                    tiers.append(kernels.Tier(A, B, scale * gain, slot, columns))
+                    raise InvalidValueError(
+                        f"tier {name!r} has {A.shape[0]} adapters: say which to use by hilora.set_slots"
+                    )
+                scale, gain = self.config.scale(name), gains.get(name, 1.0)
+                number, of_rows = (1.0, gain) if isinstance(gain, Tensor) else (gain, None)
+                tiers.append(kernels.Tier(A, B, scale * number, slot, columns, of_rows, shared.ranks[name]))
         return tiers
+
+    def _factors(self, tier: str) -> list[tuple[Tensor, Tensor]]:
+        """What is used of a tier: A `[S, r, in]` and B `[S, out, r]` for each of the layer's projections."""
+        count, held = len(self.columns), self.shared.held.get(tier)
+        if held is not None:
+            return [held.part(self.position + index) for index in range(count)]
+        return list(zip(pieces(self.lora_A[tier], count), pieces(self.lora_B[tier], count), strict=True))
 
     def delta_weight(self, slots: Mapping[str, int] | None = None) -> Tensor:
         """What the adapters add to the weight: `[out, in]`, in fp32 or wider.
@@ -114,33 +134,24 @@ class TieredLoRALinear(nn.Linear):
             self.config.rank(tier)
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         delta = torch.zeros_like(self.weight, dtype=wide)
-        for bank, position, (start, width) in self.projections:
-            for tier in bank.tiers:
-                slot = slots.get(tier, bank.only_slot(tier))
-                if slot is None:
-                    raise ValueError(f"tier {tier!r} has {bank.A[tier].shape[1]} adapters: say which, {tier}=0")
-                if slot != -1:
-                    A, B = (factor[position].to(wide) for factor in bank.select(tier, slot))
-                    delta[start : start + width] += bank.config.scale(tier) * B @ A
+        for tier in self.config.tiers:
+            tables = self._factors(tier)
+            count = len(tables[0][0])
+            slot = slots.get(tier, count - 1 if count < 2 else None)
+            if slot is None:
+                raise InvalidValueError(f"tier {tier!r} has {count} adapters: say which, {tier}=0")
+            if slot == -1:
+                continue
+            if not 0 <= slot < count:
+                raise SlotError(f"tier {tier!r} has {count} slots, there is no slot {slot}")
+            for (start, width), (A, B) in zip(self.columns, tables, strict=True):
+                delta[start : start + width] += self.config.scale(tier) * B[slot].to(wide) @ A[slot].to(wide)
         return delta
 
-    @property
-    def lora_A(self) -> dict[str, Tensor]:
-        """Tier → `[r, in]` (`[S, r, in]` for S > 1 adapters), stacked over the projections of a fused layer."""
-        return self._factors("A")
-
-    @property
-    def lora_B(self) -> dict[str, Tensor]:
-        """Tier → `[out, r]` (`[S, out, r]` for S > 1 adapters), stacked likewise."""
-        return self._factors("B")
-
-    def _factors(self, factor: str) -> dict[str, Tensor]:
-        found = {}
-        for tier in self.config.tiers:
-            parts = [getattr(bank, factor)[tier][position] for bank, position, _ in self.projections]
-            stacked = parts[0] if len(parts) == 1 else torch.stack(parts)
-            found[tier] = stacked.squeeze(-3) if stacked.shape[-3] == 1 else stacked
-        return found
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.shared.to(self.weight.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, tiers={self.config.tiers}, r={self.config.r}, alpha={self.config.lora_alpha}"
@@ -149,15 +160,15 @@ class TieredLoRALinear(nn.Linear):
 def adopt(layer: nn.Linear, base: nn.Linear) -> None:
     """Let a layer take the place of another: its weight, bias, mode and hooks."""
     layer.weight, layer.bias = base.weight, base.bias
-    layer.__dict__.update({name: value for name, value in base.__dict__.items() if "hook" in name})
+    take_over_hooks(layer, base)
     layer.training = base.training
 
 
 def _check_base(base: nn.Module) -> None:
     if not isinstance(base, nn.Linear) or isinstance(base, TieredLoRALinear):
-        raise TypeError(f"expected a plain nn.Linear to adapt, got {type(base).__name__}")
-    if getattr(base.forward, "__func__", None) is not nn.Linear.forward or "weight" not in base._parameters:
-        raise TypeError(
+        raise InvalidTypeError(f"expected a plain nn.Linear to adapt, got {type(base).__name__}")
+    if getattr(base.forward, "__func__", None) is not nn.Linear.forward or not owns_weight(base):
+        raise InvalidTypeError(
             f"{type(base).__name__} computes its output or its weight in its own way, which adapters would bypass: "
             "expected a plain nn.Linear"
         )

@@ -5,15 +5,18 @@ from __future__ import annotations
 from torch import nn
 
 from hilora.adapters.callcheck import end_check
-from hilora.adapters.injection import FRESH_HEAD, MERGED, banks, linear_at, replace
+from hilora.adapters.injection import FRESH_HEAD, MERGED, alike, banks, linear_at, replace
 from hilora.adapters.layers import TieredLoRALinear, adopt
+from hilora.adapters.statistics import freeze_statistics, thaw_statistics
+from hilora.adapters.torch_internals import walk
+from hilora.errors import InvalidValueError
 
 
-def merge(model: nn.Module, **slots: int) -> nn.Module:
+def merge(model: nn.Module, /, **slots: int) -> nn.Module:
     """Add adapters to the weights, in place: what is left is a plain model with the keys it had before injection.
 
     Args:
-        model: a model with adapters.
+        model: a model with adapters; a merged one has others merged into its former weights.
         slots: which adapter of each tier to merge, -1 for none; the only one where a tier is not named.
 
     Returns:
@@ -21,20 +24,27 @@ def merge(model: nn.Module, **slots: int) -> nn.Module:
 
     Raises:
         ValueError: for an unknown tier, one of several adapters whose slot is not named, or a model that has no
-            adapters or is merged already.
+            adapters.
         IndexError: for a slot that a tier does not have.
             After any error the model is as it was.
     """
-    banks(model)
+    banks(model, merged=True)
+    again = MERGED in model.__dict__
     layers = _tiered_layers(model)
-    merged = {}
-    for layer in layers.values():
-        weight = (layer.weight.detach() + layer.delta_weight(slots).detach()).to(layer.weight.dtype)
-        merged[layer] = _plain(layer)
-        merged[layer].weight = nn.Parameter(weight, requires_grad=False)
+    weights = {
+        layer: (layer.weight.detach() + layer.delta_weight(slots).detach()).to(layer.weight.dtype)
+        for layer in layers.values()
+    }
+    if not again:
+        end_check(model)
+        plain = {layer: _plain(layer) for layer in weights}
+        for path, layer in layers.items():
+            replace(model, path, plain[layer])
+        thaw_statistics(model)
+        model.__dict__[MERGED] = layers
     for path, layer in layers.items():
-        replace(model, path, merged[layer])
-    model.__dict__[MERGED] = layers
+        linear = linear_at(model, path)
+        linear.weight = nn.Parameter(weights[layer].to(linear.weight), requires_grad=False)
     return model
 
 
@@ -49,39 +59,60 @@ def unmerge(model: nn.Module) -> nn.Module:
     """
     layers: dict[str, TieredLoRALinear] | None = model.__dict__.get(MERGED)
     if layers is None:
-        raise ValueError("the model is not merged")
+        raise InvalidValueError("the model is not merged")
     for path, layer in layers.items():
-        plain = linear_at(model, path)
-        if layer.weight.dtype != plain.weight.dtype:
-            layer.to(plain.weight.dtype)
-        replace(model, path, layer.to(plain.weight.device).train(plain.training))
+        replace(model, path, alike(layer, linear_at(model, path)))
     del model.__dict__[MERGED]
+    freeze_statistics(model)
     return model
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """Take the adapters out, in place, without merging them: the model has its own weights again, still frozen.
+    """Take the adapters out, in place: the model has its own weights again, still frozen; or, where they are merged,
+    the merged ones for good.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: if the model has no adapters, or they are merged.
+        ValueError: if the model has no adapters.
     """
-    banks(model)
-    layers = _tiered_layers(model)
-    end_check(model)
-    plain = {layer: _plain(layer) for layer in layers.values()}
-    for path, layer in layers.items():
-        replace(model, path, plain[layer])
+    banks(model, merged=True)
+    if model.__dict__.pop(MERGED, None) is None:
+        layers = _tiered_layers(model)
+        end_check(model)
+        plain = {layer: _plain(layer) for layer in layers.values()}
+        for path, layer in layers.items():
+            replace(model, path, plain[layer])
+        thaw_statistics(model)
     model.__dict__.pop(FRESH_HEAD, None)
     return model
 
 
+def merge_and_unload(model: nn.Module, /, **slots: int) -> nn.Module:
+    """Merge adapters into the weights and keep nothing aside: what is left is a plain model, in place.
+
+    Args:
+        model: a model with adapters; one that is merged stays as it is where no slots are named.
+        slots: which adapter of each tier, as in `merge`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: as `merge`. After an error the model is as it was.
+    """
+    if slots or MERGED not in model.__dict__:
+        merge(model, **slots)
+    end_check(model)
+    return unload(model)
+
+
 def _tiered_layers(model: nn.Module) -> dict[str, TieredLoRALinear]:
-    layers = {p: m for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, TieredLoRALinear)}
+    aside: dict[str, TieredLoRALinear] | None = model.__dict__.get(MERGED)
+    layers = dict(walk(model, TieredLoRALinear)) if aside is None else aside
     if "" in layers:
-        raise ValueError("a TieredLoRALinear by itself cannot be changed in place: use its delta_weight()")
+        raise InvalidValueError("a TieredLoRALinear by itself cannot be changed in place: use its delta_weight()")
     return layers
 
 

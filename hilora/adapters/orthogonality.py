@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from hilora import kernels
 from hilora.adapters.bank import AdapterBank
 from hilora.adapters.injection import banks
+from hilora.errors import InvalidValueError
 
 DEFAULT_GAMMA = 0.1
 
 
-def orthogonality_penalty(model: nn.Module, **gammas: float) -> Tensor:
+def orthogonality_penalty(model: nn.Module, /, **gammas: float) -> Tensor:
     """Overlap of the tier in training with the frozen tiers before it: `Σ_P Σ_tier γ_tier ‖B_tierᵀ B_active‖²_F`.
 
     HiLoRA's cluster loss is `task + γ_c ‖B_rᵀB_c‖²`, its leaf loss `task + γ_c ‖B_rᵀB_l‖² + γ_l ‖B_cᵀB_l‖²`; here γ_c
@@ -31,20 +32,20 @@ def orthogonality_penalty(model: nn.Module, **gammas: float) -> Tensor:
     return tier_penalties(model, **gammas).sum()
 
 
-def tier_penalties(model: nn.Module, **gammas: float) -> Tensor:
+def tier_penalties(model: nn.Module, /, **gammas: float) -> Tensor:
     """`orthogonality_penalty` for each client of a batch: `[G]`."""
     found = banks(model)
     known = [f"gamma_{tier}" for tier in found[0].tiers]
     for name in gammas:
         if name not in known:
-            raise ValueError(f"there is no {name!r}: expected {', '.join(known)}")
+            raise InvalidValueError(f"there is no {name!r}: expected {', '.join(known)}")
     return sum((_penalties(bank, gammas) for bank in found[1:]), start=_penalties(found[0], gammas))
 
 
 def _penalties(bank: AdapterBank, gammas: dict[str, float]) -> Tensor:
     active = bank.active
     before = bank.tiers[: bank.tiers.index(active)] if active is not None else ()
-    used = [tier for tier in before if bank.A[tier].shape[1]]
+    used = [tier for tier in before if bank.slot_count(tier)]
     B = _chosen(bank, active or bank.tiers[0])
     frozen = [_chosen(bank, tier) for tier in used]
     return kernels.gram_penalty(B, frozen, [gammas.get(f"gamma_{tier}", DEFAULT_GAMMA) for tier in used], per_slot=True)
@@ -52,7 +53,7 @@ def _penalties(bank: AdapterBank, gammas: dict[str, float]) -> Tensor:
 
 def _chosen(bank: AdapterBank, tier: str) -> Tensor:
     """B of the adapters that the clients of a batch use: `[P, G or 1, out, r]`; zero for those that use none."""
-    B: Tensor = bank.B[tier]
+    B = bank.B(tier)
     slot = bank.slots[tier]
     if slot is None:
         return B

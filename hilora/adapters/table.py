@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hilora.errors import InvalidValueError
@@ -155,6 +156,19 @@ class AdapterTable(Stack):
         """The table whose `tensors()` these are."""
         A, B = ([tensor for name, tensor in tensors.items() if name.endswith(end)] for end in ("lora_A", "lora_B"))
         return AdapterTable(A, B, tensors["rank"])
+
+    def resized(self, r: int) -> AdapterTable:
+        """The same adapters with room for another rank: filled up with zeros, or without what is beyond it.
+
+        Raises:
+            InvalidValueError: if an adapter's rank exceeds r.
+        """
+        if len(self) and int(self.rank.max()) > r:
+            raise InvalidValueError(f"adapters of rank {int(self.rank.max())} have no room in rank {r}")
+        more = max(r - self.r, 0)
+        A = [F.pad(tensor[:, :, :r], (0, 0, 0, more)) for tensor in self.A]
+        B = [F.pad(tensor[..., :r], (0, more)) for tensor in self.B]
+        return AdapterTable(A, B, self.rank)
 
     def only(self, factors: str) -> AdapterTable:
         """The table without one of its factors: what is left is "A" or "B"."""

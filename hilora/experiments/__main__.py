@@ -2,6 +2,7 @@
 
     python -m hilora.experiments run FILE.toml --data-dir ROOT      trains what the ledger does not have
     python -m hilora.experiments report FILE.toml                   tables, plots and a page, from the ledger alone
+    python -m hilora.experiments migrate FILE.toml                  an older ledger, written as it is written now
 
 The ledger is FILE.ledger.jsonl beside FILE.toml, a line for each finished run. A run is found again by what decides its
 result, so that a changed FILE.toml trains only what changed, and an interrupted command goes on where it stopped. The
@@ -17,10 +18,12 @@ from pathlib import Path
 
 import torch
 
+from hilora.errors import InvalidValueError, MissingFileError, told
 from hilora.experiments.inputs import Inputs, check_files
-from hilora.experiments.ledger import Ledger
+from hilora.experiments.ledger import Ledger, migrate
 from hilora.experiments.runner import Pair, Runner, shard
 from hilora.experiments.spec import Experiment, read_experiment
+from hilora.federated.engine.device import find_device
 from hilora.models.backbone import tune_for_cpu
 
 
@@ -35,7 +38,7 @@ def part(text: str) -> tuple[int, int]:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m hilora.experiments", description=__doc__, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,report}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,report,migrate}")
     run = commands.add_parser("run", help="train what is missing", description="Train what the ledger does not have.")
     run.add_argument("file", type=Path, metavar="FILE.toml", help="the experiment")
     run.add_argument(
@@ -53,6 +56,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     report.add_argument(
         "--into", type=Path, metavar="FILE.md", help="also between <!-- begin NAME --> and <!-- end NAME --> of it"
     )
+    words = "Rewrite the ledger in the newest schema. Older ones are read as well; no result changes."
+    rewrite = commands.add_parser("migrate", help="rewrite an older ledger", description=words)
+    rewrite.add_argument("file", type=Path, metavar="FILE.toml", help="the experiment")
     return parser.parse_args(arguments)
 
 
@@ -60,7 +66,7 @@ def selected(experiment: Experiment, only: list[str]) -> list[Pair]:
     """The pairs that `--only` names, or all.
 
     Raises:
-        ValueError: for a name that the experiment does not have.
+        InvalidValueError: for a name that the experiment does not have.
     """
     pairs = experiment.pairs
     names = {
@@ -69,7 +75,7 @@ def selected(experiment: Experiment, only: list[str]) -> list[Pair]:
     for text, found in names.items():
         if not found:
             known = ", ".join(dict.fromkeys(f"{setting.name}/{method.name}" for setting, method in pairs))
-            raise ValueError(f"--only {text}: there is no such setting or pair, expected some of {known}")
+            raise InvalidValueError(f"--only {text}: there is no such setting or pair, expected some of {known}")
     return [pair for pair in pairs if not only or any(pair in found for found in names.values())]
 
 
@@ -77,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     experiment = read_experiment(args.file)
     pairs = shard(selected(experiment, args.only), *args.shard)
     check_files(experiment.model, [setting for setting, _ in pairs], args.data_dir)
-    device = torch.device(args.device)
+    device = find_device(args.device)
     if device.type == "cpu":
         tune_for_cpu()
     ledger = open_ledger(experiment)
@@ -104,20 +110,36 @@ def report(args: argparse.Namespace) -> int:
     return 0
 
 
+def rewrite(args: argparse.Namespace) -> int:
+    path = ledger_path(args.file)
+    if not path.is_file():
+        raise MissingFileError(f"there is no ledger {path}: give the file of an experiment that was run")
+    print(f"{path}: {migrate(path)} lines rewritten")
+    return 0
+
+
 def open_ledger(experiment: Experiment) -> Ledger:
-    ledger = Ledger(experiment.path.with_suffix(".ledger.jsonl"))
+    ledger = Ledger(ledger_path(experiment.path))
     if ledger.torn:
         said = ", ".join(map(str, ledger.torn))
         print(f"{ledger.path}: passed over what is no record, line {said}", file=sys.stderr)
     return ledger
 
 
+def ledger_path(file: Path) -> Path:
+    """Where the ledger of an experiment's file is."""
+    return file.with_suffix(".ledger.jsonl")
+
+
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     try:
-        return {"run": run, "report": report}[args.command](args)
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        return {"run": run, "report": report, "migrate": rewrite}[args.command](args)
+    except Exception as error:
+        said = told(error)
+        if said is None:
+            raise
+        print(f"error: {said}", file=sys.stderr)
         return 2
 
 

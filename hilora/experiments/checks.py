@@ -8,13 +8,17 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, get_args
 
+from pydantic.fields import FieldInfo
+
+from hilora.errors import InvalidValueError
+
 Table = Mapping[str, Any]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _CONTROL = ("Cc", "Zl", "Zp")  # what would break a line, or the terminal
 
 
-class SpecError(ValueError):
+class SpecError(InvalidValueError):
     """The file does not describe an experiment; says where and what is expected."""
 
 
@@ -71,11 +75,12 @@ def seeds(values: Any, place: str) -> tuple[int, ...]:
     return tuple(values)
 
 
-def numbers(table: Table, kinds: Mapping[str, Any], place: str) -> Table:
-    """Values of the kinds that type hints ask for: int, or float, which an int is good for, perhaps with None."""
+def numbers(table: Table, fields: Mapping[str, FieldInfo], place: str) -> Table:
+    """Where a field asks for a number, an int or a float, which an int is good for: no text, no truth value."""
     for name, value in table.items():
-        kind = get_args(kinds[name]) or (kinds[name],)
-        fits = type(value) in kind or (type(value) is int and float in kind)
+        kind = get_args(fields[name].annotation) or (fields[name].annotation,)
+        wanted = int in kind or float in kind
+        fits = not wanted or type(value) in kind or (type(value) is int and float in kind)
         what = "a number" if float in kind else "a whole number"
         require(fits, f"{place}.{name} is {value!r}, expected {what}")
     return table

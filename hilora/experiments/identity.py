@@ -5,32 +5,35 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
 from typing import Any
 
-from hilora.experiments.spec import ARGUMENTS, Model
-from hilora.federated.settings import RunConfig
-from hilora.federated.strategies import STRATEGIES
+from hilora.experiments.schema import completed
+from hilora.federated.settings import TrainingSettings
+from hilora.federated.strategies import Strategy
 
-MODEL = {field.name: field.default for field in fields(Model) if field.default is not MISSING}
+
+def decisive(strategy: Strategy, run: TrainingSettings) -> dict[str, Any]:
+    """Of all settings those that decide a result, plain: what all methods share, and the method's own.
+
+    Of ranks and scales, those of the adapters that the method has. How many clients share a forward pass decides
+    nothing.
+    """
+    adapters = strategy.adapters(run)
+    shared = {name: value for name, value in run.plain().items() if name != "clients_at_once"}
+    per_tier = {
+        "rank": {tier: adapters.rank(tier) for tier in adapters.tiers},
+        "lora_alpha": {tier: adapters.scale(tier) * adapters.rank(tier) for tier in adapters.tiers},
+    }
+    return {**shared, **per_tier, **strategy.settings.plain()}
 
 
 def fingerprint(decides: Mapping[str, Any]) -> str:
-    """A short name of all that decides a result: equal where the result is.
+    """A short name of all that decides a result: equal where the result is, whichever version of the schema says so.
 
-    What a line of the ledger does not mention did not exist when it was written, and stands at its default. How many
-    clients share a forward pass decides nothing.
+    What a line of the ledger does not mention stands at the default of the line's version; what did not exist in that
+    version, at the default that it began with.
     """
-    strategy = STRATEGIES.get(decides["strategy"])
-    run = {**RunConfig().to_dict(), **decides["run"]}
-    run["options"] = {**(strategy.options if strategy else {}), **run["options"]}
-    del run["cohort_size"]
-    whole = {
-        **decides,
-        "run": run,
-        "partition": {**ARGUMENTS, **decides["partition"]},
-        "model": {**MODEL, **decides["model"]},
-    }
+    whole = {name: value for name, value in completed(decides).items() if name != "schema"}
     text = json.dumps(_canonical(whole), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from hilora.experiments.spec import DOMAINS, Model, Setting
+from hilora.errors import FileError, MissingFileError
+from hilora.experiments.spec import AUTO, DOMAINS, Model, Setting
 from hilora.federated.data.glyphs import load_glyphs
 from hilora.federated.data.images import ImageSet
 from hilora.federated.data.readers import read_domains, read_images
-from hilora.federated.engine.device import quick_dtype
+from hilora.federated.engine.device import DTYPES, quick_dtype
 from hilora.models.backbone import Backbone, load_backbone
 
 GLYPHS = "glyphs"
@@ -39,15 +40,16 @@ class Inputs:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        if self.model.dtype == "auto":
+        """What the model asks for, or what is quick here."""
+        if self.model.dtype == AUTO:
             return quick_dtype(self.device, self.backbone.features)
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.model.dtype]
+        return DTYPES[self.model.dtype]
 
     def images(self, setting: Setting) -> tuple[ImageSet, ImageSet]:
         """Training and test images of a setting.
 
         Raises:
-            ValueError: they cannot be read.
+            FileError: they cannot be read.
         """
         return self._read(setting.data, setting.scheme == DOMAINS, setting.classes)
 
@@ -58,17 +60,17 @@ class Inputs:
         try:
             return read_domains(path, size, DATA_SEED, classes) if domains else read_images(path, size, DATA_SEED)
         except OSError as error:  # of this data alone: other settings can go on
-            raise ValueError(f"the data {data} cannot be read: {error}") from error
+            raise FileError(f"the data {data} cannot be read: {error}") from error
 
 
 def check_files(model: Model, settings: Iterable[Setting], root: Path) -> None:
     """Sees that the weights and the settings' data are there before hours are spent.
 
     Raises:
-        FileNotFoundError: naming what is not.
+        MissingFileError: naming what is not.
     """
     needed = [setting.data for setting in settings if setting.data != GLYPHS]
     needed += [model.weights] if model.weights else []
     missing = [name for name in dict.fromkeys(needed) if not (root / name).exists()]
     if missing:
-        raise FileNotFoundError(f"{root} does not hold {', '.join(missing)}: give the folder that does by --data-dir")
+        raise MissingFileError(f"{root} does not hold {', '.join(missing)}: give the folder that does by --data-dir")

@@ -9,12 +9,14 @@ from functools import cached_property
 from typing import Any
 
 from hilora.experiments.checks import Table
-from hilora.experiments.identity import fingerprint
+from hilora.experiments.identity import decisive, fingerprint
 from hilora.experiments.ledger import Ledger
 from hilora.experiments.records import DIVERGED
-from hilora.experiments.spec import ARGUMENTS, Experiment, Method, Setting
-from hilora.federated.settings import RunConfig
-from hilora.federated.strategies import STRATEGIES
+from hilora.experiments.schema import SCHEMA
+from hilora.experiments.spec import Experiment, Method, Setting
+from hilora.federated.data.partitions import Partition
+from hilora.federated.settings import TrainingSettings
+from hilora.federated.strategies import Strategy
 
 TUNING, FINAL = "tuning", "final"
 
@@ -26,9 +28,11 @@ class Job:
     Attributes:
         purpose: "tuning" or "final".
         point: the grid point that it is trained with; empty where the method has no grid.
-        config: how to train.
-        decides: strategy, run, partition, data and model, as the ledger keeps them; `run` is what the strategy makes of
-            the config, so that what it does not use decides nothing.
+        strategy: the method with its own settings.
+        run: how to train.
+        partition: how the images are divided.
+        decides: the schema's version, and strategy, settings, partition, data and model, as the ledger keeps them; what
+            the strategy does not use decides nothing.
     """
 
     setting: Setting
@@ -36,7 +40,9 @@ class Job:
     seed: int
     purpose: str
     point: Table
-    config: RunConfig
+    strategy: Strategy
+    run: TrainingSettings
+    partition: Partition
     decides: Table
 
     @property
@@ -91,17 +97,19 @@ class Choice:
 
 def job(experiment: Experiment, setting: Setting, method: Method, seed: int, purpose: str, point: Table) -> Job:
     """The run of a pair at a seed, trained with a grid point."""
-    config = experiment.config(setting, method, point, seed)
+    strategy, run = experiment.training(setting, method, point, seed)
     cheaper = experiment.tuning.arguments if experiment.tuning and purpose == TUNING else {}
+    partition = setting.partition(cheaper)
     decides = {
+        "schema": SCHEMA,
         "strategy": method.strategy,
-        "run": STRATEGIES[method.strategy].adapted(config).to_dict(),
-        "partition": {**ARGUMENTS, **setting.arguments, **cheaper, "scheme": setting.scheme, "seed": seed},
+        "settings": decisive(strategy, run),
+        "partition": {"scheme": setting.scheme, "seed": seed, **partition.model_dump(mode="json")},
         "data": setting.data,
         **({} if setting.classes is None else {"classes": setting.classes}),
         "model": asdict(experiment.model),
     }
-    return Job(setting, method, seed, purpose, point, config, decides)
+    return Job(setting, method, seed, purpose, point, strategy, run, partition, decides)
 
 
 def tuning_jobs(experiment: Experiment, setting: Setting, method: Method) -> list[Job]:

@@ -9,7 +9,7 @@ from hilora.experiments import figures, inputs, tables
 from hilora.experiments.cells import Cell, collect
 from hilora.experiments.ledger import Ledger
 from hilora.experiments.records import Line
-from hilora.experiments.spec import ARGUMENTS, Experiment, Setting, Tuning
+from hilora.experiments.spec import Experiment, Setting, Tuning
 from hilora.files import write_bytes, write_text
 from hilora.reporting.comparison import GLYPHS
 from hilora.reporting.document import Block, Code, Heading, Paragraph, Picture, between, markdown, page
@@ -142,8 +142,8 @@ def _searched(tuning: Tuning, setting: Setting) -> str:
         f"Each point was trained once, with seed {tuning.seed}, and the one with the best mean validation accuracy, in "
         "%, is chosen. All methods have equally many points."
     )
-    finals = {**ARGUMENTS, **setting.arguments}
-    changed = {name: value for name, value in tuning.arguments.items() if value != finals[name]}
+    finals = setting.partition().model_dump()
+    changed = {name: value for name, value in tuning.arguments.items() if value != finals.get(name, value)}
     if not changed:
         return text
     size = "a smaller" if changed.get("clients", finals["clients"]) < finals["clients"] else "another"

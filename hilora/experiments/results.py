@@ -23,9 +23,11 @@ KEPT = (
 
 
 def results(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of a run that has come to its end, as its summary has them; of clusters, how many and how right."""
-    clusters = summary["clusters"]
+    """The figures of a run that has come to its end, as its summary has them; of clusters, how many and how right, and
+    of bytes the means over clients."""
+    clusters, moved = summary["clusters"], summary["communication"]
     kept = {name: summary[name] for name in KEPT}
+    kept["communication"] = moved and {way: value for way, value in moved.items() if way != "per_client"}
     kept["clusters"] = None if clusters is None else {"k": clusters["k"], "ari": clusters["ari"]}
     figures: dict[str, Any] = rounded(kept)
     return figures

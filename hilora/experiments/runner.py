@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import gc
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
+from hilora.errors import HiLoRAError, InvalidValueError
 from hilora.experiments.inputs import Inputs
 from hilora.experiments.ledger import Ledger
 from hilora.experiments.plan import FINAL, TUNING, Job, choose, final_jobs, tuning_jobs, validation
 from hilora.experiments.records import DIVERGED
 from hilora.experiments.results import results
-from hilora.experiments.spec import Experiment, Method, Setting
+from hilora.experiments.spec import AUTO, Experiment, Method, Setting
+from hilora.federated.callbacks.checkpoint import CHECKPOINT, PREVIOUS, checkpoint_dtype, has_checkpoint
 from hilora.federated.data.partitions import partition
-from hilora.federated.engine.work import Diverged
+from hilora.federated.engine.device import DTYPES
+from hilora.federated.engine.trainer import Diverged
 from hilora.federated.simulation import Simulation
 from hilora.reporting.machine import device_name, revision, today
 
 Pair = tuple[Setting, Method]
-HEAVY = ("checkpoint.pt", "adapters.safetensors", "heads.safetensors")  # not kept of a finished run
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # of file systems without them
+HEAVY = (CHECKPOINT, PREVIOUS, "adapters.safetensors", "heads.safetensors")  # not kept of a finished run
 
 
 class Runner:
@@ -55,6 +60,7 @@ class Runner:
         self.experiment, self.ledger, self.inputs, self.work, self.say = experiment, ledger, inputs, work, say
         self.failed: list[str] = []
         self._elsewhere: set[str] = set()  # titles of the runs that another process was seen to be at
+        self._warned: set[str] = set()
         self._seconds: dict[tuple[str, str], list[float]] = {}  # (setting, purpose): of the runs of this process
         self._here = {
             "revision": revision(),
@@ -85,7 +91,7 @@ class Runner:
         name = f"{job.setting.name}.{job.method.name}.{job.purpose}{job.seed}.{job.fingerprint}"
         out = self.work / name
         try:
-            with claimed(out) as ours:
+            with claimed(out, self._warn) as ours:
                 if not ours:
                     if job.title not in self._elsewhere:
                         self.say(f"{job.title}: another process is at it")
@@ -117,7 +123,7 @@ class Runner:
         with open(out / "log.txt", "a", buffering=1, encoding="utf-8") as log:
             try:
                 with redirect_stdout(log):
-                    figures = self._figures(job, out)
+                    figures, dtype = self._figures(job, out)
             except Exception:
                 traceback.print_exc(file=log)
                 raise
@@ -126,11 +132,11 @@ class Runner:
         self.ledger.append(
             {
                 "key": job.key,
-                "decides": job.decides,
+                "decides": {**job.decides, "model": {**job.decides["model"], "dtype": dtype}},
                 "results": figures,
                 "date": today(),
                 **self._here,
-                "dtype": str(self.inputs.dtype).removeprefix("torch."),
+                "dtype": dtype,
             }
         )
         for heavy in HEAVY:
@@ -138,43 +144,64 @@ class Runner:
         self._seconds.setdefault((job.setting.name, job.purpose), []).append(seconds)
         self.say(f"{job.title}: {_headline(figures)}, {seconds:.0f} s; {self._left(pairs)}")
 
-    def _figures(self, job: Job, out: Path) -> dict[str, Any]:
-        """The results of a run, or why it could not be trained."""
+    def _figures(self, job: Job, out: Path) -> tuple[dict[str, Any], str]:
+        """The results of a run, or why it could not be trained; and the arithmetic of its backbone."""
+        simulation = self._simulation(job, out)
+        dtype = str(simulation.engine.dtype).removeprefix("torch.")
         try:
-            figures = results(self._simulation(job, out).run())
+            figures = results(simulation.run())
         except (Diverged, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
-            return {DIVERGED: str(error)}
+            return {DIVERGED: str(error)}, dtype
         if job.purpose == TUNING and validation(figures) is None:
-            raise ValueError("it has no validation accuracy to choose by: raise val_share or images_per_client")
-        return figures
+            raise InvalidValueError("it has no validation accuracy to choose by: raise val_share or images_per_client")
+        return figures, dtype
 
     def _simulation(self, job: Job, out: Path) -> Simulation:
         """A new simulation, or the one that was interrupted in this folder."""
         train, test = self.inputs.images(job.setting)
-        arguments = dict(job.decides["partition"])
-        population = partition(train, test, arguments.pop("scheme"), **arguments)
+        population = partition(train, test, job.partition, seed=job.seed)
 
-        def simulation(resume: bool) -> Simulation:
+        def simulation(dtype: torch.dtype, resume: bool) -> Simulation:
             return Simulation(
-                job.method.strategy,
-                job.config,
+                job.strategy,
+                job.run,
                 self.inputs.backbone,
                 train,
                 test,
                 population,
                 out,
                 self.inputs.device,
-                self.inputs.dtype,
+                dtype,
                 resume,
                 {**job.key, "partition": job.decides["partition"]},
             )
 
-        if (out / "checkpoint.pt").exists():
+        if has_checkpoint(out):
             try:
-                return simulation(resume=True)
-            except (ValueError, KeyError) as error:  # it is unreadable, or of another run or older code
+                return simulation(self._dtype(checkpoint_dtype(out)), resume=True)
+            except (HiLoRAError, KeyError) as error:  # it is unreadable, or of another run or older code
                 self.say(f"{job.title} begins again: {error}")
-        return simulation(resume=False)
+        return simulation(self._dtype(), resume=False)
+
+    def _dtype(self, begun: str | None = None) -> torch.dtype:
+        """The arithmetic of a run. Where it is to be chosen: what it was begun with; or what the newest run with the
+        same model has, so that all runs of a table have the same; or else what is quick here."""
+        model = asdict(self.experiment.model)
+        if model.pop("dtype") != AUTO:
+            return self.inputs.dtype
+        known = [
+            line["dtype"]
+            for line in self.ledger.lines
+            if {**line["decides"]["model"], **model} == line["decides"]["model"]
+        ]
+        name = begun or (known[-1] if known else None)
+        return DTYPES.get(name or "", self.inputs.dtype)
+
+    def _warn(self, text: str) -> None:
+        """Say something once."""
+        if text not in self._warned:
+            self.say(text)
+        self._warned.add(text)
 
     def _missing(self, pairs: Sequence[Pair]) -> list[tuple[str, str]]:
         """Setting and purpose of every run that is not done."""
@@ -199,16 +226,34 @@ class Runner:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[bool]:
-    """Have a folder for oneself, which is made if it is not there: whether no other process has it."""
+def claimed(folder: Path, warn: Callable[[str], object] | None = None) -> Iterator[bool]:
+    """Have a folder for oneself, which is made if it is not there: whether no other process has it.
+
+    Where the system or the file system knows no locks, it is had in any case, and `warn` is told.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = True
-        except BlockingIOError:
-            ours = False
-        yield ours
+        ours = _lock(file)
+        if ours is None and warn is not None:
+            warn(f"{folder.parent} knows no locks: let no second process work there, or choose another place by --work")
+        yield ours is not False
+
+
+def _lock(file: IO[str]) -> bool | None:
+    """Take the lock of a file: whether no other process has it, or None where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:  # not a Unix
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return None
+    return True
 
 
 def shard(pairs: Sequence[Pair], number: int, count: int) -> list[Pair]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from hilora.errors import InvalidValueError, MissingFileError
 from hilora.experiments.checks import (
     SpecError,
     Table,
@@ -21,18 +21,16 @@ from hilora.experiments.checks import (
     tables,
     text,
 )
-from hilora.federated.data import partitions
-from hilora.federated.settings import RunConfig
-from hilora.federated.strategies import STRATEGIES
+from hilora.experiments.identity import decisive
+from hilora.federated.data.partitions import PARTITIONS, Partition
+from hilora.federated.settings import TrainingSettings
+from hilora.federated.strategies import STRATEGIES, Strategy, own_fields
 
-DTYPES = ("auto", "float32", "bfloat16")
+AUTO = "auto"
+DTYPES = (AUTO, "float32", "bfloat16")
 DOMAINS = "domains"  # the scheme whose images know their domain
-_SETTINGS = {name: fields[0] for name, fields in partitions.settings().items()}
-ARGUMENTS = {  # of a partition, with their defaults; `clients` has none, and that of `alpha` is the scheme's
-    name: inspect.Parameter.empty if setting.is_required() else setting.default for name, setting in _SETTINGS.items()
-} | {"alpha": None}
-KINDS = {name: setting.annotation for name, setting in _SETTINGS.items()}
-FIELDS = tuple(field.name for field in fields(RunConfig) if field.name != "seed")
+SHARED = tuple(name for name in TrainingSettings.model_fields if name != "seed")
+MARK = "\ufeff"  # of the byte order, which some editors begin a file with
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,16 @@ class Setting:
     seeds: tuple[int, ...]
     run: Table
 
+    def partition(self, other: Table | None = None) -> Partition:
+        """The partition, with other settings in the place of its own where it has such.
+
+        Raises:
+            PartitionError: they do not fit.
+        """
+        kind = PARTITIONS[self.scheme]
+        applies = {name: value for name, value in (other or {}).items() if name in kind.model_fields}
+        return kind(**{**self.arguments, **applies})
+
 
 @dataclass(frozen=True)
 class Method:
@@ -86,7 +94,7 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Experiment:
-    """The whole file. `run` holds fields of RunConfig for all runs; differences are taken from the row `compare`."""
+    """The whole file. `run` holds settings of all runs; differences are taken from the row `compare`."""
 
     path: Path
     title: str
@@ -111,13 +119,19 @@ class Experiment:
             if setting.name in method.settings
         ]
 
-    def config(self, setting: Setting, method: Method, point: Table, seed: int) -> RunConfig:
-        """How a pair is trained: what stands nearer to the run overrides, [run] < setting < method < grid point; of
-        `options`, each by itself."""
+    def training(self, setting: Setting, method: Method, point: Table, seed: int) -> tuple[Strategy, TrainingSettings]:
+        """How a pair is trained: what stands nearer to the run overrides, [run] < setting < method < grid point. A
+        setting that other methods alone have, in [run] or the setting, is passed over.
+
+        Raises:
+            InvalidValueError: values do not fit.
+        """
         given = (self.run, setting.run, method.run, point)
-        values = {name: _frozen(value) for table in given for name, value in table.items()}
-        options = {name: value for table in given for name, value in table.get("options", {}).items()}
-        return RunConfig(**{**values, "options": options}, seed=seed)
+        values = {name: value for table in given for name, value in table.items()}
+        kind = STRATEGIES[method.strategy]
+        own = {name: value for name, value in values.items() if name in own_fields(kind)}
+        shared = {name: value for name, value in values.items() if name in SHARED}
+        return kind(**own), TrainingSettings(**shared, seed=seed)
 
 
 def read_experiment(path: Path) -> Experiment:
@@ -128,9 +142,9 @@ def read_experiment(path: Path) -> Experiment:
         SpecError: it is not TOML, or a name, a field or a value in it is not known or does not fit.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"there is no experiment {path}: give a TOML file")
+        raise MissingFileError(f"there is no experiment {path}: give a TOML file")
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8").removeprefix(MARK))
     except ValueError as error:
         raise SpecError(f"{path} is not TOML: {error}") from error
     try:
@@ -145,14 +159,20 @@ def _experiment(path: Path, content: Table) -> Experiment:
     for name in ("model", "run", "settings", "tuning", "methods"):
         require(isinstance(content.get(name, {}), dict), f"{name} is {content.get(name)!r}, expected a table [{name}]")
     shared = seeds(content["seeds"], "seeds")
-    settings = {name: _setting(name, table, shared) for name, table in tables(content, "settings").items()}
-    methods = {name: _method(name, table, settings) for name, table in tables(content, "methods").items()}
+    strategies = {
+        name: _strategy(name, table).get("strategy", name) for name, table in tables(content, "methods").items()
+    }
+    of_any = tuple(dict.fromkeys((*SHARED, *(field for one in strategies.values() for field in _own(one)))))
+    settings = {name: _setting(name, table, shared, of_any) for name, table in tables(content, "settings").items()}
+    methods = {
+        name: _method(name, table, strategies[name], settings) for name, table in tables(content, "methods").items()
+    }
     compare = one_of(content.get("compare", next(iter(methods))), methods, "compare")
     experiment = Experiment(
         path,
         text(content["title"], "title"),
         _model(content["model"]),
-        _run(content.get("run", {}), "run"),
+        _run(content.get("run", {}), "run", of_any),
         settings,
         methods,
         _tuning(content.get("tuning"), settings),
@@ -169,23 +189,29 @@ def _check_points(experiment: Experiment, setting: Setting, method: Method) -> N
     known: list[Table] = []
     for number, point in enumerate(method.grid or ({},), start=1):
         try:
-            run = STRATEGIES[method.strategy].adapted(experiment.config(setting, method, point, 0)).to_dict()
-        except (TypeError, ValueError, OverflowError) as error:
+            run = decisive(*experiment.training(setting, method, point, 0))
+        except InvalidValueError as error:
             raise SpecError(f"{method.name} in {setting.name} cannot be trained with {point}: {error}") from error
-        del run["cohort_size"]  # decides nothing
         where = f"methods.{method.name}.grid, point {number}"
         require(run not in known, f"{where} is in {setting.name} the same run as one before it: give it other values")
         known.append(run)
 
 
-def _run(table: Any, place: str) -> Table:
-    """Fields of RunConfig; their values are checked together, as a training has them."""
-    check_names(table, FIELDS, place)
-    options = table.get("options", {})
-    require(isinstance(options, dict), f"{place}.options is {options!r}, expected a table")
-    for name, value in options.items():
-        fits = type(value) in (int, float)
-        require(fits, f"{place}.options.{name} is {value!r}, expected a number")
+def _own(strategy: str) -> tuple[str, ...]:
+    return tuple(own_fields(STRATEGIES[strategy]))
+
+
+def _strategy(name: str, table: Table) -> Table:
+    """A method's table, which names a strategy that there is."""
+    one_of(table.get("strategy", name), STRATEGIES, f"methods.{name}.strategy")
+    return table
+
+
+def _run(table: Any, place: str, known: tuple[str, ...]) -> Table:
+    """Settings of trainings; their values are checked together, as a training has them."""
+    hint = "a method's own settings stand beside the others, without a table of options"
+    require(not (isinstance(table, dict) and "options" in table), f"{place} has unknown 'options': {hint}")
+    check_names(table, known, place)
     found: Table = table
     return found
 
@@ -203,34 +229,43 @@ def _model(table: Table) -> Model:
     return model
 
 
-def _setting(name: str, table: Table, shared: tuple[int, ...]) -> Setting:
+def _setting(name: str, table: Table, shared: tuple[int, ...], known: tuple[str, ...]) -> Setting:
     place = f"settings.{name}"
     own = ("data", "classes", "partition", "seeds", "run")
-    needed = [argument for argument, default in ARGUMENTS.items() if default is inspect.Parameter.empty]
-    check_names(table, (*own, *ARGUMENTS), place, required=("data", "partition", *needed))
-    scheme, classes = one_of(table["partition"], partitions.PARTITIONS, f"{place}.partition"), table.get("classes")
+    require("partition" in table, f"{place} lacks partition")
+    scheme, classes = one_of(table["partition"], PARTITIONS, f"{place}.partition"), table.get("classes")
+    arguments = PARTITIONS[scheme].model_fields
+    needed = [argument for argument, field in arguments.items() if field.is_required()]
+    check_names(table, (*own, *arguments), place, required=("data", *needed))
     fits = classes is None or (type(classes) is int and classes > 1 and scheme == DOMAINS)
     require(fits, f"{place}.classes is {classes!r}, expected two or more, and only where the partition is {DOMAINS!r}")
-    return Setting(
+    setting = Setting(
         name,
         inside(table["data"], f"{place}.data"),
         classes,
         scheme,
-        numbers({key: value for key, value in table.items() if key not in own}, KINDS, place),
+        numbers({key: value for key, value in table.items() if key not in own}, arguments, place),
         seeds(table["seeds"], f"{place}.seeds") if "seeds" in table else shared,
-        _run(table.get("run", {}), f"{place}.run"),
+        _run(table.get("run", {}), f"{place}.run", known),
     )
+    _check_partition(setting, place)
+    return setting
 
 
-def _method(name: str, table: Table, settings: Mapping[str, Setting]) -> Method:
-    place = f"methods.{name}"
-    known = ("strategy", "label", "run", "grid", "settings", "why", "reference", "paper")
-    check_names(table, known, place)
-    strategy = one_of(table.get("strategy", name), STRATEGIES, f"{place}.strategy")
+def _check_partition(setting: Setting, place: str, other: Table | None = None) -> None:
+    try:
+        setting.partition(other)
+    except InvalidValueError as error:
+        raise SpecError(f"{place}: {error}") from error
+
+
+def _method(name: str, table: Table, strategy: str, settings: Mapping[str, Setting]) -> Method:
+    place, known = f"methods.{name}", (*SHARED, *_own(strategy))
+    check_names(table, ("strategy", "label", "run", "grid", "settings", "why", "reference", "paper"), place)
     grid = table.get("grid", [])
     require(isinstance(grid, list), f"{place}.grid is {grid!r}, expected a list of tables")
     for number, point in enumerate(grid, start=1):
-        _run(point, f"{place}.grid, point {number}")
+        _run(point, f"{place}.grid, point {number}", known)
     among = table.get("settings", list(settings))
     fits = isinstance(among, list) and among and all(isinstance(one, str) and one in settings for one in among)
     require(bool(fits), f"{place}.settings is {among!r}, expected some of {', '.join(settings)}")
@@ -244,16 +279,19 @@ def _method(name: str, table: Table, settings: Mapping[str, Setting]) -> Method:
         fits = type(figure) in (int, float) and 0 <= figure <= 100
         require(fits, f"{place}.paper.{setting} is {figure!r}, expected an accuracy in %")
     label, why = (text(table.get(key, default), f"{place}.{key}") for key, default in (("label", name), ("why", "")))
-    run = _run(table.get("run", {}), f"{place}.run")
+    run = _run(table.get("run", {}), f"{place}.run", known)
     return Method(name, strategy, label, run, tuple(grid), tuple(among), why, reference, paper)
 
 
 def _tuning(table: Table | None, settings: Mapping[str, Setting]) -> Tuning | None:
     if table is None:
         return None
-    check_names(table, ("seed", *ARGUMENTS), "tuning", required=("seed",))
+    known = {name: field for one in settings.values() for name, field in PARTITIONS[one.scheme].model_fields.items()}
+    check_names(table, ("seed", *known), "tuning", required=("seed",))
     seed = seeds([table["seed"]], "tuning.seed")[0]
-    arguments = numbers({key: value for key, value in table.items() if key != "seed"}, KINDS, "tuning")
+    arguments = numbers({key: value for key, value in table.items() if key != "seed"}, known, "tuning")
+    for setting in settings.values():
+        _check_partition(setting, f"tuning in {setting.name}", arguments)
     clash = [name for name, setting in settings.items() if seed in setting.seeds]
     require(not clash, f"tuning.seed is {seed}, which final runs of {', '.join(clash)} have: choose another")
     return Tuning(seed, arguments)
@@ -267,8 +305,3 @@ def _check_grids(experiment: Experiment) -> None:
     has_grid, has_tuning = any(sizes.values()), experiment.tuning is not None
     require(has_tuning or not has_grid, "there are grids and no [tuning]: give it a seed")
     require(has_grid or not has_tuning, "there is [tuning] and no grid: give every method one, or leave it out")
-
-
-def _frozen(value: Any) -> Any:
-    """A list as the tuple that RunConfig keeps; it reads either."""
-    return tuple(value) if isinstance(value, list) else value

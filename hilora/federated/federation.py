@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,8 +53,7 @@ class Federation:
             raise InvalidValueError("no seen client has an image to train on: give the clients more images")
         method = resolve(strategy)
         self.name, self.settings, self.backbone = method.name or type(method).__name__, settings, backbone
-        self.train_images = replace(train, images=train.images.to(device))
-        self.test_images = replace(test, images=test.images.to(device))
+        self.train_images, self.test_images = train.to(device), test.to(device)
         self.population = population
         self.engine = BatchedEngine(backbone, method.adapters(settings), settings, device, dtype)
         count, classes = len(population.clients), len(train.classes)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hilora.federated.archive import digest
+from hilora.federated.archive import digest, image_digest
 from hilora.federated.callbacks.base import Callback, Round
 from hilora.federated.callbacks.checkpoint import Checkpoint, restore, uninterrupted
 from hilora.federated.callbacks.diagnostics import Diagnostics
@@ -27,6 +27,7 @@ from hilora.federated.settings import TrainingSettings
 from hilora.federated.strategies import Strategy
 from hilora.federated.streams import stream
 from hilora.models.backbone import Backbone
+from hilora.reporting.summary import SCHEMA
 
 log = logging.getLogger(__name__)
 PROGRESS = ("round", "stage", "round_in_stage", "seconds", "images", "trained_parameters", "finished")
@@ -74,8 +75,7 @@ class Simulation(Federation):
         self.seconds, self.images, self.trained_parameters, self.finished = 0.0, 0, 0, False
         self.callbacks = [Metrics(), Diagnostics(), UnseenClients(), *callbacks, ProgressBar(), Report(), Checkpoint()]
         self._weights = digest(backbone.model.state_dict())
-        images = {"train": train.images, "test": test.images}
-        self._data = digest({**images, "train labels": train.labels, "test labels": test.labels})
+        self._data = [image_digest(images) for images in (train, test)]
         self._shares = digest(_shares(population))
         out.mkdir(parents=True, exist_ok=True)
         if resume:
@@ -171,6 +171,7 @@ class Simulation(Federation):
     def summary(self) -> dict[str, Any]:
         """What `summary.json` says; accuracies are fractions of 1."""
         found: dict[str, Any] = {
+            "schema": SCHEMA,
             "strategy": self.name,
             "partition": self.population.scheme,
             "seed": self.settings.seed,

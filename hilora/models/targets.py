@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-# What libraries call the layers of a block; a target finds a path that ends in any of its names.
-ALIASES = {
-    "q": ("q", "query", "q_proj", "to_q"),
-    "k": ("k", "key", "k_proj", "to_k"),
-    "v": ("v", "value", "v_proj", "to_v"),
-    "proj": ("proj", "o_proj", "out_proj", "attention.output.dense"),
-    "fc1": ("fc1", "intermediate.dense", "mlp.0"),
-    "fc2": ("fc2", "[0-9].output.dense", "[0-9][0-9].output.dense", "mlp.3"),
-}
+from hilora.errors import InvalidValueError
+from hilora.models.registry import aliases, family_of
+
+ALL_LINEAR = "all-linear"
 
 
 class Target(NamedTuple):
@@ -27,8 +24,13 @@ class Target(NamedTuple):
     columns: tuple[int, int]  # (start, width)
 
 
-def find_targets(model: nn.Module, names: Iterable[str]) -> list[Target]:
+def find_targets(model: nn.Module, names: Iterable[str] | str) -> list[Target]:
     """The projections of a model that `names` mean, in the order of the model.
+
+    Args:
+        model: any module.
+        names: names and patterns as `HiLoRAConfig.target_modules` explains them; or a string: "all-linear" for all
+            linear layers but the classifier's, else a regular expression that the whole of a path must match.
 
     Raises:
         ValueError: if a name finds nothing, if projections overlap (`qkv` beside `q`), or if a fused layer does not
@@ -41,11 +43,18 @@ def find_targets(model: nn.Module, names: Iterable[str]) -> list[Target]:
         for target in _projections(path, module)
     ]
     meant = set()
-    for name in names:
-        matched = _meant(candidates, name)
+    for name in [names] if isinstance(names, str) else names:
+        if name == ALL_LINEAR and isinstance(names, str):
+            matched = _all_linear(model, candidates)
+        elif isinstance(names, str):
+            matched = _whole_first([target for target in candidates if re.fullmatch(name, target.path)])
+        else:
+            matched = _meant(candidates, name)
         if not matched:
             linears = sorted({target.path.rpartition(".")[2] for target in candidates})
-            raise ValueError(f"target {name!r} finds no linear layer; the last names of those there are: {linears}")
+            raise InvalidValueError(
+                f"target {name!r} finds no linear layer; the last names of those there are: {linears}"
+            )
         meant.update(matched)
     found = [target for target in candidates if target in meant]
     whole = {target.module for target in found if target.path == target.module}
@@ -53,12 +62,14 @@ def find_targets(model: nn.Module, names: Iterable[str]) -> list[Target]:
         if target.path != target.module:
             fused = target.module.rpartition(".")[2]
             if _interleaves(model.get_submodule(target.module.rpartition(".")[0]), target):
-                raise ValueError(
+                raise InvalidValueError(
                     f"{target.module} does not hold {', '.join(fused)} one after the other in equal parts: adapt it "
                     f"whole, as {fused!r}"
                 )
             if target.module in whole:
-                raise ValueError(f"{target.module} and its slice {target.path} are both targets: choose one of them")
+                raise InvalidValueError(
+                    f"{target.module} and its slice {target.path} are both targets: choose one of them"
+                )
     return found
 
 
@@ -84,9 +95,26 @@ def _interleaves(attention: nn.Module, target: Target) -> bool:
 
 
 def _meant(candidates: list[Target], name: str) -> list[Target]:
-    """The projections that a name matches; a fused layer as a whole, where a pattern matches that and its slices."""
-    ends = ALIASES.get(name, (name,))
+    """The projections that a name matches."""
+    ends = aliases().get(name, [name])
     patterns = [pattern for end in ends for pattern in (end, f"*.{end}")]
-    matched = [target for target in candidates if any(fnmatchcase(target.path, pattern) for pattern in patterns)]
+    return _whole_first(
+        [target for target in candidates if any(fnmatchcase(target.path, pattern) for pattern in patterns)]
+    )
+
+
+def _whole_first(matched: list[Target]) -> list[Target]:
+    """A fused layer as a whole, where a pattern matches that and its slices."""
     whole = {target.module for target in matched if target.path == target.module}
     return [target for target in matched if target.path == target.module or target.module not in whole]
+
+
+def _all_linear(model: nn.Module, candidates: list[Target]) -> list[Target]:
+    """All linear layers but those of the classifier, and those that nn.MultiheadAttention has but never calls."""
+    heads = {id(module) for head in family_of(model).heads(model) for module in head.modules()}
+    left_out = {
+        path
+        for path, module in model.named_modules()
+        if id(module) in heads or isinstance(module, NonDynamicallyQuantizableLinear)
+    }
+    return [target for target in candidates if target.path == target.module and target.module not in left_out]

@@ -13,20 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from hilora.files import PathLike
-from hilora.reporting.style import (
-    BLUE,
-    GREEN,
-    GREY,
-    HEAT,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILION,
-    YELLOW,
-    new_figure,
-    open_frame,
-    save,
-)
+from hilora.reporting.style import BLUE, GREY, HEAT, PALETTE, SKY, VERMILION, new_figure, open_frame, save
 
 Array = NDArray[Any]
 
@@ -153,7 +140,7 @@ def group_labels(groups: Array, names: Sequence[str]) -> list[str]:
 
 def _colours(n: int) -> Array:
     """RGB `[n, 3]`: the palette, then its lighter and its darker shades."""
-    base = np.array([to_rgb(colour) for colour in (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW)])
+    base = np.array([to_rgb(colour) for colour in PALETTE])
     shades = np.concatenate([base, 0.5 + 0.5 * base, 0.55 * base])
     return shades[np.arange(n) % len(shades)]
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
 log = logging.getLogger("hilora")
+Item = TypeVar("Item")
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
@@ -20,6 +21,18 @@ def say(text: str, stream: TextIO | None = None) -> None:
     encoding = stream.encoding or "utf-8"
     tqdm.write(text.encode(encoding, "replace").decode(encoding), file=stream)
     stream.flush()
+
+
+def counted(items: Iterable[Item], total: int, what: str, done: int = 0) -> Iterator[Item]:
+    """The same items, with a bar of how many of `total` are done on stderr, where that is a terminal and it takes long.
+
+    Args:
+        items: those that are left.
+        total: how many there are in all, `done` of them before.
+        what: they are.
+    """
+    quiet = sys.stderr is None or sys.stderr.closed or not sys.stderr.isatty()
+    yield from tqdm(items, what, total, initial=done, unit="", delay=2, leave=False, dynamic_ncols=True, disable=quiet)
 
 
 class Terminal(logging.Handler):

@@ -45,17 +45,22 @@ class Unseen(TypedDict):
     leaf: Figure
 
 
-class Clusters(TypedDict):
-    """How many groups, the group of each seen client, agreement with the true ones, the group of each unseen client."""
+class Grouping(TypedDict):
+    """How many groups there are, and their agreement with the true ones."""
 
     k: Count
-    labels: list[Count]
     ari: Figure
+
+
+class Clusters(Grouping):
+    """The group of each seen client, and that of each unseen one."""
+
+    labels: list[Count]
     unseen: NotRequired[list[Count]]
 
 
 class EachWay(TypedDict):
-    """Bytes that each seen client sent and received in all rounds together."""
+    """Bytes that each seen client sent and received."""
 
     up: list[Figure]
     down: list[Figure]
@@ -111,6 +116,28 @@ class Summary(TypedDict):
     interrupted: NotRequired[bool]
     config: NotRequired[dict[str, Any]]
     arguments: NotRequired[dict[str, Any]]
+
+
+class Results(TypedDict, total=False):
+    """What is kept of a run where there are many, as in the ledger of an experiment.
+
+    Attributes:
+        diverged: why there are no figures.
+    """
+
+    tiers: dict[Text, Accuracy]
+    final: Accuracy
+    unseen: Unseen
+    clusters: Grouping | None
+    seconds: Figure
+    val: Accuracy
+    per_client: dict[Text, list[Figure]]
+    diagnostics: dict[Text, Diagnosis]
+    communication: Communication
+    trained_parameters: Count
+    images: Count
+    rounds: Count
+    diverged: Text
 
 
 def write_summary(path: PathLike, summary: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import hilora
 from hilora import HiLoRAConfig, TieredLoRALinear
 from hilora.adapters.injection import banks, head_parameters
-from tests.helpers import CONFIG, TIERS, images, injected, output, random, randomise, same, snapshot, vit
+from tests.helpers import CONFIG, TIERS, images, injected, output, random, randomise, same, snapshot, values, vit
 from tests.vits import Net, mlp, net, timm_model, torchvision_vit, transformers_vit
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...], Tensor, list[tuple[int, int, int]]]] = {
@@ -87,11 +87,11 @@ def test_injection_changes_no_bit_and_then_every_projection_counts(
         for position in range(len(bank.names)):
             with torch.no_grad():
                 for tier in TIERS:
-                    nn.init.normal_(bank.B[tier][position])
+                    nn.init.normal_(bank.B(tier)[position])
             assert not torch.equal(output(model, x), before), f"{bank.names[position]} has no effect"
             with torch.no_grad():
                 for tier in TIERS:
-                    bank.B[tier][position].zero_()
+                    bank.B(tier)[position].zero_()
     assert torch.equal(output(model, x), before)
 
 
@@ -160,11 +160,11 @@ def test_dtype_of_the_adapters() -> None:
         x = images(2, dtype=dtype)
         before = output(model, x)
         hilora.inject(model, CONFIG)
-        assert {p.dtype for bank in banks(model) for p in bank.parameters()} == {wide}
+        assert {value.dtype for value in values(model)} == {wide}
         assert torch.equal(output(model, x), before)
         assert output(model, x).dtype == dtype
         model(x).float().square().sum().backward()
-        assert banks(model)[0].B["root"].grad.dtype == wide
+        assert model.get_parameter("blocks.0.attn.qkv.lora_B.root").grad.dtype == wide
 
 
 def test_adapters_of_a_meta_model_are_on_meta() -> None:
@@ -180,7 +180,7 @@ def test_the_adapters_are_drawn_from_the_global_stream() -> None:
         model = vit()
         torch.manual_seed(seed)
         hilora.inject(model, CONFIG)
-        drawn.append((banks(model)[0].A["leaf"].detach(), torch.rand(1)))
+        drawn.append((values(model)[2], torch.rand(1)))
     assert same(drawn[0], drawn[1])
     assert not torch.equal(drawn[0][0], drawn[2][0])
 
@@ -208,8 +208,8 @@ def test_a_tier_and_the_head_train_and_nothing_else(make: Callable[[], nn.Module
     for tier in TIERS:
         hilora.set_active_tier(model, tier)
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
-        adapters = [name for name in trained if ".banks." in name]
-        assert [name.rpartition(".")[2] for name in adapters] == [tier] * 2 * len(banks(model))
+        adapters = [name for name in trained if ".lora_" in name or name.startswith("0.lora_")]
+        assert [name.rpartition(".")[2] for name in adapters] == [tier] * 2 * sum(len(b.layers) for b in banks(model))
         assert [name for name in trained if name not in adapters] == names
         assert [bank.active for bank in banks(model)] == [tier] * len(banks(model))
     with pytest.raises(ValueError, match="unknown tier 'lief'"):
@@ -235,9 +235,9 @@ def test_training_changes_only_what_is_active() -> None:
             nn.functional.cross_entropy(model(images(4)), torch.arange(4)).backward()
             optimiser.step()
         changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-        assert {name.partition(".banks.0.")[2] or name for name in changed} == {
-            f"A.{tier}",
-            f"B.{tier}",
+        assert {name.partition(".qkv.")[2] or name for name in changed} == {
+            f"lora_A.{tier}",
+            f"lora_B.{tier}",
             "head.weight",
             "head.bias",
         }
@@ -262,7 +262,7 @@ def test_models_can_be_copied_and_pickled_before_and_after_training() -> None:
             assert not own & {p.untyped_storage().data_ptr() for p in other.parameters()}
             last = other.get_submodule("blocks.1.attn.qkv")
             assert isinstance(last, TieredLoRALinear)
-            assert banks(other)[0] is last.projections[0].bank
+            assert banks(other)[0].layers[1] is last
         trained(model)
 
 
@@ -286,7 +286,7 @@ def test_a_compiled_model_gives_the_same(backend: str) -> None:
         y = step(x)
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
         y.square().sum().backward()
-        found = [p.grad for bank in banks(step) for p in bank.parameters() if p.grad is not None]
+        found = [p.grad for name, p in step.named_parameters() if ".lora_" in name and p.grad is not None]
         assert len(found) == 2
         for got, want in zip(found, gradients or found, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)

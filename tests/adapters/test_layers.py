@@ -9,6 +9,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import hilora
 from hilora import HiLoRAConfig, TieredLoRALinear
+from hilora.adapters.injection import banks
 from tests.helpers import CONFIG, TIERS, random, randomise, same
 
 
@@ -22,11 +23,12 @@ def make(config: HiLoRAConfig = CONFIG, dtype: torch.dtype = torch.float32, bias
 
 def dense(layer: TieredLoRALinear, slots: dict[str, int] | None = None) -> Tensor:
     """W + Σ scale B A in fp64."""
-    weight, bank = layer.weight.double(), layer.projections[0].bank
+    weight = layer.weight.double()
+    (bank,) = banks(layer)
     for tier in bank.tiers:
         slot = (slots or {}).get(tier, 0)
         if slot >= 0:
-            weight = weight + bank.config.scale(tier) * bank.B[tier][0, slot].double() @ bank.A[tier][0, slot].double()
+            weight = weight + bank.config.scale(tier) * bank.B(tier)[0, slot].double() @ bank.A(tier)[0, slot].double()
     return weight
 
 
@@ -40,7 +42,7 @@ def test_the_layer_of_the_readme() -> None:
     assert torch.equal(layer(x), base(x))
     assert {tier: tuple(A.shape) for tier, A in layer.lora_A.items()} == dict.fromkeys(TIERS, (8, 768))
     assert {tier: tuple(B.shape) for tier, B in layer.lora_B.items()} == dict.fromkeys(TIERS, (768, 8))
-    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["banks.0.A.root", "banks.0.B.root"]
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["lora_A.root", "lora_B.root"]
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7), (2, 1, 3, 7), (0, 7)])
@@ -116,7 +118,7 @@ def test_only_the_active_tier_has_gradients() -> None:
         layer.zero_grad()
         layer(random(4, 7)).square().sum().backward()
         trained = [name for name, p in layer.named_parameters() if p.grad is not None and p.grad.any()]
-        assert trained == [f"banks.0.A.{tier}", f"banks.0.B.{tier}"]
+        assert trained == [f"lora_A.{tier}", f"lora_B.{tier}"]
 
 
 def test_dropout_spares_the_base_and_sleeps_in_eval_mode() -> None:
@@ -130,9 +132,8 @@ def test_dropout_spares_the_base_and_sleeps_in_eval_mode() -> None:
     assert not torch.equal(draws[0], draws[1])
     spread = draws.std(0) / 4000**0.5
     assert ((draws.mean(0) - full).abs() <= 6 * spread).all()
-    for bank in layer.projections:
-        for tier in TIERS:
-            nn.init.zeros_(bank.bank.B[tier])
+    for tier in TIERS:
+        nn.init.zeros_(layer.lora_B[tier])
     assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
 
 
@@ -149,7 +150,7 @@ def test_autocast_computes_as_the_base_does_with_fp32_gradients() -> None:
     for parameter in layer.parameters():
         assert parameter.dtype == torch.float32
         assert parameter.grad is None or parameter.grad.dtype == torch.float32
-    assert layer.banks[0].A["root"].grad.any()  # type: ignore[union-attr, index]
+    assert layer.lora_A["root"].grad.any()
 
 
 def test_a_bf16_layer_has_fp32_adapters() -> None:
@@ -157,7 +158,7 @@ def test_a_bf16_layer_has_fp32_adapters() -> None:
     x = random(40, 7, dtype=torch.bfloat16)
     y = layer(x)
     assert y.dtype == torch.bfloat16
-    assert {p.dtype for name, p in layer.named_parameters() if "banks" in name} == {torch.float32}
+    assert {p.dtype for name, p in layer.named_parameters() if "lora_" in name} == {torch.float32}
     expected = nn.functional.linear(x.double(), dense(layer), layer.bias.double())
     assert (y.double() - expected).norm() < 0.01 * expected.norm()
 

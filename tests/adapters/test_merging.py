@@ -72,8 +72,9 @@ def test_only_the_adapted_weights_change() -> None:
 def test_unmerging_is_exact(dtype: torch.dtype) -> None:
     model = injected()
     model.blocks.to(dtype)
-    for factor in banks(model)[0].parameters():
-        factor.data = factor.data.float()
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
     before, objects = copy.deepcopy(model.state_dict()), [id(p) for p in model.parameters()]
     for _ in range(2):
         hilora.merge(model)
@@ -90,7 +91,7 @@ def test_unmerging_gives_back_what_was_merged() -> None:
     hilora.merge(model, cluster=0, leaf=5)
     model.train()
     hilora.unmerge(model)
-    assert all(module.training for module in model.modules() if not isinstance(module, type(banks(model)[0])))
+    assert all(module.training for module in model.modules())
     assert torch.equal(model.eval()(images(4)), before)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == active
 
@@ -171,7 +172,7 @@ def test_what_a_merged_model_cannot_do() -> None:
     model = injected()
     hilora.merge(model)
     before = snapshot(model)
-    for function in (hilora.merge, hilora.unload, hilora.orthogonality_penalty):
+    for function in (hilora.orthogonality_penalty, hilora.set_slots, lambda m: hilora.set_active_tier(m, "leaf")):
         with pytest.raises(
             ValueError, match=r"merged into the weights: take them out first, by hilora\.unmerge\(model\)"
         ):
@@ -200,3 +201,91 @@ def test_a_shared_layer_stays_shared() -> None:
     hilora.unload(hilora.unmerge(model))
     assert model["a"][0] is model["b"][0]  # type: ignore[index]
     assert model["a"][0].weight is linear.weight  # type: ignore[index]
+
+
+def test_merging_for_good_leaves_a_plain_model() -> None:
+    for slots in ({"cluster": 0, "leaf": 5}, {"cluster": 1, "leaf": -1}):
+        model, plain = with_clients(), vit()
+        expected = predictions(copy.deepcopy(model), slots, images(4))
+        assert hilora.merge_and_unload(model, **slots) is model
+        assert snapshot(model)["attributes"] == snapshot(plain)["attributes"]
+        assert snapshot(model)["hooks"] == snapshot(plain)["hooks"]
+        torch.testing.assert_close(model(images(4)).detach(), expected, rtol=2e-5, atol=2e-5)
+        hilora.inject(model, CONFIG)
+    before = snapshot(model := with_clients())
+    with pytest.raises(ValueError, match="tier 'cluster' has 2 adapters"):
+        hilora.merge_and_unload(model)
+    assert same(snapshot(model), before)
+
+
+def test_a_merged_model_can_be_unloaded_with_what_is_merged() -> None:
+    for finish in (hilora.unload, hilora.merge_and_unload):
+        model = injected()
+        expected = hilora.merge(model)(images(2)).detach()
+        finish(model)
+        assert torch.equal(model(images(2)).detach(), expected)
+        assert snapshot(model)["attributes"] == snapshot(vit())["attributes"]
+        with pytest.raises(ValueError, match="not merged"):
+            hilora.unmerge(model)
+        with pytest.raises(ValueError, match="has no adapters"):
+            hilora.unload(model)
+
+
+def test_another_client_can_be_merged_in_place_of_the_first() -> None:
+    model = with_clients()
+    other = copy.deepcopy(model)
+    before = model(images(4)).detach()
+    hilora.merge(model, cluster=0, leaf=5)
+    hilora.merge(model, cluster=1, leaf=2)
+    hilora.merge(other, cluster=1, leaf=2)
+    assert torch.equal(model(images(4)), other(images(4)))
+    with pytest.raises(IndexError, match="there is no slot 6"):
+        hilora.merge(model, cluster=1, leaf=6)
+    assert torch.equal(model(images(4)), other(images(4)))
+    assert torch.equal(hilora.unmerge(model)(images(4)), before)
+    model.double()
+    hilora.merge(hilora.merge(model, cluster=0, leaf=0).float(), cluster=1, leaf=2)
+    torch.testing.assert_close(model(images(4)), other(images(4)))
+
+
+def test_disabled_adapters_are_as_if_they_were_not_there() -> None:
+    model, plain = with_clients(), vit()
+    before = model(images(4)).detach()
+    with hilora.disable_adapters(model):
+        assert torch.equal(model(images(4)), plain(images(4)))
+        assert torch.equal(model(images(3)), plain(images(3))), "slots do not matter"
+        with hilora.disable_adapters(model):
+            pass
+        assert torch.equal(model(images(4)), plain(images(4)))
+    assert torch.equal(model(images(4)), before)
+    with pytest.raises(RuntimeError, match="inside"), hilora.disable_adapters(model):
+        raise RuntimeError("inside")
+    assert torch.equal(model(images(4)), before)
+
+
+def test_a_merged_model_is_without_its_adapters_inside_of_the_context() -> None:
+    model, plain = injected(), vit()
+    merged = hilora.merge(model)(images(2)).detach()
+    before = snapshot(model)
+    with hilora.disable_adapters(model):
+        assert torch.equal(model(images(2)), plain(images(2)))
+    assert same(snapshot(model), before)
+    assert torch.equal(model(images(2)), merged)
+    hilora.unmerge(model)
+    with pytest.raises(ValueError, match="has no adapters"), hilora.disable_adapters(plain):
+        pass
+
+
+def test_tiers_can_have_any_name() -> None:
+    """Also that of a parameter of the functions that take tiers as keywords."""
+    names = ("model", "slots", "self", "tier")
+    model = injected(HiLoRAConfig(r=2, tiers=names))
+    hilora.set_slots(model, model=torch.tensor([0, 1]), slots=torch.tensor([1, 0]))
+    randomise(model)
+    assert hilora.orthogonality_penalty(model, gamma_model=0.5).shape == ()
+    hilora.set_active_tier(model, "model")
+    y = model(images(4)).detach()
+    hilora.merge(model, model=1, slots=0, self=0, tier=0)
+    torch.testing.assert_close(model(images(4))[2:].detach(), y[2:], rtol=1e-4, atol=1e-4)
+    hilora.merge_and_unload(model, model=0, slots=1)
+    torch.testing.assert_close(model(images(4))[:2].detach(), y[:2], rtol=1e-4, atol=1e-4)

@@ -15,11 +15,11 @@ def dense(model: nn.Module, active: str, gammas: dict[str, float], slots: dict[s
     total: Tensor = torch.zeros((), dtype=torch.float64)
     for bank in banks(model):
         for projection in range(len(bank.names)):
-            own = bank.B[active][projection, (slots or {}).get(active, 0)].double()
+            own = bank.B(active)[projection, (slots or {}).get(active, 0)].double()
             for tier, gamma in gammas.items():
                 slot = (slots or {}).get(tier, 0)
                 if slot >= 0:
-                    total = total + gamma * (bank.B[tier][projection, slot].double().T @ own).square().sum()
+                    total = total + gamma * (bank.B(tier)[projection, slot].double().T @ own).square().sum()
     return total
 
 
@@ -33,7 +33,7 @@ def test_the_penalty_is_that_of_the_paper(active: str, weights: dict[str, float]
     penalty = hilora.orthogonality_penalty(model, **{f"gamma_{tier}": gamma for tier, gamma in weights.items()})
     expected = dense(model, active, weights)
     torch.testing.assert_close(penalty, expected, rtol=1e-12, atol=0)
-    trained = [bank.B[active] for bank in banks(model)]
+    trained = [p for name, p in model.named_parameters() if name.endswith(f"lora_B.{active}")]
     got, want = (torch.autograd.grad(value, trained) for value in (penalty, expected))
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
@@ -54,7 +54,9 @@ def test_frozen_tiers_get_no_gradient() -> None:
     model = injected()
     hilora.set_active_tier(model, "cluster")
     hilora.orthogonality_penalty(model).backward()
-    assert [n.rpartition(".banks.")[2] for n, p in model.named_parameters() if p.grad is not None] == ["0.B.cluster"]
+    assert [n.partition(".qkv.")[2] for n, p in model.named_parameters() if p.grad is not None] == [
+        "lora_B.cluster"
+    ] * 2
 
 
 def test_there_is_no_penalty_for_the_first_tier_or_a_zero_b_or_no_training() -> None:
@@ -62,7 +64,9 @@ def test_there_is_no_penalty_for_the_first_tier_or_a_zero_b_or_no_training() -> 
     assert hilora.orthogonality_penalty(model) == 0
     hilora.set_active_tier(model, "cluster")
     assert hilora.orthogonality_penalty(model) > 0
-    nn.init.zeros_(banks(model)[0].B["cluster"])
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B.cluster"):
+            nn.init.zeros_(parameter)
     assert hilora.orthogonality_penalty(model) == 0
     for bank in banks(model):
         bank.activate(None)
@@ -82,9 +86,9 @@ def test_clients_of_a_batch_have_penalties_of_their_own() -> None:
     torch.testing.assert_close(each, expected, rtol=1e-12, atol=0)
     total = hilora.orthogonality_penalty(model, gamma_root=0.5, gamma_cluster=2.0)
     torch.testing.assert_close(total, expected.sum(), rtol=1e-12, atol=0)
-    leaf = banks(model)[0].B["leaf"]
-    got, want = (torch.autograd.grad(value, leaf)[0] for value in (total, expected.sum()))
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    leaves = [p for name, p in model.named_parameters() if name.endswith("lora_B.leaf")]
+    for got, want in zip(*(torch.autograd.grad(value, leaves) for value in (total, expected.sum())), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 def test_a_client_without_an_adapter_of_the_active_tier_pays_nothing() -> None:
@@ -106,7 +110,7 @@ def test_tiers_without_adapters_are_left_out() -> None:
 def test_descending_the_penalty_makes_tiers_orthogonal() -> None:
     model = injected()
     hilora.set_active_tier(model, "cluster")
-    optimiser = torch.optim.SGD([bank.B["cluster"] for bank in banks(model)], lr=0.1)
+    optimiser = torch.optim.SGD([p for n, p in model.named_parameters() if n.endswith("lora_B.cluster")], lr=0.1)
     before = hilora.orthogonality_penalty(model, gamma_root=1.0).item()
     for _ in range(100):
         optimiser.zero_grad()

@@ -12,28 +12,28 @@ from torch import Tensor, nn
 import hilora
 from hilora import HiLoRAConfig
 from hilora.adapters.injection import banks
-from tests.helpers import TIERS, images, injected, output, randomise, same, vit
+from tests.helpers import TIERS, gradients, images, injected, output, randomise, same, values, vit
 from tests.vits import timm_model
 
 
 def clients(model: nn.Module, slots: dict[str, list[int]], x: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Outputs of G clients, each with a model and one adapter of each tier; and the gradients of the tables."""
-    outputs, total = [], [torch.zeros_like(p) for bank in banks(model) for p in bank.parameters()]
+    outputs, total = [], [torch.zeros_like(value) for value in values(model)]
     for client, rows in enumerate(x.chunk(len(next(iter(slots.values()))))):
         own = copy.deepcopy(model)
         hilora.set_slots(own, **dict.fromkeys(TIERS))
         chosen = {tier: slots[tier][client] if tier in slots else 0 for tier in TIERS}
         for bank in banks(own):
             for tier, slot in chosen.items():
-                A, B = bank.A[tier].detach(), bank.B[tier].detach()
+                A, B = bank.A(tier).detach(), bank.B(tier).detach()
                 bank.assign(tier, A[:, max(slot, 0)][:, None], (B * (slot >= 0))[:, max(slot, 0)][:, None])
         y = own(rows)
         outputs.append(y)
         y.square().sum().backward()
-        tables = [(tier, p) for bank in banks(own) for tier, p in [*bank.A.items(), *bank.B.items()]]
-        for sum_, (tier, parameter) in zip(total, tables, strict=True):
-            if parameter.grad is not None and chosen[tier] >= 0:
-                sum_[:, chosen[tier]] += parameter.grad[:, 0]
+        tiers = [tier for bank in banks(own) for tier in 2 * bank.tiers]
+        for sum_, tier, gradient in zip(total, tiers, gradients(own), strict=True):
+            if chosen[tier] >= 0:
+                sum_[:, chosen[tier]] += gradient[:, 0]
     return torch.cat(outputs), total
 
 
@@ -49,14 +49,13 @@ def test_a_batch_of_several_clients_is_that_many_models(make: Callable[[], nn.Mo
     hilora.set_active_tier(model, active)
     size = 16 if hasattr(model, "norm_pre") else 32
     x = images(6, size, dtype=torch.float64)
-    expected, gradients = clients(model, slots, x)
+    expected, expected_gradients = clients(model, slots, x)
     y = model(x)
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
     y.square().sum().backward()
-    for parameter, want in zip([p for bank in banks(model) for p in bank.parameters()], gradients, strict=True):
-        got = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    for got, want in zip(gradients(model), expected_gradients, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
-    assert any(gradient.any() for gradient in gradients)
+    assert any(gradient.any() for gradient in expected_gradients)
 
 
 def test_windows_of_an_image_stay_with_their_client() -> None:
@@ -73,9 +72,9 @@ def test_windows_of_an_image_stay_with_their_client() -> None:
 def test_set_slots_adds_fresh_adapters_and_keeps_the_old() -> None:
     model = injected()
     before = output(model, images(2))
-    old = banks(model)[0].B["leaf"].detach().clone()
+    old = banks(model)[0].B("leaf").detach().clone()
     hilora.set_slots(model, leaf=torch.tensor([0, 3]), root=torch.tensor([0, 0]))
-    leaf = banks(model)[0].B["leaf"].detach()
+    leaf = banks(model)[0].B("leaf").detach()
     assert leaf.shape[1] == 4
     assert torch.equal(leaf[:, :1], old)
     assert not leaf[:, 1:].any()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.contest import Contestant, WrongResult, contest
+from benchmarks.contest import Contestant, Lineup, WrongResult, contest
 from benchmarks.cost import Cost
 from benchmarks.ledger import Ledger, read
 
@@ -35,7 +35,7 @@ def double(values: Tensor) -> Tensor:
 
 def run(path: Path, **rivals: Contestant) -> dict[str, Any]:
     benchmark = Benchmark()
-    contest(benchmark, Ledger(path, "toy"), {"op": "double"}, rivals, [(x,)], {"": [2 * x.double()]})
+    contest(benchmark, Ledger(path, "toy"), {"op": "double"}, Lineup(rivals, {"": [2 * x.double()]}, [(x,)]))
     return benchmark.extra_info
 
 
@@ -102,12 +102,12 @@ def test_one_wrong_row_among_many_has_no_figure(tmp_path: Path) -> None:
     assert (short - many).norm() < 1e-2 * many.norm()
     rival = Contestant(double, lambda v: [short], Cost(((1, 1),)), 1e-2)
     with pytest.raises(WrongResult):
-        contest(Benchmark(), Ledger(tmp_path / "f", "toy"), {}, {"ours": rival}, [(many,)], {"": [many]})
+        contest(Benchmark(), Ledger(tmp_path / "f", "toy"), {}, Lineup({"ours": rival}, {"": [many]}, [(many,)]))
 
 
 def test_a_wrong_kernel_has_no_figure(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "benchmarks/test_bench_layer.py", "--benchmark-only", "--scale", "toy"]
-    plugin = ["-p", "tests.benchmarks.wrong_kernel", "--figures", str(tmp_path / "figures.jsonl"), "-k", "forward"]
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-k", "layer-forward", "--benchmark-only"]
+    plugin = ["-p", "tests.benchmarks.wrong_kernel", "--figures", str(tmp_path / "figures.jsonl"), "--scale", "toy"]
     done = subprocess.run([*command, *plugin], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "3 failed" in done.stdout

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import figures, gpu_report, shapes
+from benchmarks import gpu_report
 from benchmarks.ledger import read
+from benchmarks.operations import operations
+from benchmarks.operations.layer import WIDTHS, shapes
+from benchmarks.timing import SCALES
 
 ROOT = Path(__file__).parents[2]
 FIVE = {"PEFT", "PEFT, compiled", "stacked addmm", "merged + 1 LoRA", "frozen layer"}
@@ -26,13 +29,13 @@ def test_a_toy_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(": done, ") == 3
     found = read(ledger)
-    first = shapes.layers("toy")[0]._asdict()
+    first = shapes("toy")[0]._asdict()
     for phase in ("forward", "step"):
         rivals = {
             f["rival"] for f in found if f["op"] == "layer" and f["phase"] == phase and first.items() <= f.items()
         }
         assert rivals >= FIVE | {"hilora", "hilora, whole qkv"}
-    assert {f["op"] for f in found} == set(figures.SHAPES)
+    assert {f["op"] for f in found} == set(operations())
     assert len(list(tmp_path.glob("benchmarks/*.png"))) == 3
     assert "32 | 24 | 2 | 2 × 8" in (tmp_path / "benchmarks.md").read_text()
 
@@ -66,15 +69,14 @@ def test_nothing_is_begun_after_the_budget(tmp_path: Path) -> None:
 
 
 def test_every_scale_has_shapes_that_groups_divide() -> None:
-    for scale in shapes.SCALES:
-        found = shapes.layers(scale)
+    for scale in SCALES:
+        assert all(operation.shapes(scale) for operation in operations().values())
+        found = shapes(scale)
         assert len(set(found)) == len(found)
         for shape in found:
             assert shape.rows % shape.groups == 0
-        assert shapes.penalties(scale)
-        assert shapes.distances(scale)
-    cuda = shapes.layers("cuda")
+    cuda = shapes("cuda")
     for groups in (1, 4, 16):
         widths_and_rows = {(s.width, s.rows) for s in cuda if s.groups == groups and s.form == "qkv"}
-        assert {width for width, _ in widths_and_rows} == set(shapes.WIDTHS.values())
+        assert {width for width, _ in widths_and_rows} == set(WIDTHS.values())
         assert len({rows for _, rows in widths_and_rows}) == 3

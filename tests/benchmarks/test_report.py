@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks import charts, report
+from benchmarks import report
 from benchmarks.figures import Comparison, by_device
 from benchmarks.ledger import read
-from benchmarks.shapes import layers
+from benchmarks.operations.layer import OPERATION, shapes
 
 TEXT = f"before\n{report.START}\nold\n{report.END}\nafter\n"
 
 
 def figure(rival: str, ms: float, **more: Any) -> dict[str, Any]:
-    shape = layers(more.get("scale", "toy"))[0]._asdict()
+    shape = shapes(more.get("scale", "toy"))[0]._asdict()
     conditions = {"run": "1", "date": "2026-01-01", "scale": "toy", "device": "a CPU", "hilora": "1", "torch": "2"}
     versions = {"triton": "3", "peft": "0.2", "tflops": 1.0, "gb_per_s": 10.0}
     measured = {"rival": rival, "ms": ms, "floor_ms": 0.5, "peak_mb": ms}
@@ -60,7 +60,7 @@ def test_only_the_newest_code_of_each_device_counts() -> None:
 
 def test_report_exchanges_what_is_between_the_markers(tmp_path: Path) -> None:
     rivals = {"hilora": 2.0, "PEFT": 5.0, "frozen layer": 1.0}
-    figures = [figure(rival, ms, phase=phase) for rival, ms in rivals.items() for phase in charts.PHASES]
+    figures = [figure(rival, ms, phase=phase) for rival, ms in rivals.items() for phase in OPERATION.phases]
     report.main(write(tmp_path, figures))
     readme, docs = (tmp_path / "README.md").read_text(), (tmp_path / "benchmarks.md").read_text()
     for text in (readme, docs):
@@ -83,7 +83,7 @@ def test_a_run_that_was_cut_short_has_tables_without_charts(tmp_path: Path) -> N
 
 
 def test_nothing_is_to_come_once_a_gpu_has_spoken(tmp_path: Path) -> None:
-    figures = [figure("hilora", 1.0, phase=phase, scale="cuda", device="a GPU") for phase in charts.PHASES]
+    figures = [figure("hilora", 1.0, phase=phase, scale="cuda", device="a GPU") for phase in OPERATION.phases]
     report.main(write(tmp_path, figures))
     assert report.TO_COME not in (tmp_path / "README.md").read_text()
 
@@ -117,3 +117,8 @@ def test_the_ledger_of_the_repository_can_be_read() -> None:
 
 def test_a_ratio_of_nothing() -> None:
     assert Comparison().ratio("PEFT") is None
+
+
+def test_figures_of_an_operation_that_is_gone_are_left_out() -> None:
+    (device,) = by_device([figure("hilora", 1.0), {"op": "gone", "device": "another", "run": "2"}])
+    assert [key[0] for key in device.comparisons] == ["layer"]

@@ -33,7 +33,7 @@ Run = Callable[..., Runner]
 @pytest.fixture
 def run(tmp_path: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs an experiment, or its first pairs, into one ledger; without the pictures of runs, which take their time."""
-    monkeypatch.setattr("hilora.federated.simulation.write_report", lambda *given: None)
+    monkeypatch.setattr("hilora.reporting.plots.draw_run", lambda *given: None)
 
     def do(experiment: Experiment, said: list[str] | None = None, first: int | None = None) -> Runner:
         ledger = Ledger(tmp_path / "ledger.jsonl")

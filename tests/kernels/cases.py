@@ -14,12 +14,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Adapters(NamedTuple):
-    """A tier to make: its rank, number of adapters, slots and columns."""
+    """A tier to make: its rank, number of adapters, slots, columns, and the ranks of its adapters."""
 
     rank: int
     slots: int = 1
     slot: list[int] | None = None
     columns: tuple[int, int] | None = None
+    ranks: list[int] | None = None
 
 
 class Case(NamedTuple):
@@ -58,6 +59,16 @@ CASES = {
     "one group": Case((1, 4, 7), 5, [Adapters(2, 2, [1]), Adapters(2, 1, [0]), Adapters(2)]),
     "one row a group": Case((3, 1, 7), 5, [Adapters(2, 2, [1, 0, 1])]),
     "empty tables": Case((2, 3, 7), 5, [Adapters(2, 0), Adapters(2, 0, [0, -1]), Adapters(1, 2, [1, 1])]),
+    "a rank for each slot": Case(
+        (3, 4, 7),
+        15,
+        [
+            Adapters(4, 3, [2, 0, -1], Q, ranks=[3, 1, 0]),
+            Adapters(3, 3, None, Q, ranks=[2, 3, 0]),
+            Adapters(2, 1, columns=V, ranks=[1]),
+        ],
+    ),
+    "a rank for the only adapter": Case((4, 7), 5, [Adapters(3, ranks=[2]), Adapters(2, ranks=[0]), Adapters(1)]),
     "nothing but empty tables": Case((4, 7), 5, [Adapters(2, 0)]),
 }
 
@@ -76,7 +87,8 @@ def make(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor
         width = tier.columns[1] if tier.columns else case.out
         B = random(tier.slots, width, tier.rank, seed=20 + index).to(dtype).requires_grad_()
         slot = None if tier.slot is None else torch.tensor(tier.slot, dtype=torch.int32)
-        tiers.append(Tier(A, B, 0.5 + index, slot, tier.columns))
+        ranks = None if tier.ranks is None else torch.tensor(tier.ranks, dtype=torch.int32)
+        tiers.append(Tier(A, B, 0.5 + index, slot, tier.columns, ranks=ranks))
     return x.requires_grad_(), weight, bias, tiers
 
 
@@ -94,7 +106,9 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier])
             if slot >= 0 and len(tier.A):
                 start, width = tier.columns or (0, len(weight))
                 pick = torch.eye(len(weight), dtype=torch.float64)[:, start : start + width]
-                matrix = matrix + tier.scale * pick @ tier.B[slot].double() @ tier.A[slot].double()
+                rank = tier.rank if tier.ranks is None else int(tier.ranks[slot])
+                product = tier.B[slot, :, :rank].double() @ tier.A[slot, :rank].double()
+                matrix = matrix + tier.scale * pick @ product
         y = rows @ matrix.T
         outputs.append(y if bias is None else y + bias.double())
     return torch.stack(outputs) if grouped else outputs[0]
@@ -117,6 +131,7 @@ def moved(
             A=tier.A.detach().to(DEVICE).requires_grad_(tier.A.requires_grad),
             B=tier.B.detach().to(DEVICE).requires_grad_(tier.B.requires_grad),
             slot=None if tier.slot is None else tier.slot.to(DEVICE),
+            ranks=None if tier.ranks is None else tier.ranks.to(DEVICE),
         )
         for tier in tiers
     ]

@@ -10,19 +10,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import hilora
-from hilora.kernels import dispatch
+from hilora.kernels import use_backend
 from tests.helpers import images, injected
 from tests.kernels.cases import CASES, DEVICE, Adapters, Case, make, moved, random
 
 pytest.importorskip("triton")
-from hilora.kernels import operators
+from hilora.kernels.overlaps import operator as overlaps
+from hilora.kernels.stacked_linear import operator as stacked_linear
 
 
-@pytest.fixture(params=["reference", "eager", "fused", "split"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(dispatch, "FORCED", request.param)
+@pytest.fixture(params=["reference", "folded", "fused", "split"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     torch._dynamo.reset()
-    yield str(request.param)
+    with use_backend(request.param):
+        yield request.param
     torch._dynamo.reset()
 
 
@@ -54,15 +55,15 @@ def assert_same(got: list[Tensor], want: list[Tensor], tolerance: float = 1e-5) 
 
 def arguments(case: Case, plan: str) -> tuple[object, ...]:
     x, weight, bias, tiers = moved(*make(case, torch.float32))
-    A, B, scales, slots, *_ = zip(*tiers, strict=True)
+    A, B, scales, slots, _, _, ranks = zip(*tiers, strict=True)
     starts = [tier.columns[0] if tier.columns else 0 for tier in tiers]
-    return x, weight, bias, list(A), list(B), list(slots), list(scales), starts, [True] * len(tiers), plan
+    return x, weight, bias, list(A), list(B), list(slots), list(ranks), list(scales), starts, [True] * len(tiers), plan
 
 
 @pytest.mark.parametrize("plan", ["fused", "split"])
 @pytest.mark.parametrize("name", ["a shared tier, one by cluster, one by client", "slots that repeat or are none"])
 def test_the_linear_operator_keeps_torchs_rules(name: str, plan: str) -> None:
-    torch.library.opcheck(operators.stacked_lora_linear, arguments(CASES[name], plan))
+    torch.library.opcheck(stacked_linear.stacked_lora_linear, arguments(CASES[name], plan))
 
 
 def test_the_overlap_operators_keep_torchs_rules() -> None:
@@ -70,14 +71,14 @@ def test_the_overlap_operators_keep_torchs_rules() -> None:
         random(2, 3, 9, 2).float().to(DEVICE).requires_grad_(),
         random(2, 1, 9, 3, seed=1).float().to(DEVICE),
     )
-    torch.library.opcheck(operators.gram_penalty, (active, [frozen, frozen], [0.5, 1.0]))
-    torch.library.opcheck(operators.subspace_distances, (random(5, 2, 9, 2).float().to(DEVICE),))
+    torch.library.opcheck(overlaps.gram_penalty, (active, [frozen, frozen], [0.5, 1.0]))
+    torch.library.opcheck(overlaps.subspace_distances, (random(5, 2, 9, 2).float().to(DEVICE),))
 
 
-def test_all_implementations_train_a_vit_alike(backend: str, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_implementations_train_a_vit_alike(backend: str, model: nn.Module) -> None:
     got = step(model, model)
-    monkeypatch.setattr(dispatch, "FORCED", "reference")
-    assert_same(got, step(model, model))
+    with use_backend("reference"):
+        assert_same(got, step(model, model))
 
 
 def test_a_compiled_vit_has_no_graph_break(backend: str, model: nn.Module) -> None:
@@ -106,7 +107,7 @@ def test_autocast(backend: str, model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def test_torch_func_differentiates_and_maps(backend: str) -> None:
-    if DEVICE == "cuda" and backend == "eager":
+    if DEVICE == "cuda" and backend == "folded":
         pytest.skip("not where CUDA tensors go")
     x, weight, _, tiers = make(Case((3, 7), 5, [Adapters(2)]), torch.float32)
     x, weight, A, B = (t.detach().to(DEVICE) for t in (x, weight, tiers[0].A, tiers[0].B))
@@ -121,9 +122,8 @@ def test_torch_func_differentiates_and_maps(backend: str) -> None:
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("plan", ["fused", "split"])
-def test_a_step_captured_in_a_cuda_graph(plan: str, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "FORCED", plan)
+@pytest.mark.parametrize("backend", ["fused", "split"], indirect=True)
+def test_a_step_captured_in_a_cuda_graph(backend: str, model: nn.Module) -> None:
     want = step(model, model)
     x = images(4).to(DEVICE)
 

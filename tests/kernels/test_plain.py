@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,19 +14,19 @@ from torch import Tensor
 from hilora import kernels
 from hilora.kernels import (
     Tier,
-    dispatch,
     gram_penalty,
     orthonormal_basis,
     stacked_lora_linear,
     subspace_distances,
+    use_backend,
 )
 from tests.kernels.cases import CASES, Adapters, Case, Q, V, dense, gradients, make, random
 
 
-@pytest.fixture(params=["reference", "eager"], autouse=True)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(dispatch, "FORCED", request.param)
-    return str(request.param)
+@pytest.fixture(params=["reference", "folded"], autouse=True)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with use_backend(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -91,7 +92,7 @@ def test_adapters_with_zero_b_change_no_bit(backend: str) -> None:
             x, weight, bias, tiers = make(CASES[name], dtype)
             zero = [tier._replace(B=torch.zeros_like(tier.B)) for tier in tiers]
             y, plain = stacked_lora_linear(x, weight, bias, zero), torch.nn.functional.linear(x, weight, bias)
-            if backend == "eager" and tiers[-1].slot is not None:  # a product for each group
+            if backend == "folded" and tiers[-1].slot is not None:  # a product for each group
                 torch.testing.assert_close(y, plain)
             else:
                 assert torch.equal(y, plain)
@@ -104,6 +105,24 @@ def test_an_adapter_that_no_group_uses_cannot_spoil_the_others() -> None:
     y = stacked_lora_linear(x, weight, bias, tiers)
     torch.testing.assert_close(y, dense(x, weight, bias, tiers), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(y[1], torch.nn.functional.linear(x[1], weight, bias), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["a rank for each slot", "a rank for the only adapter"])
+def test_what_lies_beyond_a_slots_rank_has_no_effect_and_no_gradient(name: str) -> None:
+    x, weight, bias, tiers = make(CASES[name])
+    want = stacked_lora_linear(x, weight, bias, tiers).detach()
+    with torch.no_grad():
+        for tier in tiers:
+            for slot, rank in enumerate([] if tier.ranks is None else tier.ranks.tolist()):
+                tier.A[slot, rank:], tier.B[slot, :, rank:] = torch.nan, torch.nan
+    y = stacked_lora_linear(x, weight, bias, tiers)
+    assert torch.equal(y, want)
+    _, *found = gradients(y, x, tiers)
+    for tier, dA, dB in zip(tiers, found[::2], found[1::2], strict=True):
+        for slot, rank in enumerate([] if tier.ranks is None else tier.ranks.tolist()):
+            assert not dA[slot, rank:].any()
+            assert not dB[slot, :, rank:].any()
+    assert all(gradient.isfinite().all() for gradient in found)
 
 
 def test_dropout_is_on_the_adapters_alone() -> None:
@@ -151,6 +170,12 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"got torch.int32 \(2, 1\)",
     ),
+    "ranks of another table": (
+        {"ranks": torch.zeros(3, dtype=torch.int32)},
+        ValueError,
+        r"ranks must hold integers \[2\]",
+    ),
+    "ranks of floats": ({"ranks": torch.zeros(2)}, ValueError, "got torch.float32"),
     "slots for other groups": ({"slot": torch.zeros(3, dtype=torch.int32)}, ValueError, r"G = 3"),
     "x without groups": ({"x": random(6, 7)}, ValueError, r"x \(6, 7\) must be \[G, M, in\] with G = 2"),
     "a slot that is not there": ({"slot": torch.tensor([0, 2])}, IndexError, "index 2 is out of bounds"),
@@ -160,8 +185,8 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 @pytest.mark.parametrize(("change", "error", "message"), WRONG.values(), ids=WRONG.keys())
 def test_wrong_shapes_are_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:
     given: dict[str, Any] = {"x": random(2, 3, 7), "weight": random(5, 7), "bias": random(5), "slot": None}
-    given |= {"A": random(2, 3, 7), "B": random(2, 5, 3), "columns": None} | change
-    tier = Tier(given["A"], given["B"], 1.0, given["slot"], given["columns"])
+    given |= {"A": random(2, 3, 7), "B": random(2, 5, 3), "columns": None, "ranks": None} | change
+    tier = Tier(given["A"], given["B"], 1.0, given["slot"], given["columns"], ranks=given["ranks"])
     with pytest.raises(error, match=message):
         stacked_lora_linear(given["x"], given["weight"], given["bias"], [tier])
 
@@ -253,13 +278,15 @@ def test_orthonormal_basis_has_zero_columns_where_the_rank_is_short(dtype: torch
 
 
 def dense_distances(U: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """1 − the mean squared cosine of the principal angles, averaged over projections, by scipy."""
+    """1 − the mean squared cosine of the principal angles, averaged over projections, by scipy; columns of zeros are no
+    part of a basis."""
     clients, projections = U.shape[:2]
     found = np.zeros((clients, clients))
     for i in range(clients):
         for j in range(clients):
-            angles = [subspace_angles(U[i, p].numpy(), U[j, p].numpy()) for p in range(projections)]
-            found[i, j] = np.mean([1 - np.mean(np.cos(a) ** 2) for a in angles])
+            pairs = [[basis[:, basis.any(0)].numpy() for basis in (U[i, p], U[j, p])] for p in range(projections)]
+            cosines = [np.cos(subspace_angles(*pair)) ** 2 if all(b.size for b in pair) else [0] for pair in pairs]
+            found[i, j] = np.mean([1 - np.mean(c) for c in cosines]) if i != j else 0
     return found
 
 
@@ -299,10 +326,32 @@ def test_subspace_distances_are_symmetric_to_the_bit_with_a_zero_diagonal(dtype:
         torch.testing.assert_close(distances.double(), subspace_distances(U.double()), rtol=0, atol=1e-5)
 
 
-def test_missing_directions_count_as_orthogonal() -> None:
-    U = orthonormal_basis(random(1, 1, 8, 2)).expand(2, 1, 8, 2).clone()
-    U[1, :, :, 1] = 0
-    assert subspace_distances(U)[0, 1] == pytest.approx(0.5)
+def test_subspaces_of_unequal_ranks_are_compared_by_the_smaller_one() -> None:
+    U = orthonormal_basis(random(5, 3, 8, 4))
+    U[1] = U[0]
+    U[1, :, :, 1:] = 0  # of rank 1, within that of client 0
+    U[2, 0, :, 3:], U[2, 1, :, 2:], U[2, 2, :, :] = 0, 0, 0
+    U[3] = 0
+    distances = subspace_distances(U)
+    np.testing.assert_allclose(distances.numpy(), dense_distances(U), atol=1e-12)
+    assert distances[0, 1] == pytest.approx(0, abs=1e-12)
+    assert (distances[3, [0, 1, 2, 4]] == 1).all()
+
+
+def test_zero_columns_that_all_have_change_no_distance() -> None:
+    U = orthonormal_basis(random(6, 3, 8, 2))
+    wide = torch.nn.functional.pad(U, (0, 2))
+    torch.testing.assert_close(subspace_distances(wide), subspace_distances(U), rtol=0, atol=1e-12)
+
+
+def test_distances_of_full_ranks_are_those_of_one_division() -> None:
+    U = orthonormal_basis(random(7, 3, 16, 3)).float()
+    similarity = torch.zeros(7, 7)
+    for basis in U.unbind(1):
+        wide = basis.transpose(0, 1).reshape(16, -1)
+        similarity += (wide.T @ wide).view(7, 3, 7, 3).square().sum((1, 3))
+    distances = (1 - similarity / 9).clamp(0, 1)
+    assert torch.equal(subspace_distances(U), ((distances + distances.T) / 2).fill_diagonal_(0))
 
 
 def test_subspace_distances_refuse_another_shape() -> None:

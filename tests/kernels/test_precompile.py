@@ -12,7 +12,10 @@ import pytest
 pytest.importorskip("triton")
 from triton.runtime.jit import KernelInterface
 
-from hilora.kernels import gram, launch, precompile, slots, stacked_linear
+from hilora.kernels import launch, precompile
+from hilora.kernels.overlaps import triton as overlaps
+from hilora.kernels.stacked_linear import slots
+from hilora.kernels.stacked_linear import triton as stacked_linear
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 HELPERS = {"dot", "cast"}  # of kernels, not launched themselves
@@ -29,7 +32,7 @@ def test_every_kernel_compiles_without_a_spill_for_every_architecture() -> None:
     rows = [line.split() for line in done.stdout.splitlines()[1:-1]]
     kernels = {
         name
-        for module in (gram, slots, stacked_linear)
+        for module in (overlaps, slots, stacked_linear)
         for name, value in vars(module).items()
         if isinstance(value, KernelInterface)
     }
@@ -42,14 +45,45 @@ def test_every_kernel_compiles_without_a_spill_for_every_architecture() -> None:
 
 def test_a_tile_that_spills_is_found() -> None:
     code = inspect.cleandoc("""
-        from hilora.kernels import launch, precompile, tiled
-        tiled.gemm_tile = lambda *shape: launch.Tile(128, 128, 32, 4, 1)
+        from functools import partial
+        from hilora.kernels import launch, precompile
+        from hilora.kernels.stacked_linear import plan
+        plan.gemm_tile = lambda *shape: launch.Tile(128, 128, 32, 4, 1)
         precompile.DTYPES = {"fp32": precompile.DTYPES["fp32"]}
-        precompile.cases = lambda dtype: [("small", lambda: precompile.linear(dtype, 64, (8,), fused_qkv=False))]
+        plan.cases = lambda dtype: [("small", partial(plan._step, dtype, 64, (8,), fused_qkv=False))]
+        precompile.plans = lambda: [plan]
         print([row.fault for row in precompile.compile_all(80) if row.kernel == "gemm"])
     """)
     done = run("-c", code)
     assert "spills: " in done.stdout, done.stderr
+
+
+def test_nothing_is_compiled_anew_where_a_table_grows() -> None:
+    code = inspect.cleandoc("""
+        import torch, triton
+        from hilora.kernels import launch, precompile
+        from hilora.kernels.stacked_linear import Tier, plan
+        triton.runtime.driver.set_active(precompile.Pretended(90))
+        seen = {}
+
+        def count(kernel, grid, args, constants):
+            seen.setdefault(kernel.__name__, set()).add(kernel.warmup(*args, grid=grid, **constants).hash)
+
+        launch.launcher = count
+
+        def empty(*shape, dtype=torch.float32):
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        for table in (1, 5, 9, 16, 17, 64):
+            ranks = empty(table, dtype=torch.int32)
+            tiers = [Tier(empty(table, 8, 64), empty(table, 64, 8), 2.0, empty(3, dtype=torch.int32), ranks=ranks)]
+            x, weight = empty(3, 37, 64), empty(64, 64)
+            y, S = plan.forward(x, weight, None, tiers, [True], "split")
+            plan.backward(y, S, x, weight, tiers, [True], "split", True)
+        print({name: len(hashes) for name, hashes in sorted(seen.items())})
+    """)
+    done = run("-c", code)
+    assert done.stdout == "{'backward_rows': 1, 'pack': 1, 'shrink_expand': 1, 'sum_by_slot': 1}\n", done.stderr
 
 
 def test_faults() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hilora.kernels import Tier, dispatch, stacked_lora_linear
+from hilora.kernels import Tier, stacked_lora_linear, use_backend
 from tests.kernels.cases import CASES, Adapters, Case, Q, V, dense, error, gradients, make, moved, random
 
 pytest.importorskip("triton")
@@ -21,15 +22,18 @@ LARGER = {
         120,
         [Adapters(64, columns=(0, 40)), Adapters(1, columns=(0, 40)), Adapters(33, 2, [1, 0], (80, 40))],
     ),
+    "q and v, ranks of several chunks": Case(
+        (2, 5, 24), 72, [Adapters(rank, columns=(start, 24)) for start in (0, 48) for rank in (8, 7, 9)]
+    ),
     "rows of several tiles": Case((2, 37, 33), 99, [Adapters(8, 2, [0, 1], (0, 33)), Adapters(8, columns=(66, 33))]),
 }
 
 
 @pytest.fixture(params=["fused", "split"], autouse=True)
-def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(dispatch, "FORCED", request.param)
+def plan(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
-    yield str(request.param)
+    with use_backend(request.param):
+        yield request.param
     torch.use_deterministic_algorithms(False)
 
 
@@ -74,21 +78,23 @@ def test_it_is_the_dense_product_for_any_shape(data: st.DataObject) -> None:
     check(*make(case, torch.float32), TOLERANCE[torch.float32])
 
 
-def test_only_what_is_in_training_has_a_gradient() -> None:
-    x, weight, bias, tiers = moved(*make(CASES["a shared tier, one by cluster, one by client"], torch.float32))
-    frozen = [tier._replace(A=tier.A.detach(), B=tier.B.detach()) for tier in tiers]
-    for trained in range(3):
-        own = [tier if index == trained else frozen[index] for index, tier in enumerate(tiers)]
-        for first in (x, x.detach()):
-            check(first.cpu().detach().requires_grad_(first.requires_grad), weight.cpu(), None, [
-                tier._replace(A=tier.A.cpu().detach().requires_grad_(index == trained),
-                              B=tier.B.cpu().detach().requires_grad_(index == trained),
-                              slot=None if tier.slot is None else tier.slot.cpu())
-                for index, tier in enumerate(own)], 1e-5)  # fmt: skip
-    y = stacked_lora_linear(x, weight, bias, frozen)
-    (dx,) = torch.autograd.grad(y.sum(), x)
-    assert dx.isfinite().all()
-    assert not stacked_lora_linear(x.detach(), weight, bias, frozen).requires_grad
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("a shared tier, one by cluster, one by client", torch.bfloat16),
+        ("q and v, ranks of several chunks", torch.float32),
+    ],
+)
+def test_only_what_is_in_training_has_a_gradient(name: str, dtype: torch.dtype) -> None:
+    x, weight, bias, tiers = make((CASES | LARGER)[name], dtype)
+    for trained in itertools.product([False, True], repeat=len({tier.rank for tier in tiers})):
+        own = [
+            tier._replace(A=tier.A.detach().requires_grad_(on), B=tier.B.detach().requires_grad_(on))
+            for tier, on in zip(tiers, itertools.cycle(trained), strict=False)
+        ]
+        check(x.detach().requires_grad_(trained[0] or not any(trained)), weight, bias, own, TOLERANCE[dtype])
+        if not any(trained):
+            assert not stacked_lora_linear(*moved(x.detach(), weight, bias, own)).requires_grad
 
 
 def test_fp32_adapters_beside_a_bf16_layer() -> None:
@@ -137,6 +143,24 @@ def test_a_slot_outside_of_its_table_spoils_its_own_group_alone() -> None:
         y = stacked_lora_linear(x, weight, bias, [tiers[0]._replace(slot=slot), tiers[1]])
         assert y[1, :, : Q[1]].isnan().all()
         assert y[[0, 2]].isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_what_lies_beyond_a_slots_rank_has_no_effect_and_no_gradient() -> None:
+    x, weight, bias, tiers = moved(*make(CASES["a rank for each slot"], torch.float32))
+    with torch.no_grad():
+        for tier in tiers:
+            assert tier.ranks is not None
+            for slot, rank in enumerate(tier.ranks.tolist()):
+                tier.A[slot, rank:], tier.B[slot, :, rank:] = torch.nan, torch.nan
+        x[1, 2] = torch.inf  # zero times infinity is no zero
+    y = stacked_lora_linear(x, weight, bias, tiers)
+    assert y[[0, 2]].isfinite().all()
+    _, *found = gradients(y[[0, 1, 2]], x, tiers)
+    for tier, dA, dB in zip(tiers, found[::2], found[1::2], strict=True):
+        for slot, rank in enumerate(tier.ranks.tolist() if tier.ranks is not None else []):
+            assert not dA[slot, rank:].any()
+            assert not dB[slot, :, rank:].any()
 
 
 def test_gradients_of_clients_do_not_mix() -> None:

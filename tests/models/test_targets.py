@@ -8,6 +8,7 @@ from torch import nn
 
 from hilora.models.targets import Target, find_targets
 from tests.helpers import vit
+from tests.vits import torchvision_vit, transformers_vit
 
 
 def tree(paths: dict[str, nn.Module]) -> nn.Module:
@@ -169,3 +170,31 @@ def test_a_fused_layer_that_mixes_its_parts_has_no_slices(model: nn.Module) -> N
 
 def test_a_fused_layer_that_says_it_is_in_order_has_slices() -> None:
     assert len(find_targets(attention(head_first=False), ["q", "v"])) == 2
+
+
+def test_all_linear_layers_but_the_classifier() -> None:
+    paths = [target.path for target in find_targets(vit(depth=1), "all-linear")]
+    assert paths == [f"blocks.0.{name}" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+    assert {target.columns[0] for target in find_targets(vit(depth=1), "all-linear")} == {0}
+    assert [t.path for t in find_targets(torchvision_vit(), "all-linear")] == [
+        f"encoder.layers.encoder_layer_{i}.mlp.{j}" for i in (0, 1) for j in (0, 3)
+    ], "nn.MultiheadAttention never calls its out_proj"
+    assert not any("classifier" in target.path for target in find_targets(transformers_vit(), "all-linear"))
+
+
+@pytest.mark.parametrize(
+    ("expression", "found"),
+    [
+        (r".*\.fc1", ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]),
+        (r"blocks\.1\.attn\.(q|v)", ["blocks.1.attn.q", "blocks.1.attn.v"]),
+        (r"blocks\.1\.attn.*", ["blocks.1.attn.qkv", "blocks.1.attn.proj"]),
+        (r"blocks\.\d+\.mlp\.fc[12]", [f"blocks.{i}.mlp.fc{j}" for i in (0, 1) for j in (1, 2)]),
+    ],
+)
+def test_a_string_is_a_regular_expression_for_the_whole_path(expression: str, found: list[str]) -> None:
+    assert [target.path for target in find_targets(vit(), expression)] == found
+
+
+def test_an_expression_that_matches_only_a_part_finds_nothing() -> None:
+    with pytest.raises(ValueError, match="target 'fc1' finds no linear layer"):
+        find_targets(vit(), "fc1")

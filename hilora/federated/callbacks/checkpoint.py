@@ -61,6 +61,16 @@ def has_checkpoint(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (CHECKPOINT, PREVIOUS))
 
 
+def checkpoint_dtype(folder: Path) -> str | None:
+    """The arithmetic of the run that a folder has the checkpoint of, by name: what `auto` chose there is kept when it
+    goes on. None where there is no checkpoint.
+
+    Raises:
+        FileError: if it is damaged.
+    """
+    return str(load_checkpoint(folder)["identity"]["dtype"]) if has_checkpoint(folder) else None
+
+
 def load_checkpoint(folder: Path) -> dict[str, Any]:
     """The last checkpoint of a run, or the one before where that is damaged.
 

@@ -10,6 +10,7 @@ Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 _FIT_STEPS = 500
+_SMALL = 0.01  # a concentration below which most proportions are nothing, and the order of the rest is what counts
 
 
 def deal(clients: int, pools: int, each: int, rng: np.random.Generator) -> Bools:
@@ -37,7 +38,9 @@ def allocate(support: Bools, capacities: Ints, size: int | None, alpha: float, r
         int64 `[N, C]`. Columns stay within `capacities`, and rows reach their size unless the client's classes run out.
     """
     shares = support / support.sum(1, keepdims=True)
-    if np.isfinite(alpha):
+    if alpha < _SMALL:
+        shares, order = _near_vertices(support, alpha, rng)
+    elif np.isfinite(alpha):
         for row, has in zip(shares, support, strict=True):
             row[has] = np.maximum(rng.dirichlet(np.full(has.sum(), alpha)), 1e-12)  # no class is quite out of reach
     if size is None:
@@ -45,16 +48,10 @@ def allocate(support: Bools, capacities: Ints, size: int | None, alpha: float, r
         sizes = apportion(equal, capacities[support.any(0)].sum(), rng)
     else:
         sizes = np.full(len(support), size)
-    fitted = shares * sizes[:, None]
-    for _ in range(_FIT_STEPS):  # iterative proportional fitting; it ends with the columns, so that none is exceeded
-        fitted *= np.minimum(1, capacities / np.maximum(fitted.sum(0), 1e-300))
-        growth = sizes / np.maximum(fitted.sum(1), 1e-300)
-        if growth.max() < 1 + 1e-6:
-            break
-        fitted *= growth[:, None]
+    if alpha < _SMALL:
+        counts = _fill(shares, order, support, sizes, capacities, rng)
     else:
-        fitted *= np.minimum(1, capacities / np.maximum(fitted.sum(0), 1e-300))
-    counts = _round(fitted, support, sizes, capacities, rng)
+        counts = _round(_fit(shares, sizes, capacities), support, sizes, capacities, rng)
     if size is None:  # the few images that no client could have without going over its size
         rest = np.where(support.any(0), capacities, 0)
         counts = _round(counts.T, support.T, rest, np.full(len(support), capacities.sum()), rng).T
@@ -87,6 +84,50 @@ def hold_out(groups: Ints, number: int, rng: np.random.Generator) -> list[int]:
     return order[:number]
 
 
+def _fit(shares: Floats, sizes: Ints, capacities: Ints) -> Floats:
+    """Images in the proportions of `shares [N, C]`, as near as the classes' images let them be, rows of `sizes`."""
+    fitted = shares * sizes[:, None]
+    for _ in range(_FIT_STEPS):  # iterative proportional fitting; it ends with the columns, so that none is exceeded
+        fitted *= np.minimum(1, capacities / np.maximum(fitted.sum(0), 1e-300))
+        growth = sizes / np.maximum(fitted.sum(1), 1e-300)
+        if growth.max() < 1 + 1e-6:
+            break
+        fitted *= growth[:, None]
+    else:
+        fitted *= np.minimum(1, capacities / np.maximum(fitted.sum(0), 1e-300))
+    return fitted
+
+
+def _near_vertices(support: Bools, alpha: float, rng: np.random.Generator) -> tuple[Floats, Floats]:
+    """Draws proportions from Dirichlet(alpha) for an alpha so small that most of them are too small for a float.
+
+    Returns:
+        The proportions `[N, C]`, and the logarithms of what was drawn, times alpha: they tell which of two that are
+        nothing is less.
+    """
+    # A variate of Gamma(a) is one of Gamma(a + 1) times u^(1 / a), u uniform; its logarithm times a stays finite.
+    drawn = alpha * np.log(rng.standard_gamma(1 + alpha, support.shape)) - rng.standard_exponential(support.shape)
+    order = np.where(support, drawn, -np.inf)
+    with np.errstate(over="ignore"):
+        shares = np.exp((order - order.max(1, keepdims=True)) / alpha)
+    return shares / shares.sum(1, keepdims=True), order
+
+
+def _fill(
+    shares: Floats, order: Floats, support: Bools, sizes: Ints, capacities: Ints, rng: np.random.Generator
+) -> Ints:
+    """Numbers of images in these proportions. Where a class runs out, those come first that are most set on it, and the
+    others go on with the next of their own; so rows have few classes, and as different ones as the order has them.
+    """
+    plenty = np.full(len(capacities), sizes.sum())
+    wanted = _round(shares * sizes[:, None], support, sizes, plenty, rng)
+    cells = np.argwhere(support)[np.argsort(-order[support], kind="stable")]
+    counts, missing, room = np.zeros_like(wanted), sizes.copy(), capacities.copy()
+    for most in (wanted, np.broadcast_to(plenty, wanted.shape)):
+        _add(counts, cells, missing, room, most)
+    return counts
+
+
 def _round(shares: Floats | Ints, support: Bools, rows: Ints, columns: Ints, rng: np.random.Generator) -> Ints:
     """Rounds `shares [R, C]` by largest remainder so that rows come to `rows`, and columns to no more than `columns`.
 
@@ -95,11 +136,18 @@ def _round(shares: Floats | Ints, support: Bools, rows: Ints, columns: Ints, rng
     counts = np.floor(shares + 1e-9).astype(np.int64)
     missing, room = rows - counts.sum(1), columns - counts.sum(0)
     remainders = np.round(shares - counts, 9)[support]
-    cells = np.argwhere(support)[np.lexsort((rng.random(len(remainders)), -remainders))].tolist()
+    cells = np.argwhere(support)[np.lexsort((rng.random(len(remainders)), -remainders))]
     for most in (1, columns.max()):
-        for row, column in cells:
-            extra = min(missing[row], room[column], most)
-            counts[row, column] += extra
-            missing[row] -= extra
-            room[column] -= extra
+        _add(counts, cells, missing, room, np.full_like(counts, most))
     return counts
+
+
+def _add(counts: Ints, cells: Ints, missing: Ints, room: Ints, most: Ints) -> None:
+    """Adds to the cells, one after the other, what their rows are `missing` and their columns have `room` for, so far
+    as it is not more than `most [R, C]`.
+    """
+    for row, column in cells.tolist():
+        extra = min(missing[row], room[column], most[row, column])
+        counts[row, column] += extra
+        missing[row] -= extra
+        room[column] -= extra

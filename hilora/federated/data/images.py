@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hilora.errors import InvalidValueError
+from hilora.federated.data.stored import StoredImages
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class ImageSet:
     """A labelled set of images of one size.
 
     Attributes:
-        images: uint8 `[n, 3, h, w]`.
+        images: uint8 `[n, 3, h, w]`, or images on disk, which are indexed in the same way.
         labels: int64 `[n]`, indices into `classes`.
         classes: names of the classes.
         groups: int64 `[len(classes)]`, the superclass of each class (-1: not known), or None where there are none.
@@ -30,7 +31,7 @@ class ImageSet:
         InvalidValueError: a tensor has another dtype or shape, or holds an index that nothing has.
     """
 
-    images: Tensor
+    images: Tensor | StoredImages
     labels: Tensor
     classes: tuple[str, ...]
     name: str
@@ -62,6 +63,16 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def to(self, device: torch.device) -> ImageSet:
+        """The same with its pixels where they are used, so far as there is room: on a GPU if they take at most half of
+        the memory that is free there, else where they are. Those on disk stay there. Batches go over as they are
+        needed."""
+        if isinstance(self.images, StoredImages):
+            return self
+        if device.type == "cuda" and 2 * self.images.nbytes > torch.cuda.mem_get_info(device)[0]:
+            return self
+        return replace(self, images=self.images.to(device))
 
 
 def prepare(images: Tensor, size: int, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
@@ -138,7 +149,7 @@ def _reflect(index: Tensor, length: int) -> Tensor:
     return length - 1 - (length - 1 - index.abs()).abs()
 
 
-def _check_images(images: Tensor) -> None:
+def _check_images(images: Tensor | StoredImages) -> None:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise InvalidValueError(f"images are {images.dtype} {list(images.shape)}, expected torch.uint8 [n, 3, h, w]")
 

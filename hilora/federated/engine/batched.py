@@ -103,11 +103,7 @@ class _Bench:
     @contextmanager
     def holding(self, values: Mapping[int, Tensor]) -> Iterator[None]:
         for tier, pairs in self.placement.held.items():
-            slot = self.placement.tiers[tier].slot
-            for bank, pair in zip(self.engine.banks, pairs, strict=True):
-                if any(id(factor) in values for factor in pair):
-                    A, B = (values.get(id(factor), factor) for factor in pair)
-                    bank.hold(tier, A, B, slot)
+            self.placement.hold_tier(tier, [(values.get(id(A), A), values.get(id(B), B)) for A, B in pairs])
         yield
         self.placement.hold()
 
@@ -202,10 +198,8 @@ class BatchedEngine(Predictor):
         steps = -(-torch.tensor([len(share) for share in shares]) // batch)  # [G]
         training.begin(steps * task.epochs)
         for _ in range(task.epochs):
-            pixels, labels = self._epoch(images, shares, streams)
-            for step in range(int(steps.max())):
-                rows = slice(step * batch, (step + 1) * batch)
-                training.step(pixels[:, rows], labels[:, rows])
+            for pixels, labels in self._epoch(images, shares, streams):
+                training.step(pixels, labels)
         count = len(streams)
         cpu = torch.device("cpu")
 
@@ -225,8 +219,9 @@ class BatchedEngine(Predictor):
         """The training of clients with their values in place; the one before serves again where all shapes agree."""
         tiers, head = arranged(self.banks, models.tiers, task.tiers), models.head.taken()
         shapes = [tensor.shape for rows in tiers.values() for tensor in (*rows.table.tensors().values(), rows.slot)]
+        unequal = [tier for tier, rows in tiers.items() if (rows.table.rank < rows.table.r).any()]
         composed = None if models.composition is None else models.composition.key
-        key = task._replace(epochs=0), composed, str(shapes), len(head), images.images.shape[1:]
+        key = task._replace(epochs=0), composed, str(shapes), str(unequal), len(head), images.images.shape[1:]
         if self._ready is None or self._ready[0] != key:
             self._ready = None  # its memory is free before more is taken
             clients, batch = len(head), self.settings.batch_size
@@ -237,9 +232,12 @@ class BatchedEngine(Predictor):
         self.model.train()
         return bench
 
-    def _epoch(self, images: ImageSet, shares: list[Tensor], streams: list[torch.Generator]) -> tuple[Tensor, Tensor]:
-        """The clients' images in this epoch's order: uint8 `[G, rows, 3, h, w]`, labels `[G, rows]` padded with -1."""
-        batch = self.settings.batch_size
+    def _epoch(
+        self, images: ImageSet, shares: list[Tensor], streams: list[torch.Generator]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The clients' images in this epoch's order, a batch of each at a time, as not all of them may fit memory:
+        uint8 `[G, b, 3, h, w]`, labels `[G, b]`, -1 where there is no image."""
+        batch, place = self.settings.batch_size, images.images.device
         rows = max(-(-len(share) // batch) * batch for share in shares)
         index = torch.full((len(shares), rows), -1)
         draws = torch.zeros(len(shares), rows, 3, dtype=torch.long)
@@ -248,11 +246,14 @@ class BatchedEngine(Predictor):
             index[client, : len(share)] = share[torch.randperm(len(share), generator=generator)]
             if self.settings.augment:
                 draws[client, : len(share)] = draw(len(share), height, width, generator, images.mirrors)
-        labels = torch.where(index >= 0, images.labels[index.clamp_min(0)], -1)
-        pixels = images.images[index.clamp_min(0).to(images.images.device)]
-        if self.settings.augment:
-            pixels = augment(pixels.flatten(0, 1), draws.flatten(0, 1)).view(pixels.shape)
-        return pixels, labels.to(self.device)
+        labels = torch.where(index >= 0, images.labels[index.clamp_min(0)], -1).to(self.device)
+        index, draws = index.clamp_min(0).to(place), draws.to(place)
+        for step in range(rows // batch):
+            part = slice(step * batch, (step + 1) * batch)
+            pixels = images.images[index[:, part]]
+            if self.settings.augment:
+                pixels = augment(pixels.flatten(0, 1), draws[:, part].flatten(0, 1)).view(pixels.shape)
+            yield pixels, labels[:, part]
 
     def _forget(self) -> None:
         self._ready = None

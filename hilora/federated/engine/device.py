@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
+from hilora.errors import InvalidValueError
+from hilora.federated.data.memory import available_memory
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Of a backbone's arithmetic, by name."""
+
+
+def find_device(name: str) -> torch.device:
+    """A device by its name, such as cpu or cuda:1, that this machine has.
+
+    Raises:
+        InvalidValueError: it has none of that name.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts it
+        known = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        raise InvalidValueError(
+            f"there is no device {name!r} here, expected one of {', '.join(known)}, or another that torch was built for"
+        ) from error
+    return device
+
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU, or that Linux could free for the CPU; elsewhere 4 GB are taken for granted."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    meminfo = Path("/proc/meminfo")
-    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
-    available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    return available[0] if available else 4 * 10**9
+    """Bytes that are free on a GPU, or available to this process on the CPU."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_memory()
 
 
 def saved_bytes(function: Callable[[], object]) -> int:

@@ -47,6 +47,7 @@ class Placement:
     Attributes:
         tiers: what is there, for each tier.
         held: the tensors that the banks hold: for each tier, A `[P, S, r, in]` and B `[P, S, out, r]` of each bank.
+        ranks: for each tier, int32 `[S]` where adapters have less than the tier's rank, else None.
     """
 
     def __init__(self, banks: Sequence[AdapterBank], tiers: Placed, device: torch.device) -> None:
@@ -56,6 +57,10 @@ class Placement:
         self.banks = banks
         self.tiers = {
             tier: Rows(rows.table.each(copy), rows.slot.to(device, torch.int32)) for tier, rows in tiers.items()
+        }
+        self.ranks = {
+            tier: rows.table.rank.to(device, torch.int32) if (rows.table.rank < rows.table.r).any() else None
+            for tier, rows in tiers.items()
         }
         self.held = {
             tier: [(A.transpose(0, 1), B.transpose(0, 1)) for A, B in rows.table.factors]
@@ -69,13 +74,20 @@ class Placement:
             kept = self.tiers[tier]
             overwrite(kept.table, rows.table)
             kept.slot.copy_(rows.slot)
+            ranks = self.ranks[tier]
+            if ranks is not None:
+                ranks.copy_(rows.table.rank)
 
     def hold(self) -> None:
         """Let the banks' layers use these adapters."""
         for tier, pairs in self.held.items():
-            slot = self.tiers[tier].slot
-            for bank, (A, B) in zip(self.banks, pairs, strict=True):
-                bank.hold(tier, A, B, slot if len(slot) else None)
+            self.hold_tier(tier, pairs)
+
+    def hold_tier(self, tier: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Let them use the adapters `[P, S, r, in]` and `[P, S, out, r]` of each bank in a tier, with its slots."""
+        slot = self.tiers[tier].slot if len(self.tiers[tier].slot) else None
+        for bank, (A, B) in zip(self.banks, pairs, strict=True):
+            bank.hold(tier, A, B, slot, self.ranks[tier])
 
     def table(self, tier: str) -> AdapterTable:
         """The adapters of a tier, `[S, ...]`, as they are now."""

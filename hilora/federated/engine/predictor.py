@@ -87,7 +87,7 @@ class Predictor:
         rows = {tier: Rows(table, torch.arange(len(table))) for tier, table in tables.items()}
         for tier, found in arranged(self.banks, rows).items():
             for bank, (A, B) in zip(self.banks, found.table.factors, strict=True):
-                bank.assign(tier, A.transpose(0, 1).contiguous(), B.transpose(0, 1).contiguous())
+                bank.assign(tier, A.transpose(0, 1), B.transpose(0, 1), found.table.rank)
 
     def _logits(self, pixels: Tensor, head: Head) -> Tensor:
         """uint8 `[G, b, 3, h, w]` → `[G, b, classes]`."""

@@ -17,5 +17,5 @@ class RandomGrouping(SubspaceGrouping):
 
     def found(self, clients: Tensor) -> Clustering:
         found = super().found(clients)
-        order = torch.randperm(len(clients), generator=stream(self.run.seed, "random groups"))
+        order = torch.randperm(len(clients), generator=stream(self.training.seed, "random groups"))
         return replace(found, labels=found.labels[order])

@@ -78,7 +78,7 @@ class SubspaceGrouping:
     def __init__(
         self, settings: GroupingSettings, run: TrainingSettings, clients: int, true_groups: Tensor | None = None
     ) -> None:
-        self.settings, self.run, self.true_groups = settings, run, true_groups
+        self.settings, self.training, self.true_groups = settings, run, true_groups
         self.member = torch.full((clients,), -1)
         self.subspace: list[Tensor] = []  # for each shape, the clients' directions so far [N, P, out, r]
         self.trained_root = torch.zeros(clients, dtype=torch.bool)
@@ -108,7 +108,7 @@ class SubspaceGrouping:
         started = self.trained_root[seen]
         if not started.any():
             return seen
-        return seen[started] if self.run.participation < 1 and not self.settings.published else seen[:0]
+        return seen[started] if self.training.participation < 1 and not self.settings.published else seen[:0]
 
     def form(self, seen: Tensor) -> Tensor:
         """Cluster the clients that trained; returns the others, which have to be routed.

@@ -12,7 +12,6 @@ from torch import Tensor
 from hilora.adapters.config import HiLoRAConfig
 from hilora.adapters.table import AdapterTable, Stack
 from hilora.algorithms.clustering import Clustering
-from hilora.errors import FileError
 from hilora.federated.client import ClientState, Models
 from hilora.federated.engine.trainer import Trainer
 from hilora.federated.protocol import Download, Head, Stage, Upload
@@ -29,14 +28,14 @@ class Problem(NamedTuple):
     """What both halves know from the start.
 
     Attributes:
-        run: how clients train.
+        training: how clients train.
         clients: N.
         fresh: makes new adapters.
         head: the head `[1, ...]` that all begin with.
         true_groups: int64 `[N]`, of an oracle; None where there are no groups.
     """
 
-    run: TrainingSettings
+    training: TrainingSettings
     clients: int
     fresh: Fresh
     head: Head
@@ -47,9 +46,10 @@ class Strategy(ABC):
     """A federated method on N clients, seen and unseen, named by their ids 0 to N − 1.
 
     The simulation has two instances of it, one for each half, and only the messages pass between them. The server's
-    half keeps its state in attributes and names them in `kept`; it starts in `start`, gives in `configure` what it has
-    for clients and takes in by `aggregate` what they send. The client's half has nothing but the private states of its
-    clients: it trains in `local` and says in `models` what they predict with.
+    half keeps its state in attributes, which make up its checkpoint: tensors, stacks, numbers, texts, and dicts and
+    lists of these. It starts in `start`, gives in `configure` what it has for clients and takes in by `aggregate` what
+    they send. The client's half has nothing but the private states of its clients: it trains in `local` and says in
+    `models` what they predict with.
 
     Attributes:
         name: what the method is called on the command line and in files; the class's by default.
@@ -60,8 +60,6 @@ class Strategy(ABC):
         predicts_unseen: whether an unseen client can predict before it trains.
         factors: which of the adapters' factors are trained and sent: "AB", one of them, or "".
         travels: whether messages travel at all.
-        kept: attributes that make up the server's state, for checkpoints: tensors, stacks, numbers, or dicts and lists
-            of these.
     """
 
     name: ClassVar[str] = ""
@@ -72,7 +70,6 @@ class Strategy(ABC):
     predicts_unseen: bool = True
     factors: ClassVar[str] = "AB"
     travels: ClassVar[bool] = True
-    kept: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, **settings: Any) -> None:
         """A method with some of its own settings.
@@ -84,16 +81,17 @@ class Strategy(ABC):
 
     def join(self, problem: Problem) -> Self:
         """Take up a problem; both halves do."""
-        self.problem, self.run = problem, problem.run
+        self.problem, self.training = problem, problem.training
+        self._known = {*vars(self), "_known"}
         return self
 
-    def adapters(self, run: TrainingSettings) -> HiLoRAConfig:
+    def adapters(self, training: TrainingSettings) -> HiLoRAConfig:
         """The adapters of its models."""
         return HiLoRAConfig(
-            r={tier: run.rank[tier] for tier in self.tiers},
-            lora_alpha={tier: run.lora_alpha[tier] for tier in self.tiers},
-            target_modules=run.target_modules,
-            lora_dropout=run.lora_dropout,
+            r={tier: training.rank[tier] for tier in self.tiers},
+            lora_alpha={tier: training.lora_alpha[tier] for tier in self.tiers},
+            target_modules=training.target_modules,
+            lora_dropout=training.lora_dropout,
             tiers=self.tiers,
         )
 
@@ -141,7 +139,7 @@ class Strategy(ABC):
 
     def personalise(self, state: ClientState, download: Download, trainer: Trainer) -> Models:
         """What n unseen clients predict with after they trained by themselves."""
-        models, epochs = self.models(state, download, trainer), self.run.unseen_epochs
+        models, epochs = self.models(state, download, trainer), self.training.unseen_epochs
         how = self.personal_training()
         trained = trainer.train(models, self.own_tier, rates=self.own_rates, epochs=epochs, factors=self.factors, **how)
         return models.after(trained)
@@ -162,16 +160,16 @@ class Strategy(ABC):
 
     def total_rounds(self) -> int:
         """All rounds of the run: what a strategy of a single tier trains for."""
-        return sum(self.run.rounds.values())
+        return sum(self.training.rounds.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """The attributes `kept`."""
-        return {name: getattr(self, name) for name in self.kept}
+        """The server's state: the attributes that `start` and what follows it have set."""
+        return {name: value for name, value in vars(self).items() if name not in self._known}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`."""
-        if set(state) != set(self.kept):
-            raise FileError(f"this is not a state of {type(self).__name__}: it has {sorted(state)}")
+        for name in set(self.state_dict()) - set(state):
+            delattr(self, name)
         for name, value in state.items():
             setattr(self, name, value)
 

@@ -48,7 +48,6 @@ class FDLoRA(Strategy):
 
     name = "fdlora"
     tiers = ("root", "leaf")
-    kept = ("root", "head", "velocity")
     settings: Settings
 
     def start(self) -> None:
@@ -57,10 +56,10 @@ class FDLoRA(Strategy):
 
     def _first(self) -> AdapterTable:
         """The personal adapter that all begin with."""
-        return self.problem.fresh("leaf", 1, stream(self.run.seed, "fresh adapters"))
+        return self.problem.fresh("leaf", 1, stream(self.training.seed, "fresh adapters"))
 
     def stages(self) -> list[Stage]:
-        first, fusion = self.run.rounds["root"], min(1, self.total_rounds() - self.run.rounds["root"])
+        first, fusion = self.training.rounds["root"], min(1, self.total_rounds() - self.training.rounds["root"])
         return [
             Stage("leaf", first, "root", PERSONAL, private=True),
             Stage("root", self.total_rounds() - first - fusion, "root", SHARED),
@@ -107,7 +106,7 @@ class FDLoRA(Strategy):
             trained = trainer.train(self._personal(state), "leaf", rates=stage.rates)
             self._keep(state, trained.tiers["leaf"], trained.head)
             return trained.upload(head=False)
-        epochs = self.settings.inner_epochs * self.run.local_epochs
+        epochs = self.settings.inner_epochs * self.training.local_epochs
         trained = trainer.train(self._shared(download), "root", rates=stage.rates, epochs=epochs)
         if download.round % self.settings.sync == 0:
             self._keep(state, trained.tiers["root"], trained.head)
@@ -126,7 +125,7 @@ class FDLoRA(Strategy):
     def personalise(self, state: ClientState, download: Download, trainer: Trainer) -> Models:
         """A newcomer trains a personal adapter from the shared one, and fuses the two."""
         personal = self._own_or_shared(state, download)
-        trained = trainer.train(personal, "leaf", rates="leaf", epochs=self.run.unseen_epochs)
+        trained = trainer.train(personal, "leaf", rates="leaf", epochs=self.training.unseen_epochs)
         self._keep(state, trained.tiers["leaf"], trained.head)
         return self._fused(state, download, self._search(state, download, trainer))
 
@@ -171,5 +170,5 @@ class FDLoRA(Strategy):
             models = self._fused(state, download, weights)
             return trainer.scores(models, images).loss + self.settings.l1 * weights.abs().sum(1)
 
-        start, draws = torch.full((len(state.clients), 2), 0.5), stream(self.run.seed, "fusion")
+        start, draws = torch.full((len(state.clients), 2), 0.5), stream(self.training.seed, "fusion")
         return evolve(objective, start, self.settings.evaluations, draws)

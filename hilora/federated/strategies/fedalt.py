@@ -30,7 +30,6 @@ class FedALT(SharableHead):
 
     name = "fedalt"
     tiers = ("root", "leaf")
-    kept = ("head", "uploaded", "seen")
 
     def start(self) -> None:
         super().start()
@@ -65,7 +64,7 @@ class FedALT(SharableHead):
 
     def first(self, clients: Tensor) -> tuple[AdapterTable, Values]:
         """The adapters and the gates that clients begin with."""
-        generator = stream(self.run.seed, "fresh adapters")
+        generator = stream(self.training.seed, "fresh adapters")
         leaf = self.problem.fresh("leaf", self.problem.clients, generator)
         gates = {}
         for index, A in enumerate(leaf.A):

@@ -37,11 +37,10 @@ class FedDPA(Strategy):
         references: Whole = Field(5, ge=1, description="training images that an instance is compared with")
 
     tiers = ("root", "leaf")
-    kept = ("root", "head")
     settings: Settings
 
     def start(self) -> None:
-        self.root = self.problem.fresh("root", 1, stream(self.run.seed, "fresh adapters", 0))
+        self.root = self.problem.fresh("root", 1, stream(self.training.seed, "fresh adapters", 0))
         self.head = self.problem.head
 
     def configure(self, stage: Stage, clients: Tensor) -> Download:
@@ -77,7 +76,7 @@ class FedDPAF(FedDPA):
     name = "feddpa-f"
 
     def stages(self) -> list[Stage]:
-        rounds = self.run.rounds
+        rounds = self.training.rounds
         shared_rounds = rounds["root"] + rounds["cluster"]
         return [Stage("root", shared_rounds, "root"), Stage("leaf", rounds["leaf"], "leaf", private=True)]
 
@@ -96,7 +95,7 @@ class FedDPAF(FedDPA):
 
     def personalise(self, state: ClientState, download: Download, trainer: Trainer) -> Models:
         alone = self._alone(state, download)
-        self.keep(state, trainer.train(alone, "leaf", rates="leaf", epochs=self.run.unseen_epochs))
+        self.keep(state, trainer.train(alone, "leaf", rates="leaf", epochs=self.training.unseen_epochs))
         return self.models(state, download, trainer)
 
     def _alone(self, state: ClientState, download: Download) -> Models:
@@ -125,12 +124,14 @@ class FedDPAT(FedDPA):
         everyone = self.problem.clients
 
         def first() -> Any:
-            return self.problem.fresh("leaf", everyone, stream(self.run.seed, "fresh adapters", 1)).rows(state.clients)
+            return self.problem.fresh("leaf", everyone, stream(self.training.seed, "fresh adapters", 1)).rows(
+                state.clients
+            )
 
         return self.mixed(state.filled("leaf", first), state, download, trainer)
 
     def personalise(self, state: ClientState, download: Download, trainer: Trainer) -> Models:
-        self._train_own(state, download, trainer, epochs=self.run.unseen_epochs)
+        self._train_own(state, download, trainer, epochs=self.training.unseen_epochs)
         return self.models(state, download, trainer)
 
     def _train_own(self, state: ClientState, download: Download, trainer: Trainer, epochs: int | None = None) -> None:

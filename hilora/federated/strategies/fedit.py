@@ -17,10 +17,9 @@ class FedIT(Strategy):
     name = "fedit"
     tiers = ("root",)
     own_tier = "root"
-    kept = ("root", "head")
 
     def start(self) -> None:
-        self.root = self.problem.fresh("root", 1, stream(self.run.seed, "fresh adapters"))
+        self.root = self.problem.fresh("root", 1, stream(self.training.seed, "fresh adapters"))
         self.head = self.problem.head
 
     def stages(self) -> list[Stage]:

@@ -23,11 +23,10 @@ class FedSALoRA(SharableHead):
 
     name = "fedsa-lora"
     tiers = ("leaf",)
-    kept = ("head", "A")
 
     def start(self) -> None:
         super().start()
-        self.A = self.problem.fresh("leaf", 1, stream(self.run.seed, "fresh adapters")).only("A")
+        self.A = self.problem.fresh("leaf", 1, stream(self.training.seed, "fresh adapters")).only("A")
 
     def stages(self) -> list[Stage]:
         return [Stage("leaf", self.total_rounds(), rates="root")]
@@ -49,6 +48,6 @@ class FedSALoRA(SharableHead):
         return trained.upload("leaf", factors="A", head=self.shares_head)
 
     def models(self, state: ClientState, download: Download, trainer: Trainer) -> Models:
-        zeros = self.problem.fresh("leaf", 1, stream(self.run.seed, "fresh adapters")).only("B")
+        zeros = self.problem.fresh("leaf", 1, stream(self.training.seed, "fresh adapters")).only("B")
         B = state.filled("leaf", lambda: zeros.repeated(len(state.clients)))
         return Models({"leaf": own(B.taken().joined(download.tiers["leaf"].taken()))}, self.heads(state, download))

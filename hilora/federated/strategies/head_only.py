@@ -54,7 +54,7 @@ class HeadOnly(HiLoRA):
         assert upload.head is not None
         change = upload.head.weight - self.heads["root"].weight  # [n, classes, D]
         U, sigma, _ = torch.linalg.svd(change, full_matrices=False)
-        B = (U * sigma.unsqueeze(-2))[:, None, :, : self.run.rank["root"]]  # [n, 1, classes, r]
+        B = (U * sigma.unsqueeze(-2))[:, None, :, : self.training.rank["root"]]  # [n, 1, classes, r]
         A = B.new_zeros(*B.shape[:2], B.shape[3], 1)
         server = AdapterTable([A[:1]], [torch.zeros_like(B[:1])])
         self.grouping.remember(upload.clients, AdapterTable([A], [B]), server)
@@ -69,7 +69,7 @@ class HeadOnly(HiLoRA):
 
     def models(self, state: ClientState, download: Download, trainer: Trainer) -> Models:
         assert download.head is not None
-        idle = self.problem.fresh("root", 1, stream(self.run.seed, "fresh adapters", 0))
+        idle = self.problem.fresh("root", 1, stream(self.training.seed, "fresh adapters", 0))
         head = state.filled("head", download.head.taken) if download.stage.tier == "leaf" else download.head
         cluster = None if download.stage.tier == "root" else download.head.slot
         return Models({"root": shared(idle, state.clients)}, head, cluster=cluster)

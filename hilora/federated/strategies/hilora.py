@@ -48,26 +48,25 @@ class HiLoRA(Strategy):
 
     name = "hilora"
     tiers = ("root", "cluster", "leaf")
-    kept = ("root", "cluster", "heads", "seen")
     settings: Settings
 
     def start(self) -> None:
-        self.root = self.problem.fresh("root", 1, stream(self.run.seed, "fresh adapters", 0))
+        self.root = self.problem.fresh("root", 1, stream(self.training.seed, "fresh adapters", 0))
         self.cluster: AdapterTable | None = None
         self.heads = {"root": self.problem.head}
         self.seen = torch.empty(0, dtype=torch.long)
         kind = GROUPINGS[self.settings.groups]
-        self.grouping = kind(self.settings, self.run, self.problem.clients, self.problem.true_groups)
+        self.grouping = kind(self.settings, self.training, self.problem.clients, self.problem.true_groups)
 
     def stages(self) -> list[Stage]:
-        return [Stage(tier, self.run.rounds[tier], tier, private=tier == "leaf") for tier in self.tiers]
+        return [Stage(tier, self.training.rounds[tier], tier, private=tier == "leaf") for tier in self.tiers]
 
     def begin(self, stage: Stage, clients: Tensor, ask: Ask) -> None:
         self.seen = clients
         if stage.tier == "cluster":
             self._form_clusters(clients, ask)
             count = int(self.grouping.member.max()) + 1
-            self.cluster = self.problem.fresh("cluster", count, stream(self.run.seed, "fresh adapters", 1))
+            self.cluster = self.problem.fresh("cluster", count, stream(self.training.seed, "fresh adapters", 1))
             self.heads["cluster"] = self.heads["root"].repeated(count)
 
     def configure(self, stage: Stage, clients: Tensor) -> Download:
@@ -168,7 +167,7 @@ class HiLoRA(Strategy):
         return Models(tiers, head, cluster=cluster)
 
     def _first_leaves(self, clients: Tensor) -> AdapterTable:
-        everyone = self.problem.fresh("leaf", self.problem.clients, stream(self.run.seed, "fresh adapters", 2))
+        everyone = self.problem.fresh("leaf", self.problem.clients, stream(self.training.seed, "fresh adapters", 2))
         return everyone.rows(clients)
 
     def personal_training(self) -> dict[str, Any]:
@@ -189,4 +188,4 @@ class HiLoRA(Strategy):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.grouping.load_state_dict(state["grouping"])
-        super().load_state_dict({name: value for name, value in state.items() if name != "grouping"})
+        super().load_state_dict({**state, "grouping": self.grouping})

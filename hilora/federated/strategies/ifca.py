@@ -34,14 +34,13 @@ class IFCA(Strategy):
     name = "ifca"
     tiers = ("root",)
     own_tier = "root"
-    kept = ("root", "head")
     settings: Settings
 
     def start(self) -> None:
         k = self.settings.k
-        self.root = self.problem.fresh("root", k, stream(self.run.seed, "fresh adapters"))
+        self.root = self.problem.fresh("root", k, stream(self.training.seed, "fresh adapters"))
         first = self.problem.head
-        generator, bound = stream(self.run.seed, "first heads"), first.weight.shape[-1] ** -0.5
+        generator, bound = stream(self.training.seed, "first heads"), first.weight.shape[-1] ** -0.5
         drawn = {
             name: torch.empty(k, *value.shape[1:]).uniform_(-bound, bound, generator=generator).to(value)
             for name, value in first.tensors().items()

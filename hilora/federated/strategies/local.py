@@ -31,7 +31,7 @@ class LocalLoRA(OwnHead):
 
     def first(self, clients: Tensor) -> AdapterTable:
         """The adapters that clients begin with."""
-        everyone = self.problem.fresh("leaf", self.problem.clients, stream(self.run.seed, "fresh adapters"))
+        everyone = self.problem.fresh("leaf", self.problem.clients, stream(self.training.seed, "fresh adapters"))
         return everyone.rows(clients)
 
     def local(self, state: ClientState, download: Download, trainer: Trainer) -> Upload:

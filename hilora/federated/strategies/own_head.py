@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic import Field
 from torch import Tensor
@@ -20,7 +20,6 @@ class OwnHead(Strategy):
     own_rates = "root"
     predicts_unseen = False
     shares_head = False
-    kept: ClassVar[tuple[str, ...]] = ("head",)
 
     def start(self) -> None:
         self.head = self.problem.head

@@ -36,18 +36,20 @@ class PF2LoRA(SharableHead):
 
     name = "pf2lora"
     tiers = ("root", "leaf")
-    kept = ("root", "head")
     settings: Settings
 
-    def adapters(self, run: TrainingSettings) -> HiLoRAConfig:
-        config, rank = super().adapters(run), self.settings.own_rank
-        scale = run.lora_alpha["root"] / run.rank["root"]
-        r, alpha = {"root": run.rank["root"], "leaf": rank}, {"root": run.lora_alpha["root"], "leaf": rank * scale}
+    def adapters(self, training: TrainingSettings) -> HiLoRAConfig:
+        config, rank = super().adapters(training), self.settings.own_rank
+        scale = training.lora_alpha["root"] / training.rank["root"]
+        r, alpha = (
+            {"root": training.rank["root"], "leaf": rank},
+            {"root": training.lora_alpha["root"], "leaf": rank * scale},
+        )
         return replace(config, r=r, lora_alpha=alpha)
 
     def start(self) -> None:
         super().start()
-        self.root = self.problem.fresh("root", 1, stream(self.run.seed, "fresh adapters", 0))
+        self.root = self.problem.fresh("root", 1, stream(self.training.seed, "fresh adapters", 0))
 
     def stages(self) -> list[Stage]:
         return [Stage("leaf", self.total_rounds(), "root")]
@@ -63,7 +65,7 @@ class PF2LoRA(SharableHead):
 
     def first(self, clients: Tensor) -> AdapterTable:
         """The own adapters that clients begin with."""
-        everyone = self.problem.fresh("leaf", self.problem.clients, stream(self.run.seed, "fresh adapters", 1))
+        everyone = self.problem.fresh("leaf", self.problem.clients, stream(self.training.seed, "fresh adapters", 1))
         return everyone.rows(clients)
 
     def local(self, state: ClientState, download: Download, trainer: Trainer) -> Upload:

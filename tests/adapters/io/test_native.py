@@ -3,6 +3,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import hilora
 from hilora import HiLoRAConfig
 from hilora.adapters.injection import banks
 from hilora.adapters.io.native import read_tensors, write_tensors
-from tests.helpers import CONFIG, images, injected, random, randomise, same, snapshot, vit
+from tests.helpers import CONFIG, TIERS, images, injected, random, randomise, same, snapshot, values, vit
 
 SEVERAL = HiLoRAConfig(
     r={"a": 3, "b": 2},
@@ -32,10 +34,6 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "adapters.safetensors"
 
 
-def adapters(model: nn.Module) -> list[torch.Tensor]:
-    return [parameter.detach() for bank in banks(model) for parameter in bank.parameters()]
-
-
 @pytest.mark.parametrize("config", [CONFIG, SEVERAL, HiLoRAConfig(target_modules=("qkv", "proj"), lora_dropout=0.1)])
 @pytest.mark.parametrize("plain", [True, False], ids=["into a plain model", "into an injected model"])
 def test_adapters_come_back(config: HiLoRAConfig, plain: bool, path: Path) -> None:
@@ -43,7 +41,7 @@ def test_adapters_come_back(config: HiLoRAConfig, plain: bool, path: Path) -> No
     hilora.save_adapters(model, path)
     other = vit() if plain else hilora.inject(vit(), config)
     assert hilora.load_adapters(other, path) is other
-    assert same(adapters(other), adapters(model))
+    assert same(values(other), values(model))
     assert [bank.names for bank in banks(other)] == [bank.names for bank in banks(model)]
     assert banks(other)[0].config == config
     if config is not SEVERAL:
@@ -60,7 +58,7 @@ def test_loading_resizes_tables_and_keeps_what_is_active(path: Path) -> None:
     hilora.set_active_tier(other, "cluster")
     parameters = [id(parameter) for parameter in other.parameters()]
     hilora.load_adapters(other, path)
-    assert same(adapters(other), adapters(model))
+    assert same(values(other), values(model))
     assert banks(other)[0].active == "cluster"
     assert [id(parameter) for parameter in other.parameters()] == parameters
     with pytest.raises(ValueError, match="tier 'leaf' has 8 adapters"):
@@ -85,7 +83,7 @@ def test_the_head_is_saved_only_if_it_was_trained(path: Path) -> None:
         model.head.bias += 1
     hilora.save_adapters(model, path)
     assert [name for name in load_file(path) if name.startswith("head.")] == ["head.head.bias", "head.head.weight"]
-    other = hilora.load_adapters(vit(seed=4), path)
+    other = hilora.load_adapters(vit(seed=4), path, check_base=False)
     assert torch.equal(other.head.weight, model.head.weight)  # type: ignore[union-attr, arg-type]
     assert torch.equal(other.head.bias, model.head.bias)  # type: ignore[union-attr, arg-type]
     hilora.save_adapters(other, path)
@@ -96,7 +94,7 @@ def test_a_file_without_a_head_leaves_the_model_s_own(path: Path) -> None:
     hilora.save_adapters(injected(), path)
     other = vit(seed=4)
     head = other.head.weight.detach().clone()
-    hilora.load_adapters(other, path)
+    hilora.load_adapters(other, path, check_base=False)
     assert torch.equal(other.head.weight, head)
 
 
@@ -133,8 +131,8 @@ def test_single_layers_come_back(path: Path) -> None:
     model, other = Layers(), Layers()
     randomise(model)
     hilora.save_adapters(model, path)
-    hilora.load_adapters(other, path)
-    assert same(adapters(other), adapters(model))
+    hilora.load_adapters(other, path, check_base=False)
+    assert same(values(other), values(model))
     plain = nn.Sequential(nn.Linear(7, 24))
     with pytest.raises(ValueError, match=r"is of single layers: wrap these in hilora\.TieredLoRALinear, then load it"):
         hilora.load_adapters(plain, path)
@@ -156,7 +154,7 @@ def test_what_is_not_finite_is_not_saved(value: float, path: Path) -> None:
     hilora.save_adapters(model, path)
     before = path.read_bytes()
     with torch.no_grad():
-        banks(model)[0].B["cluster"][1, 0, 3, 1] = value
+        banks(model)[0].B("cluster")[1, 0, 3, 1] = value
     with pytest.raises(ValueError, match=r"0.cluster.lora_B is not finite: nothing is saved to .*adapters.safetensors"):
         hilora.save_adapters(model, path)
     assert path.read_bytes() == before
@@ -168,11 +166,11 @@ def test_a_failed_write_leaves_the_old_file(path: Path, monkeypatch: pytest.Monk
     hilora.save_adapters(model, path)
     before = path.read_bytes()
 
-    def fail(*args: object) -> None:
-        Path(str(args[1])).write_bytes(b"half")
+    def fail(half: Path, data: bytes) -> None:
+        half.open("wb").write(data[:4])
         raise OSError("disk full")
 
-    monkeypatch.setattr("hilora.adapters.io.native.save_file", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="disk full"):
         hilora.save_adapters(model, path)
     assert path.read_bytes() == before
@@ -358,3 +356,94 @@ def test_tensors_and_their_description_come_back(path: Path) -> None:
     assert {name: back[name] for name in tensors}.keys() == back.keys()
     assert all(same(back[name], value.contiguous()) for name, value in tensors.items())
     assert about == {"classes": ["x", "y"], "n": 3}
+
+
+def test_a_file_of_the_first_layout_still_loads() -> None:
+    """Written when the adapters lay in a bank, by a model with 3 leaf adapters and a trained head."""
+    old = Path(__file__).parent / "old" / "hilora-1.safetensors"
+    model = hilora.load_adapters(vit(), old)
+    assert {tier: banks(model)[0].slot_count(tier) for tier in TIERS} == {"root": 1, "cluster": 1, "leaf": 3}
+    hilora.set_slots(model, leaf=torch.tensor([2, 0]))
+    expected = [[0.8468, 0.8502, 1.0691, 0.9400, 0.9605], [0.8268, 1.0212, 1.0443, 0.8150, 0.8070]]
+    torch.testing.assert_close(model(images(2)).detach(), torch.tensor(expected), rtol=1e-4, atol=1e-4)
+    for index, factor in enumerate(("lora_A", "lora_B")):
+        assert torch.equal(load_file(old)[f"0.leaf.{factor}"], values(model)[2 + 3 * index])
+
+
+def test_the_same_adapters_give_the_same_bytes(path: Path) -> None:
+    model, other = injected(), path.with_name("other.safetensors")
+    hilora.save_adapters(model, path)
+    code = f"""
+import hilora, torch
+from tests.helpers import injected
+hilora.save_adapters(injected(), {str(other)!r})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
+    assert path.read_bytes() == other.read_bytes()
+    reloaded = hilora.load_adapters(vit(), path)
+    hilora.save_adapters(reloaded, other)
+    assert path.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["plain model", "injected model"])
+def test_adapters_know_their_base(plain: bool, path: Path) -> None:
+    hilora.save_adapters(injected(), path)
+    model: nn.Module = vit(seed=7) if plain else hilora.inject(vit(seed=7), CONFIG)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"of other frozen weights: of VisionTransformer .*check_base=False") as raised:
+        hilora.load_adapters(model, path)
+    assert isinstance(raised.value, hilora.HiLoRAError)
+    assert same(snapshot(model), before)
+    hilora.load_adapters(model, path, check_base=False)
+
+
+def test_the_base_is_the_same_after_training_casting_and_merging(path: Path) -> None:
+    model = injected()
+    with torch.no_grad():
+        model.head.weight += 1
+    hilora.save_adapters(model, path)
+    for change in (lambda m: m, lambda m: m.bfloat16(), lambda m: m.double(), lambda m: m.half()):
+        hilora.load_adapters(change(vit()), path)
+    expected = path.read_bytes()
+    hilora.save_adapters(hilora.merge(model), path)
+    assert path.read_bytes() == expected, "what is merged is saved as if it were not"
+
+
+def test_other_sizes_of_the_same_backbone_have_other_heads_but_one_base(path: Path) -> None:
+    hilora.save_adapters(injected(), path)
+    torch.manual_seed(0)
+    backbone = vit()
+    backbone.reset_classifier(9)
+    hilora.load_adapters(backbone, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("out/", "is a folder"), ("", "is a folder"), ("file/a", "is no folder")]
+)
+def test_a_path_that_cannot_be_a_file_is_an_error_and_leaves_nothing(name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for model in (injected(),):
+        with pytest.raises(hilora.HiLoRAError, match=message):
+            hilora.save_adapters(model, f"{tmp_path}/{name}")
+    assert [path.name for path in tmp_path.rglob("*")] == ["file"]
+
+
+def test_a_failed_write_leaves_no_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(half: Path, data: bytes) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(OSError, match="disk full"):
+        hilora.save_adapters(injected(), tmp_path / "new" / "folder" / "a.safetensors")
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_ranks_that_a_file_cannot_have_are_an_error(path: Path) -> None:
+    for ranks in ([{"leaf": [1, 1]}], [{"leaf": [2]}], [{"leaf": "x"}], [], 3, [{"leaf": [[1]]}]):
+        hilora.save_adapters(injected(), path)
+        described(ranks=ranks)(path)
+        model = vit()
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=r"has ranks|does not describe adapters"):
+            hilora.load_adapters(model, path)
+        assert same(snapshot(model), before)

@@ -4,6 +4,7 @@ import os
 import pickle
 import struct
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hilora.errors import FileError
 from hilora.federated.data.readers import download_cifar100, read_cifar100, read_image_folder, read_images
 
 FINE = [f"fine_{i}" for i in range(100)]
@@ -155,7 +157,7 @@ def test_a_pickle_that_would_run_something_is_refused_and_does_not_run(tmp_path,
         (np.zeros((200, 3072), np.int16), r"data are int16"),
         (np.zeros((199, 3072), np.uint8), r"fine_labels are int64 \(200,\), expected integers \(199,\)"),
         ([], r"data are float64 \(0,\)"),
-        ([[1], [1, 2]], "inhomogeneous"),
+        ([[1], [1, 2]], "lists in a list"),
     ],
 )
 def test_other_things_than_pixels_are_refused(tmp_path, value, message):
@@ -164,6 +166,33 @@ def test_other_things_than_pixels_are_refused(tmp_path, value, message):
     with pytest.raises(ValueError, match=message) as refusal:
         read_cifar100(folder)
     assert str(folder / "train") in str(refusal.value)
+
+
+LAUGHS = b"".join(b"](" + b"h%c" % i * 9 + b"eq%c" % (i + 1) for i in range(20))  # lists, each nine times in the next
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02}r\xff\xff\xff\x3f.",  # LONG_BINPUT, of a billion
+        b"\x80\x02}p99999999\n.",
+        b"\x80\x04\x8e\xff\xff\xff\xff\x0f\x00\x00\x00.",  # BINBYTES8, of 64 GiB
+        b"\x80\x02T\xff\xff\xff\x7f.",
+        b"\x80\x05\x96\xff\xff\xff\xff\x0f\x00\x00\x00.",
+        b"\x80\x02}U\x04data]q\x00(" + b"K\x01" * 9 + b"e" + LAUGHS + b"s.",
+    ],
+    ids=["memo", "text memo", "bytes", "string", "bytearray", "lists of lists"],
+)
+def test_a_small_file_takes_no_memory(tmp_path, content):
+    folder = write_python(tmp_path / "cifar")
+    (folder / "train").write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(FileError, match=r"train cannot be read as CIFAR-100.*fetch it again"):
+            read_cifar100(folder)
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_an_array_whose_dtype_lies_is_refused(tmp_path):
@@ -211,6 +240,10 @@ def test_damaged_files_are_named(tmp_path):
         read_cifar100(binary)
     (python / "meta").write_bytes(python2_pickle({"fine_label_names": [1], "coarse_label_names": COARSE}))
     with pytest.raises(ValueError, match=r"meta: .* not both lists of names"):
+        read_cifar100(python)
+    names = [b"\xff%d" % i for i in range(100)]
+    (python / "meta").write_bytes(pickle.dumps({b"fine_label_names": names, b"coarse_label_names": COARSE}, 2))
+    with pytest.raises(FileError, match=r"meta: a name of a class is not text .*: fetch it again"):
         read_cifar100(python)
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from hilora.discovery import enter, find_classes
 from hilora.federated.data.images import ImageSet
 from hilora.federated.data.partitions.base import Client, Partition, PartitionError, Population, require
-from hilora.federated.data.scan import enter, find_classes
 
 __all__ = ["PARTITIONS", "Client", "Partition", "PartitionError", "Population", "partition", "register", "settings"]
 

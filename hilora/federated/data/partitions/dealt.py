@@ -52,16 +52,18 @@ class Dealt(Partition):
     """
 
     clients: int = Field(ge=1, description="how many there are, the unseen ones included")
-    unseen: float = Field(0.2, ge=0, lt=1, description="the share held out of training, evenly from the true groups")
+    unseen: float = Field(default=0.2, ge=0, lt=1, description="the share held out, evenly from the true groups")
     images_per_client: int | None = Field(
-        None, description="training images of a client; by default all images of the classes in use are divided"
+        default=None, description="training images of a client; by default all images of the classes in use are divided"
     )
-    test_images: int = Field(100, ge=1, description="test images of a client")
+    test_images: int = Field(default=100, ge=1, description="test images of a client")
     val_share: float = Field(
-        0.25, ge=0, description="validation images for each training image, drawn beside these in the same proportions"
+        default=0.25,
+        ge=0,
+        description="validation images for each training image, in the same proportions",
     )
-    min_images: int = Field(2, ge=0, description="the lowest number of training images that a client may end with")
-    max_tries: int = Field(100, ge=1, description="how often to draw until every client has min_images")
+    min_images: int = Field(default=2, ge=0, description="the fewest training images that a client may end with")
+    max_tries: int = Field(default=100, ge=1, description="how often to draw until every client has min_images")
 
     @model_validator(mode="after")
     def _check_together(self) -> Dealt:

@@ -17,7 +17,7 @@ class Domains(Dirichlet):
     """Proportions are Dirichlet(alpha) over the classes of the client's domain; domains are dealt out evenly."""
 
     name: ClassVar[str] = "domains"
-    alpha: float = Field(0.6, gt=0, description=ALPHA)
+    alpha: float = Field(default=0.6, gt=0, description=ALPHA)
 
     def cells(self, train: ImageSet, test: ImageSet) -> Cells:
         """A class in a domain, `domain * classes + class`."""

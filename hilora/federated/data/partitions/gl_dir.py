@@ -16,7 +16,7 @@ class GlDir(Dirichlet):
     """Proportions are Dirichlet(alpha) over all classes; there are no true groups."""
 
     name: ClassVar[str] = "gl-dir"
-    alpha: float = Field(0.3, gt=0, description=ALPHA)
+    alpha: float = Field(default=0.3, gt=0, description=ALPHA)
 
     def pools(self, train: ImageSet, present: Bools, rng: np.random.Generator) -> Pools:
         return Pools(present[None])

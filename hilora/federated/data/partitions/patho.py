@@ -16,7 +16,7 @@ class Patho(Dealt):
     """Equal shares of some classes, which are dealt out evenly; there are no true groups."""
 
     name: ClassVar[str] = "patho"
-    classes_per_client: int = Field(10, ge=1, description="how many classes a client has")
+    classes_per_client: int = Field(default=10, ge=1, description="how many classes a client has")
 
     def pools(self, train: ImageSet, present: Bools, rng: np.random.Generator) -> Pools:
         classes = np.eye(len(present), dtype=bool)[present]

@@ -20,10 +20,10 @@ class ScDir(Dirichlet):
     """
 
     name: ClassVar[str] = "sc-dir"
-    alpha: float = Field(3.0, gt=0, description=ALPHA)
-    superclasses_per_client: int = Field(1, ge=1, description="how many superclasses a client has")
+    alpha: float = Field(default=3.0, gt=0, description=ALPHA)
+    superclasses_per_client: int = Field(default=1, ge=1, description="how many superclasses a client has")
     superclasses: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="how many are in use; by default one for every five clients, as far as there are so many",
     )

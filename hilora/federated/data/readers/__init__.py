@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hilora.discovery import enter, find_classes
 from hilora.errors import InvalidValueError
 from hilora.federated.data.images import ImageSet
 from hilora.federated.data.readers.base import Reader
 from hilora.federated.data.readers.cifar100 import download_cifar100, read_cifar100
 from hilora.federated.data.readers.domains import read_domains
 from hilora.federated.data.readers.image_folder import read_image_folder
-from hilora.federated.data.scan import enter, find_classes
 
 __all__ = [
     "READERS",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
+import pickletools
 import re
 import tempfile
 from pathlib import Path
@@ -179,14 +181,30 @@ def _read_meta(file: Path) -> tuple[tuple[str, ...], ...]:
 def _unpickle(file: Path, *keys: str) -> list[npt.NDArray[Any]]:
     """Reads a pickled dict of arrays and lists, and gives what it has under `keys`, as arrays."""
     try:
-        with file.open("rb") as stream:
-            content = _ArrayUnpickler(stream, encoding="bytes").load()
+        stream = io.BytesIO(file.read_bytes())
+        _check_sizes(stream)
+        content = _ArrayUnpickler(stream, encoding="bytes").load()
         named = {_text(key): value for key, value in content.items()}
-        values = [named[key] for key in keys]
-        return [value.array if isinstance(value, _Array) else np.asarray(value) for value in values]
+        return [_as_array(named[key]) for key in keys]
     except Exception as error:  # a damaged pickle raises nearly anything
         reason = f"{type(error).__name__}: {error}"
         raise FileError(f"{file} cannot be read as CIFAR-100's {', '.join(keys)} ({reason}): fetch it again") from error
+
+
+def _check_sizes(stream: io.BytesIO) -> None:
+    """Sees that a pickle says nothing of sizes that its bytes do not bear out: Python makes room for what it says."""
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):  # itself checks lengths
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > number:
+            raise pickle.UnpicklingError(f"it puts value {argument} in its memo and has not made so many")
+    stream.seek(0)
+
+
+def _as_array(value: Any) -> npt.NDArray[Any]:
+    if isinstance(value, _Array):
+        return value.array
+    if isinstance(value, list) and any(isinstance(item, list | tuple | dict) for item in value):  # may grow beyond all
+        raise pickle.UnpicklingError("it holds lists in a list, expected numbers or names")
+    return np.asarray(value)
 
 
 def _text(value: Any) -> Any:

@@ -1,0 +1,131 @@
+"""A layer's adapters as parameters, and the flat tensors that they are pieces of."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hilora.adapters.torch_internals import in_transform, version
+
+
+class Factors(nn.ParameterDict):
+    """A layer's A's, or its B's: tier → parameter.
+
+    A parameter is `[r, in]` (or `[out, r]`), with a dimension for S ≠ 1 adapters before that, and before this one for
+    several projections of the layer.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A plain pickle would write the whole of the flat tensor with each piece of it.
+        return {**self.__dict__, "_parameters": {name: _alone(value) for name, value in self._parameters.items()}}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Factors:
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
+
+
+def _alone(parameter: Tensor | None) -> Tensor | None:
+    """A parameter in memory of its own."""
+    if type(parameter) is not nn.Parameter:
+        return parameter
+    if parameter.untyped_storage().nbytes() == parameter.numel() * parameter.element_size():
+        return parameter
+    return nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+
+
+def pieces(parameter: Tensor, projections: int) -> list[Tensor]:
+    """A layer's parameter as one table for each of its projections: `[S, r, in]`, `[S, out, r]`."""
+    tables = parameter.unbind(0) if projections > 1 else (parameter,)
+    return [table if table.dim() == 3 else table.unsqueeze(0) for table in tables]
+
+
+def slot_count(parameter: Tensor, projections: int) -> int:
+    """S of a layer's parameter."""
+    return parameter.shape[-3] if parameter.dim() - (projections > 1) == 3 else 1
+
+
+def squeezed(table: Tensor) -> Tensor:
+    """`[n, S, r, in]` as a layer's parameter has it: without the dimensions of one projection and of one slot."""
+    table = table.squeeze(1) if table.shape[1] == 1 else table
+    return table.squeeze(0) if table.shape[0] == 1 else table
+
+
+def joined(parameters: Sequence[Tensor], projections: Sequence[int]) -> Tensor:
+    """The parameters of a bank's layers as one tensor, `[P, S, r, in]` or `[P, S, out, r]`.
+
+    It is the memory itself, without a copy, while they are consecutive pieces of one tensor and nobody wants a
+    gradient; else they are concatenated, those that FSDP has sharded after they are gathered, and gradients go through.
+
+    Args:
+        parameters: one a layer.
+        projections: how many projections each of the layers has.
+    """
+    parameters = [
+        parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter for parameter in parameters
+    ]
+    first = parameters[0]
+    slots = slot_count(first, projections[0])
+    shape = (sum(projections), slots, *first.shape[-2:])
+    differentiable = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
+    if not differentiable and _consecutive(parameters):
+        strides = torch.empty(shape, device="meta").stride()
+        return first.detach().as_strided(shape, strides, first.storage_offset())
+    tables = [
+        parameter.reshape(count, slots, *parameter.shape[-2:]).to(first.device, first.dtype)
+        for parameter, count in zip(parameters, projections, strict=True)
+    ]
+    found = torch.cat(tables)
+    return found if differentiable else found.detach()
+
+
+def _consecutive(parameters: Sequence[Tensor]) -> bool:
+    """Whether tensors lie one after the other in one memory."""
+    if torch.compiler.is_compiling() or in_transform():
+        return False
+    first = parameters[0]
+    if any(type(parameter) not in (nn.Parameter, Tensor) for parameter in parameters):
+        return False  # a sharded one, or a stand-in
+    address, after = first.untyped_storage().data_ptr(), first.storage_offset()
+    for parameter in parameters:
+        if (
+            parameter.dtype != first.dtype
+            or not parameter.is_contiguous()
+            or parameter.storage_offset() != after
+            or parameter.untyped_storage().data_ptr() != address
+        ):
+            return False
+        after += parameter.numel()
+    return address != 0  # as on the device "meta"
+
+
+class Held:
+    """Tables of a tier that a bank uses in place of its layers' parameters: A `[P, S, r, in]`, B `[P, S, out, r]`.
+
+    All projections of a forward pass are taken apart by one `unbind`: layer by layer, the backward pass would write a
+    gradient of the whole table for each of them. A part is handed out once, so that every forward pass has an unbind
+    of its own.
+    """
+
+    def __init__(self, A: Tensor, B: Tensor) -> None:
+        self.A, self.B = A, B
+        self._parts: dict[str, tuple[int, list[Tensor | None]]] = {}
+
+    def part(self, index: int) -> tuple[Tensor, Tensor]:
+        """The adapters of one projection: A `[S, r, in]`, B `[S, out, r]`."""
+        return self._part("A", self.A, index), self._part("B", self.B, index)
+
+    def _part(self, factor: str, table: Tensor, index: int) -> Tensor:
+        if not (table.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling() or in_transform():
+            return table[index]
+        written, parts = self._parts.get(factor, (-1, []))
+        if written != version(table) or parts[index] is None:
+            written, parts = self._parts[factor] = version(table), list(table.unbind(0))
+        view, parts[index] = parts[index], None
+        assert view is not None
+        return view

@@ -1,0 +1,87 @@
+"""The models of timm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hilora.errors import FileError, HiLoRAError, InvalidValueError, MissingFileError
+from hilora.models.backbone import Backbone
+from hilora.models.registry import Family, pair
+
+
+class FetchError(HiLoRAError, RuntimeError):
+    """Weights that cannot be fetched."""
+
+
+class Timm(Family):
+    name = "timm"
+
+    def owns(self, model: nn.Module) -> bool:
+        return hasattr(model, "get_classifier")
+
+    def title(self, model: nn.Module) -> str:
+        cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+        names = [cfg.get("architecture"), cfg.get("tag")]
+        return ".".join(name for name in names if name) or super().title(model)
+
+    def heads(self, model: nn.Module) -> list[nn.Module]:
+        found: Any = model.get_classifier()  # type: ignore[operator]
+        heads = found if isinstance(found, tuple) else (found,)
+        return [head for head in heads if isinstance(head, nn.Module)]
+
+    def image_size(self, model: nn.Module) -> tuple[int, int] | None:
+        own = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        cfg: Any = getattr(model, "default_cfg", None) or {}
+        return pair(own or cfg.get("input_size"))
+
+    def knows(self, name: str) -> bool:
+        import timm
+
+        return bool(timm.is_model(name.split(".")[0]))
+
+    def load(self, name: str, weights: Path | None, size: int | None) -> Backbone:
+        import timm
+
+        if weights is not None and not weights.is_file():
+            raise MissingFileError(f"there is no file of weights at {weights}")
+        extra = {} if size is None else {"img_size": size}
+        overlay = {} if weights is None else {"pretrained_cfg_overlay": {"state_dict": _read_weights(weights)}}
+        timm.create_model(
+            name, num_classes=0, **extra
+        )  # whatever is wrong with the name or the size is not the weights
+        try:
+            # With its own classifier, since timm would otherwise load whatever fits and leave the rest random.
+            model = timm.create_model(name, pretrained=True, **extra, **overlay)
+        except Exception as error:  # hub clients raise errors of many kinds
+            if weights is not None:
+                raise InvalidValueError(f"the weights in {weights} do not fit {name}: {error}") from error
+            raise FetchError(
+                f"the weights of {name} cannot be fetched ({type(error).__name__}): give a local file by --weights"
+            ) from error
+        model.reset_classifier(0)
+        return described(model, name if weights is None else f"{name} ({weights.name})")
+
+
+def described(model: Any, name: str) -> Backbone:
+    """A model of timm without a classifier, with what it expects."""
+    from timm.data import resolve_model_data_config
+
+    expected = resolve_model_data_config(model)
+    size = Timm().image_size(model) or pair(expected["input_size"])
+    assert size is not None
+    mean, std = (torch.tensor(expected[of]) for of in ("mean", "std"))
+    return Backbone(model, name, size[0], mean, std, model.num_features)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict, read without running anything that the file might say."""
+    from timm.models import load_state_dict
+
+    try:
+        return dict(load_state_dict(str(path), use_ema=False, weights_only=True))
+    except Exception as error:  # a damaged file makes the readers raise nearly anything
+        raise FileError(f"the weights in {path} cannot be read: {error}") from error

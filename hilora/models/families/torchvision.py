@@ -1,0 +1,21 @@
+"""The ViTs of torchvision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from torch import nn
+
+from hilora.models.registry import Family, pair
+
+
+class Torchvision(Family):
+    name = "torchvision"
+    aliases: ClassVar[Mapping[str, Sequence[str]]] = {"fc1": ("mlp.0",), "fc2": ("mlp.3",)}
+
+    def owns(self, model: nn.Module) -> bool:
+        return hasattr(model, "image_size")
+
+    def image_size(self, model: nn.Module) -> tuple[int, int] | None:
+        return pair(model.image_size)

@@ -1,0 +1,35 @@
+"""The ViTs of transformers, of its versions 4 and 5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from torch import nn
+
+from hilora.models.registry import Family, pair
+
+
+class Transformers(Family):
+    name = "transformers"
+    aliases: ClassVar[Mapping[str, Sequence[str]]] = {
+        "q": ("query", "q_proj", "to_q"),
+        "k": ("key", "k_proj", "to_k"),
+        "v": ("value", "v_proj", "to_v"),
+        "proj": ("o_proj", "out_proj", "attention.output.dense"),
+        "fc1": ("intermediate.dense",),
+        "fc2": ("[0-9].output.dense", "[0-9][0-9].output.dense"),
+    }
+
+    def owns(self, model: nn.Module) -> bool:
+        return hasattr(getattr(model, "config", None), "image_size")
+
+    def title(self, model: nn.Module) -> str:
+        return getattr(model.config, "name_or_path", "") or super().title(model)
+
+    def heads(self, model: nn.Module) -> list[nn.Module]:
+        names = ("cls_classifier", "distillation_classifier")
+        return super().heads(model) + [getattr(model, name) for name in names if hasattr(model, name)]
+
+    def image_size(self, model: nn.Module) -> tuple[int, int] | None:
+        return pair(model.config.image_size)  # type: ignore[union-attr]

@@ -1,0 +1,66 @@
+"""The Triton kernels of overlaps as operators of torch: traced by torch.compile, recomputed by checkpoints, captured in
+CUDA graphs, differentiated, and kept out of autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..launch import under_autocast
+from . import plan
+
+
+@torch.library.custom_op("hilora::gram_penalty", mutates_args=())
+def gram_penalty(active: Tensor, frozen: Sequence[Tensor], gammas: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The penalty of each slot `[S]`, and its gradient `[P, S, out, r]`."""
+    with torch.cuda.device_of(active):
+        return plan.penalties(active, frozen, gammas)
+
+
+@gram_penalty.register_fake
+def _(active: Tensor, frozen: Sequence[Tensor], gammas: Sequence[float]) -> tuple[Tensor, Tensor]:
+    count, _, out, rank = active.shape
+    slots = max(B.shape[1] for B in (active, *frozen))
+    return (
+        active.new_empty(slots, dtype=torch.float32),
+        active.new_empty(count, slots, out, rank, dtype=torch.float32),
+    )
+
+
+def _setup_penalty(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.like = inputs[0].shape[1], inputs[0].dtype, len(inputs[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _penalty_backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, list[None], None]:
+    slots, dtype, frozen = ctx.like
+    nothing: list[None] = [None] * frozen
+    if upstream is None:
+        return None, nothing, None
+    (gradient,) = ctx.saved_tensors
+    gradient = gradient * upstream[:, None, None]
+    return (gradient if slots == gradient.shape[1] else gradient.sum(1, keepdim=True)).to(dtype), nothing, None
+
+
+gram_penalty.register_autograd(_penalty_backward, setup_context=_setup_penalty)
+
+
+@torch.library.custom_op("hilora::subspace_distances", mutates_args=())
+def subspace_distances(U: Tensor) -> Tensor:
+    """`[N, N]` of bases `[N, P, out, r]` in fp32."""
+    with torch.cuda.device_of(U):
+        return plan.subspace_distances(U)
+
+
+@subspace_distances.register_fake
+def _(U: Tensor) -> Tensor:
+    return U.new_empty(U.shape[0], U.shape[0])
+
+
+under_autocast("gram_penalty", gram_penalty)
+under_autocast("subspace_distances", subspace_distances)

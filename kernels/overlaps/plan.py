@@ -1,0 +1,64 @@
+"""How the kernels of overlaps are launched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..launch import architecture, cdiv, launch, power_of_two, precision
+from .reference import ranks_of
+from .triton import pairwise_overlaps, penalty_and_gradient
+
+PRODUCTS = ("pairwise_overlaps",)
+
+
+def penalties(active: Tensor, frozen: Sequence[Tensor], gammas: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The penalty of each slot `[S]`, and its gradient `[P, S, out, r]`, both in fp32; S = 1 of a side serves all."""
+    count, _, out, rank = active.shape
+    slots = max(B.shape[1] for B in (active, *frozen))
+    value = active.new_empty(count, slots, dtype=torch.float32)
+    gradient = active.new_empty(count, slots, out, rank, dtype=torch.float32)
+    if value.numel():
+        ranks = tuple(B.shape[3] for B in frozen)
+        launch(
+            penalty_and_gradient, (slots, count), active.contiguous(), tuple(B.contiguous() for B in frozen),
+            tuple(gammas), value, gradient, OUT=out, RANK=rank, PADDED=power_of_two(rank, 16), RANKS=ranks,
+            MOST=power_of_two(max(ranks), 16), STEP=int(active.shape[1] > 1),
+            STEPS=tuple(int(B.shape[1] > 1) for B in frozen), BLOCK=128 if max(rank, *ranks) <= 16 else 32,
+        )  # fmt: skip
+    return value.sum(0), gradient
+
+
+def subspace_distances(U: Tensor) -> Tensor:
+    """`[N, N]` of bases `[N, P, out, r]` in fp32."""
+    clients, projections, out, rank = U.shape
+    padded = power_of_two(rank)
+    how = precision(torch.float32)
+    tile = max(1, (128 if how == "tf32" else 64 if architecture() else 16) // padded)
+    tiles = cdiv(clients, tile)
+    share = cdiv(projections, max(1, min(projections, 1024 // (tiles * tiles))))  # few clients: more programs
+    overlaps = U.new_empty(cdiv(projections, share), clients, clients)
+    launch(
+        pairwise_overlaps, (tiles, tiles, len(overlaps)), U.contiguous(), ranks_of(U), overlaps, clients, P=projections,
+        SHARE=share, OUT=out, RANK=rank, PADDED=padded, TILE=tile, BK=32 if how == "tf32" else 16, PRECISION=how,
+        num_warps=8,
+    )  # fmt: skip
+    upper = (1 - overlaps.sum(0) / (rank * projections)).clamp_(0, 1).triu_(1)
+    return upper + upper.T
+
+
+def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What to compile for a dtype: factors may have any, but kernels compute in fp32."""
+    if dtype != torch.float32:
+        return
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, device="meta")
+
+    for rank in (8, 64):
+        active, root, cluster = empty(24, 4, 768, rank), empty(24, 1, 768, rank), empty(24, 4, 768, rank)
+        yield f"r {rank} against {rank}, {rank}", partial(penalties, active, [root, cluster], [0.1, 0.1])
+        yield f"r {rank}", partial(subspace_distances, empty(100, 24, 768, rank))

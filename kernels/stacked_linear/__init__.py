@@ -1,0 +1,138 @@
+"""A frozen linear layer with stacked tiers of low-rank adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..backends import Implementation, Operation
+from ..torch_internals import autocast_dtype
+from . import folded, reference
+from .tier import Tier, check
+
+__all__ = ["OPERATIONS", "Tier", "stacked_lora_linear"]
+
+# FLOP per element of x and y from which on the base product is bound by arithmetic (H100: 790 TFLOP/s, 3.35 TB/s, two
+# bytes an element). There cuBLAS is reported ahead of Triton's products by more than the pass over y that "split" adds;
+# below, both are bound by memory and "fused" saves that pass. Reasoned from published figures, not measured yet.
+ARITHMETIC_BOUND = 470
+
+
+def stacked_lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier], dropout: float = 0.0
+) -> Tensor:
+    """`y = x Wᵀ + b + Σ_tier scale · gain(x) · (x A[slot]ᵀ) B[slot]ᵀ`, each tier on its columns of the output.
+
+    Args:
+        x: `[G, M, in]`, or `[..., in]` where no tier tells groups apart.
+        weight: `[out, in]`.
+        bias: `[out]` or None.
+        tiers: adapters in any number and of any ranks. Their factors may be wider than `x` (fp32 beside bf16); the
+            products are taken in the dtype of the base product.
+        dropout: probability of dropping an element of the x that the adapters see.
+
+    Returns:
+        `[..., out]` in the dtype of the base product.
+
+    Raises:
+        InvalidValueError: if shapes do not fit together.
+        IndexError: if a slot lies outside of its table, on a CPU. On a GPU an error would have to wait for the device:
+            there the outputs of that group, in the tier's columns at least, are NaN.
+    """
+    return OPERATIONS[0](x, weight, bias, tiers, dropout)
+
+
+Call = tuple[Tensor, Tensor, Tensor | None, list[Tier], float]
+
+
+def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier], dropout: float) -> Call:
+    check(x, weight, bias, tiers)
+    return x, weight, bias, [tier for tier in tiers if tier.A.numel()], dropout
+
+
+def _dtype(x: Tensor, *_: object) -> torch.dtype:
+    """That the products are taken in."""
+    return (
+        x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device.type) or x.dtype
+    )  # autocast leaves fp64 alone
+
+
+def _rows(x: Tensor, tiers: list[Tier]) -> int:
+    """Rows of x with the same adapters."""
+    return x.shape[1] if any(tier.tells_groups_apart for tier in tiers) else x.numel() // max(x.shape[-1], 1)
+
+
+def _cannot(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier], dropout: float) -> str:
+    """Why the reference alone takes a call."""
+    if not tiers:
+        return "there are no adapters"
+    if dropout > 0:
+        return "adapters with dropout are the reference's"
+    if any(tier.gain is not None for tier in tiers):
+        return "tiers with a gain are the reference's"
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return "a weight or bias in training is the reference's"
+    if x.dtype != weight.dtype and (x.dtype == torch.float64 or autocast_dtype(x.device.type) is None):
+        return "x and weight differ in dtype"
+    return ""
+
+
+def _cannot_fold(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier], dropout: float) -> str:
+    why = _cannot(x, weight, bias, tiers, dropout)
+    if not why and (_dtype(x) != x.dtype or x.dtype not in (torch.float32, torch.float64)):
+        why = "adapters folded into a weight of 16 bits, or under autocast, are rounded away"
+    return why
+
+
+def _slower_folded(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier], dropout: float) -> str:
+    if x.device.type == "cuda":
+        return "it is for tensors without a GPU"
+    out, width = weight.shape
+    enough = _rows(x, tiers) * (out + width) >= out * width
+    return "" if enough else "so few rows do not pay for folding adapters into the weight"
+
+
+def _slower_fused(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier], dropout: float) -> str:
+    out, width = weight.shape
+    if _dtype(x) == torch.float32:
+        return "in fp32 the base product is cuBLAS's"
+    if _rows(x, tiers) < 64:
+        return "a tile has more rows than a group"
+    return (
+        ""
+        if 2 * out * width < ARITHMETIC_BOUND * (out + width)
+        else "arithmetic is the limit: the base product is cuBLAS's"
+    )
+
+
+def _fold(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier], dropout: float) -> Tensor:
+    return folded.stacked_lora_linear(x, weight, bias, tiers)
+
+
+def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier], dropout: float) -> Tensor:
+    from . import operator  # which imports Triton
+
+    return operator.apply(x, weight, bias, tiers, "fused")
+
+
+def _split(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier], dropout: float) -> Tensor:
+    from . import operator
+
+    return operator.apply(x, weight, bias, tiers, "split")
+
+
+OPERATIONS = (
+    Operation(
+        stacked_lora_linear,
+        reference.stacked_lora_linear,
+        {
+            "fused": Implementation(_fused, _cannot, _slower_fused),
+            "split": Implementation(_split, _cannot),
+            "folded": Implementation(_fold, _cannot_fold, _slower_folded),
+        },
+        _prepare,
+        _dtype,
+    ),
+)

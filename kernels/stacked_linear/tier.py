@@ -1,0 +1,85 @@
+"""Tier: one tier of low-rank adapters on a linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidValueError
+
+
+class Tier(NamedTuple):
+    """One tier of low-rank adapters on a linear layer, `scale * B A`, as a table of S adapters.
+
+    Attributes:
+        A: `[S, r, in]`, how much to adapt.
+        B: `[S, width, r]`, in which directions.
+        scale: lora_alpha / r.
+        slot: integer `[G]` on the device of x, which of the S adapters each group of rows uses; -1 for none. Without
+            it, all groups use the only adapter (S = 1), or group g uses adapter g (S = G). A table may be empty
+            (S = 0): no effect.
+        columns: `(start, width)` of the layer's output that the tier adds to; all of it by default.
+        gain: what the tier's output is multiplied by for each row of x, of x's shape without its last dimension; it may
+            depend on x. Only `reference` has it.
+        ranks: integer `[S]` on the device of x, how many rows of A and columns of B of each adapter are in use; all by
+            default. What lies beyond has no effect, and a gradient of zero.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    slot: Tensor | None = None
+    columns: tuple[int, int] | None = None
+    gain: Tensor | None = None
+    ranks: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[1]
+
+    @property
+    def tells_groups_apart(self) -> bool:
+        count = self.A.shape[0]
+        return count > 1 or (count == 1 and self.slot is not None)
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier]) -> None:
+    """Raise an InvalidValueError unless all shapes fit together."""
+    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:] or (bias is not None and bias.shape != weight.shape[:1]):
+        raise InvalidValueError(
+            f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and bias {None if bias is None else tuple(bias.shape)} "
+            "do not fit: expected [..., in], [out, in] and [out] or None"
+        )
+    for tier in tiers:
+        _check_tier(tier, x, weight)
+
+
+def _check_tier(tier: Tier, x: Tensor, weight: Tensor) -> None:
+    A, B, slot = tier.A, tier.B, tier.slot
+    out, width_in = weight.shape
+    start, width = tier.columns or (0, out)
+    if A.dim() != 3 or A.shape[2] != width_in or B.shape != (A.shape[0], width, A.shape[1]):
+        raise InvalidValueError(
+            f"A {tuple(A.shape)} and B {tuple(B.shape)} do not fit: expected A [S, r, {width_in}] and "
+            f"B [S, {width}, r] for a weight {tuple(weight.shape)} and {width} columns"
+        )
+    if start < 0 or start + width > out:
+        raise InvalidValueError(f"columns (start {start}, width {width}) reach outside of the {out} outputs")
+    if slot is not None and (slot.dim() != 1 or slot.dtype not in _INTEGERS):
+        raise InvalidValueError(f"slot must hold integers [G], got {slot.dtype} {tuple(slot.shape)}")
+    ranks = tier.ranks
+    if ranks is not None and (ranks.shape != A.shape[:1] or ranks.dtype not in _INTEGERS):
+        raise InvalidValueError(f"ranks must hold integers [{len(A)}], got {ranks.dtype} {tuple(ranks.shape)}")
+    if tier.gain is not None and tier.gain.shape != x.shape[:-1]:
+        raise InvalidValueError(f"gain {tuple(tier.gain.shape)} must have a value for each row of x {tuple(x.shape)}")
+    if not tier.tells_groups_apart:
+        return
+    groups = len(A) if slot is None else len(slot)
+    if x.dim() != 3 or x.shape[0] != groups:
+        raise InvalidValueError(f"x {tuple(x.shape)} must be [G, M, in] with G = {groups}, as the tier's slots say")
+
+
+_INTEGERS = (torch.int32, torch.int64)

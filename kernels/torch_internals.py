@@ -1,0 +1,69 @@
+"""What of torch is private, or not traced by every version's torch.compile: here, and nowhere else in the kernels.
+
+Tried on torch 2.11 and 2.14; `tests/kernels/test_torch_internals.py` says what each must do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+# Other devices ("meta") must not be asked. `is_autocast_available` itself is not traced by torch 2.11.
+_DEVICES_WITH_AUTOCAST = frozenset(
+    kind
+    for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "ipu", "maia")
+    if torch.amp.is_autocast_available(kind)
+)
+_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
+_TRACES_CONTEXT_VARIABLES = _VERSION >= (2, 14)  # torch 2.11 does not
+
+
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """What autocast casts to on devices of a kind, e.g. "cuda"; None where it is off."""
+    on = kind in _DEVICES_WITH_AUTOCAST and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Inside of this, operations on the device of x are not cast."""
+    kind = x.device.type
+    return nullcontext() if autocast_dtype(kind) is None else torch.autocast(kind, enabled=False)
+
+
+def in_transform() -> bool:
+    """Whether `torch.func` differentiates or maps what is called."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+class Scoped(Generic[T]):
+    """A value for the time of a `with` block, in its own thread and task alone.
+
+    torch.compile reads it, too, and compiles anew for another value. Where its version cannot trace context variables,
+    it reads what was set last in the process.
+    """
+
+    def __init__(self, name: str, default: T) -> None:
+        self._own: ContextVar[T] = ContextVar(name, default=default)
+        self._last = default
+
+    def get(self) -> T:
+        if torch.compiler.is_compiling() and not _TRACES_CONTEXT_VARIABLES:
+            return self._last
+        return self._own.get()
+
+    @contextmanager
+    def set(self, value: T) -> Iterator[None]:
+        token, before = self._own.set(value), self._last
+        self._last = value
+        try:
+            yield
+        finally:
+            self._own.reset(token)
+            self._last = before

@@ -1,0 +1,223 @@
+"""Adapted models in the hands of tools that look for parameters where they act."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+import hilora
+from hilora import HiLoRAConfig, TieredLoRALinear
+from hilora.adapters.injection import banks
+from tests.helpers import TIERS, gradients, images, injected, output, randomise, same, values, vit
+from tests.vits import timm_model
+
+
+def deep(depth: int = 3) -> VisionTransformer:
+    """A ViT with adapters of both kinds of layers, several blocks deep."""
+    return injected(HiLoRAConfig(r=2, target_modules=("q", "v", "fc1")), depth=depth)
+
+
+def test_parameters_are_called_after_the_layer_they_act_in() -> None:
+    names = [name for name, _ in deep(1).named_parameters() if "lora" in name]
+    layers = ("blocks.0.attn.qkv", "blocks.0.mlp.fc1")
+    assert names == [f"{layer}.lora_{factor}.{tier}" for layer in layers for factor in "AB" for tier in TIERS]
+    shapes = {name: tuple(p.shape) for name, p in deep(1).named_parameters()}
+    assert shapes["blocks.0.attn.qkv.lora_A.leaf"] == (2, 2, 24)
+    assert shapes["blocks.0.mlp.fc1.lora_B.leaf"] == (96, 2)
+
+
+def test_filters_by_name_find_a_block_s_adapters() -> None:
+    model = deep()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("blocks.2.") and ".lora_" in name and name.endswith(".root"))
+    model(images(2)).square().sum().backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert trained == {f"blocks.2.{at}.lora_{f}.root" for at in ("attn.qkv", "mlp.fc1") for f in "AB"}
+
+
+def test_layer_decay_gives_each_block_a_rate_of_its_own() -> None:
+    model = deep()
+    optimiser = create_optimizer_v2(model, opt="adamw", lr=1.0, layer_decay=0.5)
+    rates = {
+        id(p): group["lr"] * group.get("lr_scale", 1.0) for group in optimiser.param_groups for p in group["params"]
+    }
+    found = [rates[id(model.get_parameter(f"blocks.{i}.attn.qkv.lora_A.root"))] for i in range(3)]
+    assert found == [pytest.approx(0.5 ** (3 - i)) for i in range(3)]
+
+
+def test_any_block_can_be_pruned() -> None:
+    model = deep()
+    kept = values(model)
+    del model.blocks[0]
+    hilora.set_active_tier(model, "leaf")
+    hilora.set_slots(model, leaf=torch.tensor([0, 1]))
+    y = model(images(4))
+    (y.square().sum() + hilora.orthogonality_penalty(model)).backward()
+    assert banks(model)[0].names == tuple(f"blocks.{i}.attn.{part}" for i in (0, 1) for part in "qv")
+    assert torch.equal(values(model)[0], kept[0][2:])
+    assert all(layer.lora_B["leaf"].grad is not None for bank in banks(model) for layer in bank.layers)
+
+
+def test_a_pruned_model_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = deep()
+    del model.blocks[0]
+    hilora.save_adapters(model, tmp_path / "a.safetensors")
+    plain = vit(depth=3)
+    del plain.blocks[0]
+    hilora.load_adapters(plain, tmp_path / "a.safetensors")
+    assert torch.equal(output(plain, images(2)), output(model, images(2)))
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_a_copied_block_is_a_model_of_its_own(way: str) -> None:
+    model = deep()
+    block = model.blocks[1]
+    other = copy.deepcopy(block) if way == "deepcopy" else pickle.loads(pickle.dumps(block))
+    x = torch.randn(2, 5, 24)
+    assert torch.equal(other(x), block(x))
+    assert [bank.names for bank in banks(other)] == [("attn.q", "attn.v"), ("mlp.fc1",)]
+    before = output(model, images(2))
+    randomise(other, seed=9)
+    hilora.set_slots(other, leaf=torch.tensor([1, 0]))
+    assert torch.equal(output(model, images(2)), before)
+    assert not torch.equal(other(x), block(x))
+    everything = sum(p.numel() for p in other.parameters())
+    assert everything < sum(p.numel() for p in model.parameters()) / 2, "no other block comes along"
+
+
+def test_moving_keeps_values_and_moments_fit() -> None:
+    model = deep()
+    before = values(model)
+    expected = output(model, images(2)).double()
+    model.double()
+    assert {value.dtype for value in values(model)} == {torch.float64}
+    assert same([value.float() for value in values(model)], before)
+    torch.testing.assert_close(output(model, images(2).double()), expected, rtol=1e-5, atol=1e-5)
+    model.to("meta")
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+def test_gradients_and_penalty_of_moved_parameters_are_the_same() -> None:
+    found = []
+    for move in (lambda model: model, copy.deepcopy, lambda model: model.double().float()):
+        model = move(deep())
+        hilora.set_active_tier(model, "leaf")
+        (model(images(4)).square().sum() + hilora.orthogonality_penalty(model)).backward()
+        found.append(gradients(model))
+    assert same(found[0], found[1])
+    assert same(found[0], found[2])
+
+
+def test_checkpointing_gives_the_same_gradients() -> None:
+    wanted: list[Tensor] = []
+    for checkpointing in (False, True):
+        model = deep()
+        hilora.set_slots(model, leaf=torch.tensor([1, 0]))
+        randomise(model, seed=2)
+        hilora.set_active_tier(model, "leaf")
+        model.set_grad_checkpointing(checkpointing)
+        model.train()
+        model(images(4)).square().sum().backward()
+        wanted = wanted or gradients(model)
+        assert any(gradient.any() for gradient in wanted)
+        assert same(gradients(model), wanted)
+
+
+def test_a_state_dict_is_a_file(tmp_path: Path) -> None:
+    model, other = deep(), vit(seed=3, depth=3)
+    save_file(model.state_dict(), tmp_path / "m.safetensors")
+    hilora.inject(other, banks(model)[0].config)
+    other.load_state_dict(load_file(tmp_path / "m.safetensors"))
+    assert torch.equal(output(other, images(2)), output(model, images(2)))
+    torch.save(model, tmp_path / "m.pt")
+    again = torch.load(tmp_path / "m.pt", weights_only=False)
+    assert torch.equal(output(again, images(2)), output(model, images(2)))
+
+
+def test_averaging_of_weights_sees_the_adapters() -> None:
+    model = deep()
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    first = values(model)
+    randomise(model, seed=4)
+    averaged.update_parameters(model)
+    averaged.update_parameters(model)
+    expected = [(a + b) / 2 for a, b in zip(values(model), values(model), strict=True)]
+    assert first
+    for got, want in zip(values(averaged.module), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_blocks_can_be_sharded(one_process: None) -> None:
+    found = []
+    for sharded in (False, True):
+        model = deep(2)
+        hilora.set_active_tier(model, "leaf")
+        if sharded:
+            mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+            for block in model.blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        y = model(images(2))
+        penalty = hilora.orthogonality_penalty(model)
+        (y.square().sum() + penalty).backward()
+        grads: list[Any] = [p.grad for name, p in model.named_parameters() if name.endswith((".leaf", "head.weight"))]
+        whole = [grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in grads]
+        found.append([y.detach(), *whole])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_stochastic_depth_and_accumulated_steps_train() -> None:
+    """A block that is skipped has no gradient; two backward passes before a step are one of both batches."""
+    model = hilora.inject(
+        timm_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=24, num_heads=2, drop_path_rate=0.5),
+        HiLoRAConfig(r=2),
+    )
+    randomise(model)
+    hilora.set_slots(model, leaf=torch.tensor([1, 0]))
+    randomise(model)
+    model.train()
+    torch.manual_seed(0)
+    drawn = torch.stack([model(images(4, 32)) for _ in range(8)])
+    assert not torch.allclose(drawn[:-1], drawn[1:])
+    drawn.square().sum().backward()
+    assert all(grad.isfinite().all() for grad in gradients(model))
+    model.eval()
+    model.zero_grad()
+    x = images(4, 32)
+    model(x).square().sum().backward()
+    once = gradients(model)
+    model(x).square().sum().backward()
+    for got, want in zip(gradients(model), once, strict=True):
+        torch.testing.assert_close(got, 2 * want)
+
+
+def test_the_fast_path_of_an_encoder_does_not_skip_the_adapters() -> None:
+    layer = nn.TransformerEncoderLayer(24, 2, 32, batch_first=True).eval()
+    model = nn.Sequential(layer)
+    hilora.inject(model, HiLoRAConfig(r=2, target_modules=("linear1",)))
+    assert isinstance(layer.linear1, TieredLoRALinear)
+    randomise(model)
+    x = torch.randn(2, 3, 24)
+    with torch.no_grad():
+        fast = model(x)
+    torch.testing.assert_close(fast, model(x).detach())

@@ -1,0 +1,85 @@
+"""What the kernels take from torch's private parts, and read where torch.compile must be able to trace it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from hilora.kernels.torch_internals import Scoped, autocast_dtype, in_transform, without_autocast
+
+
+def test_what_autocast_casts_to() -> None:
+    assert autocast_dtype("cpu") is None
+    assert autocast_dtype("meta") is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert autocast_dtype("cpu") == torch.bfloat16
+        with without_autocast(torch.empty(1)):
+            assert autocast_dtype("cpu") is None
+        with without_autocast(torch.empty(1, device="meta")):
+            assert autocast_dtype("cpu") == torch.bfloat16
+
+
+def test_transforms_are_noticed() -> None:
+    seen: list[bool] = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        seen.append(in_transform())
+        return x.sum()
+
+    x = torch.ones(3)
+    function(x)
+    torch.func.grad(function)(x)
+    torch.func.vmap(function)(x[None])
+    assert seen == [False, True, True]
+
+
+def test_a_scoped_value_is_of_its_thread_and_task_alone() -> None:
+    value = Scoped("test", "default")
+
+    async def task(own: str) -> str:
+        with value.set(own):
+            await asyncio.sleep(0)  # the other task sets its own
+            return value.get()
+
+    async def both() -> list[str]:
+        return list(await asyncio.gather(task("one"), task("two")))
+
+    assert asyncio.run(both()) == ["one", "two"]
+    seen: list[str] = []
+    with value.set("here"):
+        thread = threading.Thread(target=lambda: seen.append(value.get()))
+        thread.start()
+        thread.join()
+        assert (seen, value.get()) == (["default"], "here")
+    with pytest.raises(KeyError), value.set("lost"):
+        raise KeyError
+    assert value.get() == "default"
+
+
+@pytest.mark.parametrize(
+    ("function", "context"),
+    [
+        (lambda x: x + 1 if autocast_dtype("cpu") is None else x, lambda: torch.autocast("cpu", torch.bfloat16)),
+        (lambda x: x + 1 if SCOPED.get() is None else x, lambda: SCOPED.set("fused")),
+        (lambda x: x + (0 if in_transform() else 1), None),
+    ],
+    ids=["autocast", "scoped", "transform"],
+)
+def test_torch_compile_traces_it_and_sees_a_change(
+    function: Callable[[torch.Tensor], torch.Tensor], context: Callable[[], object] | None
+) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    x = torch.zeros(1)
+    assert compiled(x) == 1
+    if context is not None:
+        with context():  # type: ignore[attr-defined]
+            assert compiled(x) == 0
+        assert compiled(x) == 1
+
+
+SCOPED: Scoped[str | None] = Scoped("compiled", None)
