@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hilora.discovery import classes_in
+from hilora.discovery import enter, find_classes
+from hilora.errors import InvalidTypeError, InvalidValueError
 from hilora.federated.strategies import STRATEGIES, Strategy
 
 MODULES = {
@@ -18,8 +19,7 @@ class Second(FedIT):
     name = "second"
 
 
-class NameOfAnother(FedIT):
-    pass
+NUMBER = 2
 """,
     "zero.py": """
 from hilora.federated.strategies.base import Strategy
@@ -37,22 +37,48 @@ class Unfinished(Strategy):
 }
 
 
+Methods = dict[str, type[Strategy]]
+
+
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A package on the path with classes in it."""
+def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Methods:
+    """What a package on the path with these modules brings."""
     name = "somebodys_methods"
     (tmp_path / name).mkdir()
     (tmp_path / name / "__init__.py").write_text("")
     for file, text in MODULES.items():
         (tmp_path / name / file).write_text(text.replace("{package}", name))
     monkeypatch.syspath_prepend(tmp_path)
-    return name
+    return find_classes(name, [str(tmp_path / name)], Strategy)  # type: ignore[type-abstract]
 
 
-def test_the_named_classes_of_a_package_in_the_order_of_its_modules(package: str) -> None:
-    found = list(classes_in(package, Strategy))  # type: ignore[type-abstract]
-    assert [kind.name for kind in found] == ["second", "first"]  # neither what is imported, nor what is abstract
-    assert all(kind.__module__.startswith(package) for kind in found)
+def test_the_classes_of_a_package_in_the_order_of_its_modules(found: Methods) -> None:
+    assert list(found) == ["second", "first"]  # neither what is imported, nor what is abstract
+    assert [kind.__qualname__ for kind in found.values()] == ["Second", "First"]
+
+
+def test_what_cannot_be_entered_is_told_what_it_lacks(found: Methods) -> None:
+    second = found["second"]
+    enter(found, second, Strategy)  # type: ignore[type-abstract]  # twice is no matter
+
+    class Same(second):  # type: ignore[misc, valid-type]
+        pass
+
+    class Nameless(second):  # type: ignore[misc, valid-type]
+        name = ""
+
+    class Unfinished(Strategy):
+        name = "unfinished"
+
+    with pytest.raises(InvalidValueError, match=r"Same is called 'second', as somebodys_methods\.first\.Second is"):
+        enter(found, Same, Strategy)  # type: ignore[type-abstract]
+    with pytest.raises(InvalidValueError, match=r"Nameless\.name is ''"):
+        enter(found, Nameless, Strategy)  # type: ignore[type-abstract]
+    with pytest.raises(InvalidTypeError, match="Unfinished lacks aggregate, configure, stages, start"):
+        enter(found, Unfinished, Strategy)  # type: ignore[type-abstract]
+    with pytest.raises(InvalidTypeError, match="is not a class derived from Strategy"):
+        enter(found, int, Strategy)  # type: ignore[arg-type, type-abstract]
+    assert list(found) == ["second", "first"]
 
 
 def test_every_method_of_the_library_is_found_under_its_name() -> None:

@@ -86,11 +86,10 @@ class Loud(Strategy):
 
     tiers = ("root",)
     own_tier = "root"
-    kept = ("root", "head", "count")
     settings: Settings
 
     def start(self) -> None:
-        self.root = self.problem.fresh("root", 1, stream(self.run.seed, "fresh adapters"))
+        self.root = self.problem.fresh("root", 1, stream(self.training.seed, "fresh adapters"))
         self.head, self.count = self.problem.head, 0
 
     def stages(self) -> list[Stage]:
@@ -184,7 +183,7 @@ def test_it_can_be_registered_under_a_name_of_its_own(registered: None) -> None:
     class Other(Loud):
         name = "fedit"
 
-    with pytest.raises(InvalidValueError, match="'fedit' is the name of FedIT: choose another for"):
+    with pytest.raises(InvalidValueError, match=r"Other is called 'fedit', as hilora\..*\.FedIT is"):
         register(Other)
 
 
