@@ -69,7 +69,7 @@ class Stack(ABC):
 
     def finite(self) -> Tensor:
         """Which rows are finite: bool `[S]`."""
-        return torch.stack([tensor.isfinite().flatten(1).all(1) for tensor in self.tensors().values()]).all(0)
+        return torch.stack([tensor.isfinite()[:, None].flatten(1).all(1) for tensor in self.tensors().values()]).all(0)
 
     def nbytes(self) -> Tensor:
         """Bytes of each row, int64 `[S]`."""

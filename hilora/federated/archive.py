@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hilora.adapters.table import AdapterTable, Stack, Values
-from hilora.errors import FileError
+from hilora.errors import FileError, InvalidTypeError
 from hilora.federated.data.images import ImageSet
 from hilora.federated.protocol import Head
 
@@ -30,7 +30,11 @@ TENSOR, STACK = "a tensor", "a stack"  # keys of what stands for these in the tr
 
 def packed(tree: Mapping[str, Any]) -> bytes:
     """The bytes of a file: dicts with texts as keys, lists, tuples (which become lists), tensors, stacks, and what JSON
-    has."""
+    has.
+
+    Raises:
+        InvalidTypeError: for a stack of a kind that the library does not know.
+    """
     tensors: dict[str, Tensor] = {}
     described = json.dumps(_plain(tree, tensors), allow_nan=True)
     checksum = _checksum(described, tensors)
@@ -66,6 +70,9 @@ def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {TENSOR: name}
     if isinstance(value, Stack):
+        if type(value) not in NAMES:
+            kind = type(value).__name__
+            raise InvalidTypeError(f"a {kind} cannot be saved: keep its tensors instead, as Values(**stack.tensors())")
         return {STACK: NAMES[type(value)], "tensors": _plain(value.tensors(), tensors)}
     if isinstance(value, Mapping):
         return {str(key): _plain(inner, tensors) for key, inner in value.items()}

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from hilora.adapters.table import AdapterTable, Values
-from hilora.errors import FileError
+from hilora.errors import FileError, InvalidTypeError
 from hilora.federated.archive import digest, packed, unpacked
 from hilora.federated.protocol import Head
 
@@ -50,6 +50,14 @@ def test_what_comes_out_is_what_went_in(path: Path) -> None:
 
 def test_the_same_tree_gives_the_same_bytes() -> None:
     assert packed(TREE) == packed(TREE)
+
+
+def test_a_stack_of_another_kind_is_named() -> None:
+    class Mine(Values):
+        pass
+
+    with pytest.raises(InvalidTypeError, match=r"a Mine cannot be saved: .* Values\(\*\*stack.tensors\(\)\)"):
+        packed({"store": {"mine": Mine(number=torch.ones(2))}})
 
 
 def test_every_flipped_bit_and_every_cut_is_noticed(path: Path) -> None:

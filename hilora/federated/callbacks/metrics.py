@@ -53,6 +53,10 @@ class Metrics(Callback):
             self.per_client |= {split: correct.tolist() for split, correct in self._measured.items()}
         self.log.append(round.record)
 
+    def end(self, simulation: Simulation) -> None:
+        if len(self.log.records) > simulation.round:  # a round that was stopped after it was written does not count
+            self.begin(simulation)
+
     def summary(self, simulation: Simulation) -> Mapping[str, Any]:
         last = list(self.tiers.values())[-1] if self.tiers else NOT_MEASURED
         return {"tiers": self.tiers, "final": last, "val": self.val, "per_client": self.per_client}

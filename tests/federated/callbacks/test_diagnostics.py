@@ -5,20 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hilora.adapters.table import AdapterTable
 from hilora.federated.callbacks.diagnostics import diagnose, label_distance, overlaps
-from hilora.federated.engine.state import Models, State, Table
+from hilora.federated.client import Models
+from hilora.federated.protocol import Head, shared
 
-EVERYONE = torch.arange(2)
-
-
-def adapter(B: torch.Tensor) -> State:
-    """One adapter of one projection with this B `[out, r]`."""
-    return {"A0": torch.ones(1, 1, B.shape[1], 4), "B0": B[None, None]}
+HEAD = Head(torch.zeros(1, 2, 3), torch.zeros(1, 2))
 
 
-def models(**Bs: torch.Tensor) -> Models:
-    shared = torch.zeros(2, dtype=torch.long)
-    return Models({tier: Table(adapter(B), shared) for tier, B in Bs.items()}, Table({}, shared))
+def models(clients: int = 2, **Bs: torch.Tensor) -> Models:
+    """Of clients who share adapters of one projection with these B `[out, r]`."""
+    everyone = torch.arange(clients)
+    tables = {tier: AdapterTable([torch.ones(1, 1, B.shape[1], 4)], [B[None, None]]) for tier, B in Bs.items()}
+    return Models({tier: shared(table, everyone) for tier, table in tables.items()}, shared(HEAD, everyone))
 
 
 def test_overlap_is_one_inside_and_zero_across() -> None:
@@ -45,7 +44,5 @@ def test_label_distance_is_the_total_variation_to_the_group() -> None:
 
 def test_diagnosis_leaves_out_clients_without_images() -> None:
     loss = torch.tensor([1.0, torch.nan, 2.0])
-    shared = torch.zeros(3, dtype=torch.long)
-    one = Models({"root": Table(adapter(torch.ones(6, 1)), shared)}, Table({}, shared))
-    found = diagnose(loss, one, torch.ones(3, 2), None)
+    found = diagnose(loss, models(3, root=torch.ones(6, 1)), torch.ones(3, 2), None)
     assert found == {"train_loss": 1.5, "overlap": {}, "label_distance": None}
