@@ -74,7 +74,7 @@ class Simulation(Federation):
         self.seconds, self.images, self.trained_parameters, self.finished = 0.0, 0, 0, False
         self.callbacks = [Metrics(), Diagnostics(), UnseenClients(), *callbacks, ProgressBar(), Report(), Checkpoint()]
         self._weights = digest(backbone.model.state_dict())
-        images = {"train": train.images, "test": test.images}
+        images = {"train": train.checksums(), "test": test.checksums()}
         self._data = digest({**images, "train labels": train.labels, "test labels": test.labels})
         self._shares = digest(_shares(population))
         out.mkdir(parents=True, exist_ok=True)

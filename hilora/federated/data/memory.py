@@ -39,7 +39,7 @@ def _left_in_groups(root: Path) -> Iterator[int]:
     names = [line.split(":", 2)[2].strip("/") for line in _read(root / "proc/self/cgroup").splitlines()]
     for place, limit, usage, freeable in _GROUPS:
         top = root / place.relative_to("/")
-        for group in {top / above for name in names for above in (name, *Path(name).parents)} | {top}:
+        for group in {top / above for name in names for above in (Path(name), *Path(name).parents)} | {top}:
             most, used = _read(group / limit).strip(), _read(group / usage).strip()
             if most.isdigit() and used.isdigit():  # no limit is "max", or a number beyond all memory
                 stat = dict(line.split() for line in _read(group / "memory.stat").splitlines())
