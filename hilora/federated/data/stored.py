@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 MAGIC = b"hilora-images-1\n"
 _HEAD = struct.Struct("<IiI")  # of a record: the checksum of the pixels, the label, the checksum of these two
 _MOST_ABOUT = 1 << 16
-_REMEDY = "free some, or let HILORA_CACHE name a folder on another disk"
+_REMEDY = "make room there, or let HILORA_CACHE name a folder elsewhere"
 
 Record = tuple[npt.NDArray[np.uint8], int]
 """The pixels of an image, `[3, h, w]`, and its label; -1 where that is kept elsewhere."""
@@ -127,7 +127,10 @@ class StoredImages:
         return FileError(f"{self.path} is damaged, image {number} is not what was written: remove it")
 
     def _read(self, number: int, length: int) -> bytes:
-        return os.pread(self._file.fileno(), length, self._start + number * self._bytes)
+        try:
+            return os.pread(self._file.fileno(), length, self._start + number * self._bytes)
+        except OSError as error:
+            raise FileError(f"{self.path} cannot be read ({error}): is something wrong with the disk?") from error
 
     def _pixels(self, number: int) -> npt.NDArray[np.uint8]:
         record = self._read(number, self._bytes)
@@ -158,8 +161,7 @@ def stored(name: str, about: Mapping[str, str], shape: tuple[int, int, int, int]
         records: makes them.
 
     Raises:
-        ResourceError: there is no room on the disk.
-        OSError: they cannot be written.
+        ResourceError: there is no room on the disk, or the folder cannot be written.
     """
     header, about = _header(about, shape)
     folder = cache_folder()
@@ -167,11 +169,13 @@ def stored(name: str, about: Mapping[str, str], shape: tuple[int, int, int, int]
     part = folder / f"{name}.{hashlib.sha256(header).hexdigest()[:16]}.part"  # two that write there write the same
     if (found := _found(target, about)) is not None:
         return found
-    folder.mkdir(parents=True, exist_ok=True)
-    for other in folder.glob(f"{name}.*.part"):
-        if other != part:
-            other.unlink(missing_ok=True)
-    with open(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for other in folder.glob(f"{name}.*.part"):
+            if other != part:
+                other.unlink(missing_ok=True)
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
+    with open(descriptor, "r+b") as file:
         try:
             _fill(file, header, shape, records, folder)
         except FileError:  # an image cannot be read: what comes next is another set
@@ -192,12 +196,13 @@ def stored_for_now(shape: tuple[int, int, int, int], records: Records) -> Stored
     """Images that nothing tells from others, in a file without a name, which ends with the process.
 
     Raises:
-        ResourceError, OSError: as `stored`.
+        ResourceError: as `stored`.
     """
     header, _ = _header({}, shape)
     folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it is open as long as they are there
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it is open as long as they are there
     _fill(file, header, shape, records, folder)
     return StoredImages(folder / "(deleted)", file)
 
@@ -241,7 +246,7 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ResourceError(f"{folder} took only a part of the images ({error}): {_REMEDY}") from error
+        raise ResourceError(f"images cannot be kept in {folder} ({error}): {_REMEDY}") from error
 
 
 def _sound_records(file: BinaryIO, header: bytes, length: int, most: int) -> int:
@@ -271,6 +276,6 @@ def _found(path: Path, about: Mapping[str, str]) -> StoredImages | None:
     """The images in a file, if they are there and made from the same."""
     try:
         images = StoredImages.open(path)
-    except (FileNotFoundError, FileError):
+    except (FileNotFoundError, NotADirectoryError, FileError):
         return None
     return images if images.about == about else None
