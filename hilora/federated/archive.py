@@ -15,7 +15,6 @@ from torch import Tensor
 
 from hilora.adapters.table import AdapterTable, Stack, Values
 from hilora.errors import FileError, InvalidTypeError
-from hilora.federated.data.images import ImageSet
 from hilora.federated.protocol import Head
 
 FORMAT = "hilora-archive-1"
@@ -110,15 +109,4 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     state = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         absorb(state, name, tensors[name])
-    return state.hexdigest()
-
-
-def image_digest(images: ImageSet) -> str:
-    """A hash of images and labels; of images on disk, of what they were made from."""
-    state = hashlib.blake2b(digest_size=16)
-    absorb(state, "labels", images.labels)
-    if isinstance(images.images, Tensor):
-        absorb(state, "images", images.images)
-    else:
-        state.update(json.dumps(images.images.about, sort_keys=True).encode())
     return state.hexdigest()

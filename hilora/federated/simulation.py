@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hilora.federated.archive import digest, image_digest
+from hilora.federated.archive import digest
 from hilora.federated.callbacks.base import Callback, Round
 from hilora.federated.callbacks.checkpoint import Checkpoint, restore, uninterrupted
 from hilora.federated.callbacks.diagnostics import Diagnostics
@@ -75,7 +75,8 @@ class Simulation(Federation):
         self.seconds, self.images, self.trained_parameters, self.finished = 0.0, 0, 0, False
         self.callbacks = [Metrics(), Diagnostics(), UnseenClients(), *callbacks, ProgressBar(), Report(), Checkpoint()]
         self._weights = digest(backbone.model.state_dict())
-        self._data = [image_digest(images) for images in (train, test)]
+        images = {"train": train.checksums(), "test": test.checksums()}
+        self._data = digest({**images, "train labels": train.labels, "test labels": test.labels})
         self._shares = digest(_shares(population))
         out.mkdir(parents=True, exist_ok=True)
         if resume:

@@ -85,7 +85,7 @@ def hold_out(groups: Ints, number: int, rng: np.random.Generator) -> list[int]:
 
 
 def _fit(shares: Floats, sizes: Ints, capacities: Ints) -> Floats:
-    """Images in the proportions of `shares [N, C]`, as near as the classes' images let them be, rows of `sizes`."""
+    """Images of rows of `sizes`, in the proportions of `shares [N, C]` as nearly as there are images of the classes."""
     fitted = shares * sizes[:, None]
     for _ in range(_FIT_STEPS):  # iterative proportional fitting; it ends with the columns, so that none is exceeded
         fitted *= np.minimum(1, capacities / np.maximum(fitted.sum(0), 1e-300))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hilora.errors import InvalidValueError
-from hilora.federated.data.stored import StoredImages
+from hilora.federated.data.stored import StoredImages, checksum
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,15 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def checksums(self) -> Tensor:
+        """Of the pixels of each image at its place, int64 `[n]`, which tell sets apart; the same in memory and on disk,
+        from where they are read without the images."""
+        if isinstance(self.images, StoredImages):
+            return self.images.checksums()
+        pixels = self.images.cpu().numpy()
+        sums = [checksum(image.tobytes(), number) for number, image in enumerate(pixels)]
+        return torch.tensor(sums, dtype=torch.int64)
 
     def to(self, device: torch.device) -> ImageSet:
         """The same with its pixels where they are used, so far as there is room: on a GPU if they take at most half of

@@ -2,7 +2,7 @@
 
 They lie in the folder that the environment variable `HILORA_CACHE` names, `~/.cache/hilora` by default, a file a set.
 All of it may be deleted at any time; it is made anew where it is needed. A file is a line that says what it is, a line
-of JSON that says what it was made from, and a record for each image, all of one length: a checksum, a label and pixels.
+of JSON that says what it was made from, and a record for each image, all of one length: checksums, a label and pixels.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from hilora.errors import FileError, ResourceError
 
 log = logging.getLogger(__name__)
 MAGIC = b"hilora-images-1\n"
-_HEAD = struct.Struct("<Ii")  # of a record: the checksum of what follows it, seeded with its number; the label
+_HEAD = struct.Struct("<IiI")  # of a record: the checksum of the pixels, the label, the checksum of these two
 _MOST_ABOUT = 1 << 16
-_REMEDY = "free some, or let HILORA_CACHE name a folder on another disk"
+_REMEDY = "make room there, or let HILORA_CACHE name a folder elsewhere"
 
 Record = tuple[npt.NDArray[np.uint8], int]
 """The pixels of an image, `[3, h, w]`, and its label; -1 where that is kept elsewhere."""
@@ -109,23 +109,44 @@ class StoredImages:
         return torch.from_numpy(pixels)[places].view(*wanted.shape, *self.shape[1:])
 
     def labels(self) -> Tensor:
-        """The labels that lie with the images, int64 `[n]`. What is damaged in them is found where an image is read."""
-        heads = (self._read(number, _HEAD.size) for number in range(len(self)))
-        return torch.tensor([_HEAD.unpack(head)[1] for head in heads], dtype=torch.int64)
+        """The labels that lie with the images, int64 `[n]`."""
+        return torch.tensor([label for _, label in self._heads()], dtype=torch.int64)
+
+    def checksums(self) -> Tensor:
+        """The `checksum` of each image, int64 `[n]`; read, as the labels are, without the pixels."""
+        return torch.tensor([checksum for checksum, _ in self._heads()], dtype=torch.int64)
+
+    def _heads(self) -> Iterator[tuple[int, int]]:
+        for number in range(len(self)):
+            found = _unpacked(self._read(number, _HEAD.size))
+            if found is None:
+                raise self._damaged(number)
+            yield found
+
+    def _damaged(self, number: int) -> FileError:
+        return FileError(f"{self.path} is damaged, image {number} is not what was written: remove it")
 
     def _read(self, number: int, length: int) -> bytes:
-        return os.pread(self._file.fileno(), length, self._start + number * self._bytes)
+        try:
+            return os.pread(self._file.fileno(), length, self._start + number * self._bytes)
+        except OSError as error:
+            raise FileError(f"{self.path} cannot be read ({error}): is something wrong with the disk?") from error
 
     def _pixels(self, number: int) -> npt.NDArray[np.uint8]:
         record = self._read(number, self._bytes)
         if not self._checked[number]:
             if not _is_sound(record, number, self._bytes):
-                raise FileError(f"{self.path} is damaged, image {number} is not what was written: remove it")
+                raise self._damaged(number)
             self._checked[number] = True
         return np.frombuffer(record, np.uint8, offset=_HEAD.size).reshape(self.shape[1:])
 
     def __reduce__(self) -> tuple[Callable[[Path], StoredImages], tuple[Path]]:
         return StoredImages.open, (self.path,)
+
+
+def checksum(pixels: bytes | memoryview, number: int) -> int:
+    """CRC-32 of an image's pixels at its place in the set."""
+    return zlib.crc32(pixels, number)
 
 
 def stored(name: str, about: Mapping[str, str], shape: tuple[int, int, int, int], records: Records) -> StoredImages:
@@ -140,8 +161,7 @@ def stored(name: str, about: Mapping[str, str], shape: tuple[int, int, int, int]
         records: makes them.
 
     Raises:
-        ResourceError: there is no room on the disk.
-        OSError: they cannot be written.
+        ResourceError: there is no room on the disk, or the folder cannot be written.
     """
     header, about = _header(about, shape)
     folder = cache_folder()
@@ -149,11 +169,13 @@ def stored(name: str, about: Mapping[str, str], shape: tuple[int, int, int, int]
     part = folder / f"{name}.{hashlib.sha256(header).hexdigest()[:16]}.part"  # two that write there write the same
     if (found := _found(target, about)) is not None:
         return found
-    folder.mkdir(parents=True, exist_ok=True)
-    for other in folder.glob(f"{name}.*.part"):
-        if other != part:
-            other.unlink(missing_ok=True)
-    with open(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for other in folder.glob(f"{name}.*.part"):
+            if other != part:
+                other.unlink(missing_ok=True)
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
+    with open(descriptor, "r+b") as file:
         try:
             _fill(file, header, shape, records, folder)
         except FileError:  # an image cannot be read: what comes next is another set
@@ -174,12 +196,13 @@ def stored_for_now(shape: tuple[int, int, int, int], records: Records) -> Stored
     """Images that nothing tells from others, in a file without a name, which ends with the process.
 
     Raises:
-        ResourceError, OSError: as `stored`.
+        ResourceError: as `stored`.
     """
     header, _ = _header({}, shape)
     folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 -- open for as long as the images are there
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it is open as long as they are there
     _fill(file, header, shape, records, folder)
     return StoredImages(folder / "(deleted)", file)
 
@@ -209,9 +232,10 @@ def _fill(file: BinaryIO, header: bytes, shape: tuple[int, int, int, int], recor
         file.write(header)
         file.truncate(file.seek(done * length, os.SEEK_CUR))
     for number, (pixels, label) in enumerate(records(done), done):
-        body = struct.pack("<i", label) + pixels.tobytes()
+        body = pixels.tobytes()
+        head = struct.pack("<Ii", checksum(body, number), label)
         with _writing(folder):
-            file.write(struct.pack("<I", zlib.crc32(body, number)) + body)
+            file.write(head + struct.pack("<I", zlib.crc32(head)) + body)
     with _writing(folder):
         file.flush()
         os.fsync(file.fileno())
@@ -222,7 +246,7 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ResourceError(f"{folder} took only a part of the images ({error}): {_REMEDY}") from error
+        raise ResourceError(f"images cannot be kept in {folder} ({error}): {_REMEDY}") from error
 
 
 def _sound_records(file: BinaryIO, header: bytes, length: int, most: int) -> int:
@@ -234,13 +258,24 @@ def _sound_records(file: BinaryIO, header: bytes, length: int, most: int) -> int
 
 
 def _is_sound(record: bytes, number: int, length: int) -> bool:
-    return len(record) == length and zlib.crc32(memoryview(record)[4:], number) == _HEAD.unpack_from(record)[0]
+    found = _unpacked(record[: _HEAD.size])
+    return (
+        found is not None and len(record) == length and checksum(memoryview(record)[_HEAD.size :], number) == found[0]
+    )
+
+
+def _unpacked(head: bytes) -> tuple[int, int] | None:
+    """Checksum and label of an image, if they are what was written."""
+    if len(head) < _HEAD.size:
+        return None
+    checksum, label, own = _HEAD.unpack(head)
+    return (checksum, label) if own == zlib.crc32(head[:8]) else None
 
 
 def _found(path: Path, about: Mapping[str, str]) -> StoredImages | None:
     """The images in a file, if they are there and made from the same."""
     try:
         images = StoredImages.open(path)
-    except (FileNotFoundError, FileError):
+    except (FileNotFoundError, NotADirectoryError, FileError):
         return None
     return images if images.about == about else None

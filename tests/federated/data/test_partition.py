@@ -378,7 +378,7 @@ def test_draws_are_repeated_until_every_client_has_enough():
     test_images=st.integers(1, 12),
     val_share=st.sampled_from([0, 0.25, 1.5]),
     unseen=st.sampled_from([0, 0.2, 0.7]),
-    alpha=st.none() | st.floats(0.01, 100),
+    alpha=st.none() | st.floats(0.001, 100),
     per_client=st.integers(1, 3),
     seed=st.integers(0, 5),
 )
