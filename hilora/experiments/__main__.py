@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 
 from hilora.errors import InvalidValueError, MissingFileError, told
+from hilora.experiments.experiment import Experiment
 from hilora.experiments.inputs import Inputs, check_files
 from hilora.experiments.ledger import Ledger, migrate
 from hilora.experiments.runner import Pair, Runner, shard
-from hilora.experiments.spec import Experiment, read_experiment
+from hilora.experiments.spec import read_experiment
 from hilora.federated.engine.device import find_device
 from hilora.models.backbone import tune_for_cpu
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hilora.experiments.experiment import Experiment, Method, Setting
 from hilora.experiments.ledger import Ledger
 from hilora.experiments.plan import Choice, choose, final_jobs, tuning_jobs
 from hilora.experiments.records import DIVERGED, Line
-from hilora.experiments.spec import Experiment, Method, Setting
 from hilora.reporting.statistics import Interval, Spread, differences, interval, spread
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from hilora.errors import FileError, MissingFileError
-from hilora.experiments.spec import AUTO, DOMAINS, Model, Setting
+from hilora.experiments.experiment import AUTO, DOMAINS, Model, Setting
 from hilora.federated.data.glyphs import load_glyphs
 from hilora.federated.data.images import ImageSet
 from hilora.federated.data.readers import read_domains, read_images

@@ -9,11 +9,11 @@ from functools import cached_property
 from typing import Any
 
 from hilora.experiments.checks import Table
+from hilora.experiments.experiment import Experiment, Method, Setting
 from hilora.experiments.identity import decisive, fingerprint
 from hilora.experiments.ledger import Ledger
 from hilora.experiments.records import DIVERGED
 from hilora.experiments.schema import SCHEMA
-from hilora.experiments.spec import Experiment, Method, Setting
 from hilora.federated.data.partitions import Partition
 from hilora.federated.settings import TrainingSettings
 from hilora.federated.strategies import Strategy

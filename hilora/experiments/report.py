@@ -7,9 +7,9 @@ from pathlib import Path
 
 from hilora.experiments import figures, inputs, tables
 from hilora.experiments.cells import Cell, collect
+from hilora.experiments.experiment import Experiment, Setting, Tuning
 from hilora.experiments.ledger import Ledger
 from hilora.experiments.records import Line
-from hilora.experiments.spec import Experiment, Setting, Tuning
 from hilora.files import write_bytes, write_text
 from hilora.reporting.comparison import GLYPHS
 from hilora.reporting.document import Block, Code, Heading, Paragraph, Picture, between, markdown, page

@@ -15,12 +15,12 @@ from typing import IO, Any
 import torch
 
 from hilora.errors import HiLoRAError, InvalidValueError
+from hilora.experiments.experiment import AUTO, Experiment, Method, Setting
 from hilora.experiments.inputs import Inputs
 from hilora.experiments.ledger import Ledger
 from hilora.experiments.plan import FINAL, TUNING, Job, choose, final_jobs, tuning_jobs, validation
 from hilora.experiments.records import DIVERGED
 from hilora.experiments.results import results
-from hilora.experiments.spec import AUTO, Experiment, Method, Setting
 from hilora.federated.callbacks.checkpoint import CHECKPOINT, PREVIOUS, checkpoint_dtype, has_checkpoint
 from hilora.federated.data.partitions import partition
 from hilora.federated.engine.device import DTYPES

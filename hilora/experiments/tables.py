@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hilora.experiments.cells import Cell
-from hilora.experiments.spec import Experiment
+from hilora.experiments.experiment import Experiment
 from hilora.reporting.statistics import Spread, spread
 from hilora.reporting.tables import MISSING, Row, Table
 

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import torch
 
-import hilora
-
 
 def device_name(device: torch.device) -> str:
     """The GPU, or the CPU and how many of its threads are used."""
@@ -27,7 +25,7 @@ def device_name(device: torch.device) -> str:
 def revision(*also: Path) -> str:
     """The version, and the commit where the package is in a repository, with a `+` if its files, or `also` these, have
     changed since."""
-    folder = Path(hilora.__file__).parent
+    folder = Path(__file__).parents[1]
     ask = partial(subprocess.check_output, cwd=folder, text=True, stderr=subprocess.DEVNULL)
     try:
         tracked = ask(["git", "ls-files", "__init__.py"])

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from hilora.experiments.experiment import Experiment
 from hilora.experiments.plan import Job
 from hilora.experiments.records import Line
-from hilora.experiments.spec import Experiment, read_experiment
+from hilora.experiments.spec import read_experiment
 
 SMALL = """
 title = "Small"

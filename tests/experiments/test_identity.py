@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from hilora.experiments.experiment import Experiment
 from hilora.experiments.identity import fingerprint
 from hilora.experiments.plan import FINAL, TUNING, Job, job
-from hilora.experiments.spec import Experiment
 from tests.experiments.conftest import Write
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from hilora.experiments.experiment import Model, Setting
 from hilora.experiments.inputs import Inputs, check_files
-from hilora.experiments.spec import Model, Setting
 from tests.experiments.conftest import Write
 
 CPU = torch.device("cpu")

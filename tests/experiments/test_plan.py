@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from hilora.experiments.experiment import Experiment, Method, Setting
 from hilora.experiments.ledger import Ledger
 from hilora.experiments.plan import choose, final_jobs, tuning_jobs
 from hilora.experiments.records import DIVERGED
-from hilora.experiments.spec import Experiment, Method, Setting
 from tests.experiments.conftest import Write, line
 
 

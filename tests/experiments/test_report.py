@@ -12,11 +12,11 @@ from PIL import Image
 
 from hilora.experiments import figures
 from hilora.experiments.cells import Cell, collect
+from hilora.experiments.experiment import Experiment
 from hilora.experiments.ledger import Ledger
 from hilora.experiments.plan import Job, final_jobs, tuning_jobs
 from hilora.experiments.records import DIVERGED
 from hilora.experiments.report import write_report
-from hilora.experiments.spec import Experiment
 from hilora.experiments.tables import accuracy_table, cost_table, tier_table, tuning_table
 from hilora.reporting.tables import Table
 from tests.experiments.conftest import GRID, GRIDS, Write, line

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from hilora.experiments.experiment import Experiment, Model
 from hilora.experiments.inputs import Inputs
 from hilora.experiments.ledger import Ledger
 from hilora.experiments.plan import FINAL, choose, job, tuning_jobs
 from hilora.experiments.records import DIVERGED
 from hilora.experiments.results import KEPT
 from hilora.experiments.runner import Runner, claimed, shard
-from hilora.experiments.spec import Experiment, Model
 from hilora.federated.simulation import Simulation
 from hilora.reporting.progress import Progress
 from tests.experiments.conftest import GRID, GRIDS, Write, line

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from hilora.experiments import schema
+from hilora.experiments.experiment import Model
 from hilora.experiments.identity import decisive, fingerprint
 from hilora.experiments.schema import DEFAULTS, SCHEMA, upgrade, upgraded_line
-from hilora.experiments.spec import Model
 from hilora.federated.data.partitions import PARTITIONS
 from hilora.federated.settings import TrainingSettings
 from hilora.federated.strategies import STRATEGIES

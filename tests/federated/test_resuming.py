@@ -97,7 +97,7 @@ def test_what_ended_a_run_is_raised_even_where_its_checkpoint_is_gone(simulate: 
             (tmp_path / "out" / name).unlink(missing_ok=True)
         return train(*args)
 
-    stopped.engine.train = lost  # type: ignore[method-assign]
+    stopped.engine.train = lost  # type: ignore[method-assign, assignment]
     with pytest.raises(Stop) as ended:
         stopped.run()
     assert "could not be written: there is no checkpoint" in ended.value.__notes__[0]
@@ -189,7 +189,7 @@ def test_clients_that_have_traded_images_are_another_population(
 def test_other_pixels_or_labels_under_the_same_name_are_other_data(simulate: Simulate) -> None:
     train, test = squares(120, 1), squares(42, 2)
     simulate("fedit", rounds=[1, 0, 0], images=(train, test)).run()
-    dark = ImageSet(train.images // 2, train.labels, train.classes, train.name)
+    dark = ImageSet(train.images[:] // 2, train.labels, train.classes, train.name)
     turned = ImageSet(train.images, train.labels.roll(1), train.classes, train.name)
     for other in ((dark, test), (turned, test), (train, dark)):
         with pytest.raises(FileError, match="data was"):

@@ -73,4 +73,4 @@ def test_settings_of_ones_own() -> None:
 
     assert Mine(share=1).plain() == {"share": 1.0, "count": 1}
     with pytest.raises(InvalidValueError, match="there is no setting 'shares': expected some of share, count"):
-        Mine(shares=1)
+        Mine(**{"shares": 1})

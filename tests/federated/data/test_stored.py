@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -85,7 +86,7 @@ def test_what_is_not_there_is_an_error_and_ends_a_loop() -> None:
     images = make()
     with pytest.raises(IndexError):
         images[torch.tensor([12])]
-    assert sum(1 for _ in images) == 12  # type: ignore[misc]
+    assert sum(1 for _ in images) == 12
     assert torch.equal(images.labels(), LABELS)
 
 
@@ -191,7 +192,7 @@ def test_two_that_make_the_same_at_once_both_have_it(cache: Path) -> None:
 def test_a_disk_that_is_full_is_said_before_and_while_it_is_written(cache: Path, monkeypatch) -> None:
     usage = type("Usage", (), {"free": 100})
     with monkeypatch.context() as patch:
-        patch.setattr(stored.shutil, "disk_usage", lambda path: usage)
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
         with pytest.raises(ResourceError, match=r"need .* GB where .*cache has room for .*HILORA_CACHE"):
             make()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

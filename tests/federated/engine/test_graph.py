@@ -43,7 +43,7 @@ def test_a_captured_call_goes_on_with_what_is_in_its_tensors() -> None:
 def test_training_by_a_graph_is_training(backbone: Backbone, schedule: str) -> None:
     """Two trainings and an evaluation between them, two clients at once: the second and all later ones replay."""
     torch.manual_seed(0)
-    options = {"clients_at_once": 2, "schedule": schedule, "clip_norm": 1.0, "augment": True}
+    options: dict[str, Any] = {"clients_at_once": 2, "schedule": schedule, "clip_norm": 1.0, "augment": True}
     cpu, gpu = make(backbone, **options), make(backbone, "cuda", **options)
     models = some_models(cpu)
     for tier in ("cluster", "leaf", "leaf"):

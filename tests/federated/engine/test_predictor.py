@@ -68,5 +68,5 @@ def test_the_model_is_kept_with_all_clients_adapters(backbone: Backbone) -> None
     leaf = some_models(engine).tiers["leaf"].table
     engine.keep({"leaf": leaf})
     (bank,) = engine.banks
-    assert torch.equal(bank.B["leaf"].transpose(0, 1), leaf.B[0])
-    assert bank.A["root"].shape[1] == 0
+    assert torch.equal(bank.B("leaf").transpose(0, 1), leaf.B[0])
+    assert bank.A("root").shape[1] == 0

@@ -13,7 +13,8 @@ START = torch.full((3, 2), 0.5)
 
 
 def distance(points: Tensor) -> Tensor:
-    return (points - GOAL).norm(dim=1)
+    found: Tensor = (points - GOAL).norm(dim=1)
+    return found
 
 
 def test_each_problem_comes_near_to_its_own_goal() -> None:

@@ -107,7 +107,8 @@ class Halves:
         return ByHand(clients, self.weights, self.calls)
 
     def ask(self, clients: Tensor, download: Download) -> Upload:
-        return self.client.local(self.store.of(clients), download, self.trainer(clients))
+        upload: Upload = self.client.local(self.store.of(clients), download, self.trainer(clients))
+        return upload
 
     def begin(self, number: int = 0, clients: Tensor = SEEN) -> None:
         """The stage of this number begins."""
@@ -135,14 +136,18 @@ class Halves:
         return self
 
     def _sent(self, clients: Tensor, round: int) -> Download:
-        return self.server.configure(self.stage, clients).at(round)
+        download: Download = self.server.configure(self.stage, clients).at(round)
+        return download
 
     def models(self, clients: Tensor = SEEN) -> Models:
-        return self.client.models(self.store.of(clients), self._sent(clients, self.done + 1), self.trainer(clients))
+        sent, state = self._sent(clients, self.done + 1), self.store.of(clients)
+        models: Models = self.client.models(state, sent, self.trainer(clients))
+        return models
 
     def personalised(self, clients: Tensor = UNSEEN) -> Models:
         sent = self._sent(clients, self.done + 1)
-        return self.client.personalise(self.store.of(clients), sent, self.trainer(clients))
+        models: Models = self.client.personalise(self.store.of(clients), sent, self.trainer(clients))
+        return models
 
     def admit(self) -> None:
         self.server.admit(UNSEEN, self.ask)
