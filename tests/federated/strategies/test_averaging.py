@@ -278,5 +278,5 @@ def test_a_round_without_images_changes_nothing_that_is_shared(name: str) -> Non
         assert same(value, before[key]), key
 
 
-def _stacks(halves: Halves) -> dict[str, object]:
+def _stacks(halves: Halves) -> dict[str, Any]:
     return {key: value for key, value in halves.server.state_dict().items() if key in ("root", "head", "A")}
