@@ -81,7 +81,7 @@ def upgraded_line(line: Mapping[str, Any]) -> dict[str, Any]:
     if decides["model"].get("dtype") == "auto":
         decides["model"] = {**decides["model"], "dtype": line["dtype"]}
     key = dict(line["key"])
-    overrides = dict(key.get("overrides") or {})
+    overrides = dict(key.get("overrides", {}))
     renamed = DEFAULTS[1]["renamed"].get(decides["strategy"], {})
     options = overrides.pop("options", {})
     key["overrides"] = {**overrides, **{renamed.get(name, name): value for name, value in options.items()}}

@@ -20,7 +20,7 @@ def final(experiment: Experiment, method: str = "hilora", seed: int = 0) -> Job:
 def test_it_stays_the_same_where_nothing_decisive_changes(write: Write) -> None:
     plain = final(write()).fingerprint
     assert final(write(("rank = 2", "rank = [2.0, 2, 2]"))).fingerprint == plain
-    assert final(write(("rank = 2", "rank = 2\ncohort_size = 3"))).fingerprint == plain
+    assert final(write(("rank = 2", "rank = 2\nclients_at_once = 3"))).fingerprint == plain
     assert final(write(("rank = 2", "rank = 2\nk_min = 1"))).fingerprint == plain  # the default
     assert final(write(("clients = 5", "clients = 5\nunseen = 0.2"))).fingerprint == plain  # so is this
     assert final(write(("[methods.hilora]", '[methods.named]\nstrategy = "hilora"')), "named").fingerprint == plain
@@ -65,23 +65,27 @@ def test_what_a_strategy_does_not_use_decides_nothing(write: Write) -> None:
     heavier = write(("rank = 2", "rank = 2\ngamma_root = 7.0"))
     assert final(heavier, "fedit").fingerprint == final(write(), "fedit").fingerprint
     assert final(heavier, "hilora").fingerprint != final(write(), "hilora").fingerprint
+    higher = write(("rank = 2", "rank = [2, 2, 3]"))  # of a tier that FedIT does not have
+    assert final(higher, "fedit").fingerprint == final(write(), "fedit").fingerprint
 
 
 def test_a_line_from_before_a_field_existed_has_its_default(write: Write) -> None:
     decides: dict[str, Any] = copy.deepcopy(dict(final(write()).decides))
     whole = fingerprint(decides)
-    del decides["run"]["k_min"], decides["partition"]["max_tries"], decides["model"]["img_size"]
+    del decides["settings"]["batch_size"], decides["partition"]["max_tries"], decides["model"]["img_size"]
+    assert fingerprint(decides) != whole  # a batch is not of the default size here
+    decides["settings"]["batch_size"] = 4
     assert fingerprint(decides) == whole
-    del decides["run"]["rank"]  # not the default here
+    del decides["settings"]["rank"]  # nor is this
     assert fingerprint(decides) != whole
 
 
-def test_so_has_a_line_from_before_a_strategy_had_an_option(write: Write) -> None:
+def test_so_has_a_line_from_before_a_strategy_had_a_setting_of_its_own(write: Write) -> None:
     decides: dict[str, Any] = copy.deepcopy(dict(final(write(("fedit", "ifca")), "ifca").decides))
     whole = fingerprint(decides)
-    del decides["run"]["options"]["images"]
+    del decides["settings"]["images"]
     assert fingerprint(decides) == whole
-    del decides["run"]["options"]
+    del decides["settings"]["k"]
     assert fingerprint(decides) == whole
-    decides["run"]["options"] = {"k": 7}
+    decides["settings"]["k"] = 7
     assert fingerprint(decides) != whole

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from hilora.experiments.ledger import Ledger
+from hilora.experiments.ledger import Ledger, migrate
 from hilora.experiments.plan import FINAL, Job, job
+from hilora.experiments.schema import SCHEMA
 from tests.experiments.conftest import Write, line
 
 
@@ -86,6 +87,14 @@ def test_what_another_process_appended_is_read(tmp_path: Path, jobs: list[Job]) 
         {"decides": {"strategy": ["hilora"], "run": {}, "partition": {}, "model": {}}},
         {"decides": {"strategy": "hilora", "run": {"options": 3}, "partition": {}, "model": {}}},
         {"decides": {"strategy": "hilora", "run": {"k_min": 10**400}, "partition": {}, "model": {}}},
+        {"decides": {"schema": 1, "strategy": "fedit", "settings": {}, "partition": {}, "model": {}}},
+        {"decides": {"schema": True, "strategy": "fedit", "settings": {}, "partition": {}, "model": {}}},
+        {"decides": {"schema": SCHEMA + 1, "strategy": "fedit", "settings": {}, "partition": {}, "model": {}}},
+        {"decides": {"schema": 2, "strategy": "fedit", "run": {}, "partition": {}, "model": {}}},
+        {"decides": {"schema": 2, "strategy": "fedit", "settings": {}, "partition": {"scheme": []}, "model": {}}},
+        {"decides": {"strategy": "fedit", "run": {}, "partition": {"scheme": {}}, "model": {}}},
+        {"key": {"overrides": 3}},
+        {"key": {"overrides": {"options": 3}}},
         {"results": {"final": 0.5}},
         {"results": {"val": {"mean": "0.5"}}},
         {"results": {"val": {"mean": float("nan")}}},
@@ -118,3 +127,35 @@ def test_what_is_no_record_is_named(tmp_path: Path, jobs: list[Job]) -> None:
     path.write_text('<<<<<<< ours\n{"key": 3}\n' + json.dumps(line(jobs[0])) + "\n")
     assert Ledger(path).torn == [1, 2]
     assert len(Ledger(path).lines) == 1
+
+
+def test_migration_rewrites_older_lines_and_leaves_all_else_as_it_is(tmp_path: Path, jobs: list[Job]) -> None:
+    path, new = tmp_path / "a.jsonl", line(jobs[0])
+    old = {
+        **line(jobs[1], test=0.75),
+        "fingerprint": "0123",
+        "key": {"setting": "groups", "overrides": {"lr": 0.1, "options": {"k": 3}}},
+        "decides": {
+            "strategy": "ifca",
+            "run": {"options": {"k": 3}, "cohort_size": 2},
+            "partition": {"scheme": "patho", "seed": 0, "clients": 5},
+            "data": "glyphs",
+            "model": {"backbone": "glyph_vit"},
+        },
+    }
+    texts = [json.dumps(new, indent=None, separators=(",", ":")), "{torn", json.dumps(old), json.dumps(new)[:-9]]
+    path.write_text("\n".join(texts))
+    before = Ledger(path)
+    assert migrate(path) == 1
+    after = path.read_text().split("\n")
+    assert (after[0], after[1], after[3]) == (texts[0], texts[1], texts[3])
+    found = json.loads(after[2])
+    assert found["decides"]["schema"] == SCHEMA
+    assert (found["decides"]["settings"]["k"], found["decides"]["settings"]["images"]) == (3, 32)
+    assert found["key"]["overrides"] == {"lr": 0.1, "k": 3}
+    assert found["results"] == old["results"]
+    again = Ledger(path)
+    assert (again.lines, again.torn, len(again)) == (before.lines, [2, 4], len(before))
+    whole = path.read_bytes()
+    assert migrate(path) == 0
+    assert path.read_bytes() == whole

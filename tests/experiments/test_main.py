@@ -1,4 +1,4 @@
-"""The two commands as a user runs them."""
+"""The commands as a user runs them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from hilora.experiments.__main__ import main
+from hilora.experiments.schema import SCHEMA
 from hilora.reporting.progress import Progress
 from tests.experiments.conftest import SMALL
 
@@ -71,6 +72,7 @@ def test_interrupted_and_failed_runs_have_exit_codes_of_their_own(
         (["run", "none.toml"], "there is no experiment none.toml"),
         (["run", "small.toml", "--only", "mixed/fedlit"], "--only mixed/fedlit.*groups/hilora"),
         (["report", "small.toml", "--into", "none.md"], "none.md"),
+        (["migrate", "small.toml"], "there is no ledger small.ledger.jsonl"),
     ],
 )
 def test_mistakes_end_in_one_line(
@@ -109,6 +111,17 @@ def test_a_folder_that_cannot_be_written_stops_the_command(file: Path, capsys: p
     assert captured.err.count("\n") == 1
 
 
+def test_an_older_ledger_is_rewritten(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    decides = {"strategy": "fedit", "run": {}, "partition": {"scheme": "gl-dir"}, "data": "glyphs", "model": {}}
+    about = dict.fromkeys(("date", "revision", "torch", "device", "dtype"), "x")
+    path = tmp_path / "small.ledger.jsonl"
+    path.write_text(json.dumps({"key": {}, "decides": decides, "results": {}, **about}) + "\n")
+    for count in (1, 0):
+        assert main(["migrate", "small.toml"]) == 0
+        assert capsys.readouterr().out == f"small.ledger.jsonl: {count} lines rewritten\n"
+    assert json.loads(path.read_text())["decides"]["schema"] == SCHEMA
+
+
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0"])
 def test_a_shard_that_does_not_exist(file: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -123,8 +136,8 @@ def test_a_torn_ledger_is_told(file: Path, tmp_path: Path, capsys: pytest.Captur
     assert "passed over what is no record, line 1" in capsys.readouterr().err
 
 
-def test_help_names_both_commands() -> None:
+def test_help_names_the_commands() -> None:
     done = subprocess.run([sys.executable, "-m", "hilora.experiments", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
-    for word in ("run FILE.toml --data-dir", "report FILE.toml", "ledger"):
+    for word in ("run FILE.toml --data-dir", "report FILE.toml", "migrate FILE.toml", "ledger"):
         assert word in done.stdout

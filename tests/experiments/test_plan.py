@@ -27,7 +27,7 @@ def test_without_grids_there_are_final_runs_alone(write: Write, ledger: Ledger) 
     experiment = write()
     setting, method = experiment.pairs[0]
     assert tuning_jobs(experiment, setting, method) == []
-    assert [(job.seed, job.purpose, job.config.seed) for job in final_jobs(experiment, ledger, setting, method)] == [
+    assert [(job.seed, job.purpose, job.run.seed) for job in final_jobs(experiment, ledger, setting, method)] == [
         (0, "final", 0),
         (1, "final", 1),
     ]
@@ -46,7 +46,7 @@ def test_validation_chooses_even_where_the_test_says_otherwise(
     assert choice.scores == (0.3, 0.4)
     assert choice.place == 1
     finals = final_jobs(tuned, ledger, *pair)
-    assert [job.config.lr["root"] for job in finals] == [1e-3, 1e-3]
+    assert [job.run.lr["root"] for job in finals] == [1e-3, 1e-3]
     assert [job.decides["partition"]["clients"] for job in finals] == [5, 5]
 
 

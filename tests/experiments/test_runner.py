@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from hilora.experiments.plan import FINAL, choose, job, tuning_jobs
 from hilora.experiments.records import DIVERGED
 from hilora.experiments.results import KEPT
 from hilora.experiments.runner import Runner, claimed, shard
+from hilora.federated.archive import packed, unpacked
+from hilora.federated.callbacks.checkpoint import CHECKPOINT
+from hilora.federated.protocol import Stage
 from hilora.federated.simulation import Simulation
 from hilora.reporting.progress import Progress
 from tests.experiments.conftest import GRID, GRIDS, Write, line
@@ -73,7 +77,8 @@ def test_all_is_run_in_order_and_nothing_twice(write: Write, run: Run, tmp_path:
     assert found["decides"]["partition"]["scheme"] == "sc-dir"
     assert found["results"]["rounds"] == 2
     assert str(tmp_path) not in json.dumps(found)
-    assert not list((tmp_path / "work").rglob("checkpoint.pt"))
+    assert list((tmp_path / "work").rglob("summary.json"))
+    assert not list((tmp_path / "work").rglob("*.safetensors"))
 
     before = (tmp_path / "ledger.jsonl").read_bytes()
     said.clear()
@@ -109,7 +114,7 @@ def test_a_method_is_tuned_before_its_first_seed_and_its_choice_is_used(write: W
     assert "not finite" in diverged["results"][DIVERGED]
     assert fine["results"]["val"]["mean"] is not None
     assert final["key"]["overrides"] == {"lr": 1e-3}
-    assert final["decides"]["run"]["lr"]["root"] == 1e-3
+    assert final["decides"]["settings"]["lr"]["root"] == 1e-3
     chosen = choose(experiment, runner.ledger, *experiment.pairs[0]).place
     assert chosen is not None
     used = next(one for one in runner.ledger.lines if one["key"]["purpose"] == "final")
@@ -127,7 +132,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
         trained.append(record["round"])
         show(self, record)
         if record["round"] == 2:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)  # Ctrl-C while the round is being written
 
     monkeypatch.setattr(Progress, "round", stop)
     with pytest.raises(KeyboardInterrupt):
@@ -149,16 +154,18 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
 
 
 def stopped(run: Run, experiment: Experiment, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The checkpoint of a run that Ctrl-C stopped in its first round."""
+    """The only checkpoint of a run that Ctrl-C stopped in its first round."""
 
-    def stop(self: Progress, record: Any) -> None:
+    def stop(self: Simulation, stage: Stage) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Progress, "round", stop)
+        patch.setattr(Simulation, "_round", stop)
         with pytest.raises(KeyboardInterrupt):
             run(experiment, first=1)
-    return next((folder / "work").rglob("checkpoint.pt"))
+    (found,) = (folder / "work").rglob("checkpoint*")
+    assert found.name == CHECKPOINT
+    return found
 
 
 def test_a_checkpoint_that_cannot_be_used_is_told_and_the_run_begins_again(
@@ -173,6 +180,41 @@ def test_a_checkpoint_that_cannot_be_used_is_told_and_the_run_begins_again(
     assert any("begins again" in text for text in said)
     assert runner.failed == []
     assert len(runner.ledger.lines) == 1
+
+
+def test_a_checkpoint_of_other_settings_is_told_and_the_run_begins_again(
+    write: Write, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = write(("seeds = [0, 1]", "seeds = [0]"))
+    checkpoint = stopped(run, experiment, tmp_path, monkeypatch)
+    state = unpacked(checkpoint)
+    state["identity"]["batch_size"] = 3
+    checkpoint.write_bytes(packed(state))
+    said: list[str] = []
+    runner = run(experiment, said, first=1)
+    assert any("begins again" in text and "batch_size was 3, now 4" in text for text in said)
+    assert len(runner.ledger.lines) == 1
+
+
+def test_where_the_arithmetic_is_to_be_chosen_a_table_and_a_run_keep_theirs(
+    write: Write, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float32 is quick here; bfloat16 is what was begun with."""
+    experiment = write(('dtype = "float32"', 'dtype = "auto"'), ("seeds = [0, 1]", "seeds = [0]"))
+    setting, method = experiment.pairs[0]
+    other = line(job(experiment, setting, method, 1, FINAL, {}))
+    other["decides"]["model"]["dtype"] = other["dtype"] = "bfloat16"
+    path = tmp_path / "ledger.jsonl"
+    Ledger(path).append(other)
+    stopped(run, experiment, tmp_path, monkeypatch)
+    path.unlink()
+    begun = run(experiment, first=1).ledger.lines[0]
+    assert (begun["dtype"], begun["decides"]["model"]["dtype"]) == ("bfloat16", "bfloat16")
+    after = run(experiment, first=2).ledger.lines
+    assert [one["key"]["method"] for one in after[:2]] == ["hilora", "fedit"]
+    assert after[1]["dtype"] == "bfloat16"
+    path.unlink()
+    assert run(experiment, first=1).ledger.lines[0]["dtype"] == "float32"
 
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(write: Write, run: Run, tmp_path: Path) -> None:
@@ -311,11 +353,13 @@ def test_only_a_checkpoint_that_cannot_be_used_is_thrown_away(
     checkpoint = stopped(run, experiment, tmp_path, monkeypatch)
     before = checkpoint.read_bytes()
 
-    def fail(self: Simulation) -> None:
+    def fail(simulation: Simulation) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(Simulation, "_resume", fail)
-    assert run(experiment, first=1).failed == ["groups/hilora final seed 0"]
+    monkeypatch.setattr("hilora.federated.simulation.restore", fail)
+    said: list[str] = []
+    assert run(experiment, said, first=1).failed == ["groups/hilora final seed 0"]
+    assert "RuntimeError: out of memory" in said[1]
     assert checkpoint.read_bytes() == before
 
 

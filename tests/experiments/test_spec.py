@@ -40,23 +40,24 @@ def test_what_stands_nearer_to_a_run_overrides(write: Write) -> None:
         more=GRIDS,
     )
     method = experiment.methods["hilora"]
-    run = experiment.config(experiment.settings["groups"], method, method.grid[1], seed=3)
+    _, run = experiment.training(experiment.settings["groups"], method, method.grid[1], seed=3)
     assert (run.unseen_epochs, run.batch_size, run.local_epochs, run.rank["leaf"], run.seed) == (1, 5, 6, 7, 3)
-    elsewhere = experiment.config(experiment.settings["mixed"], experiment.methods["fedit"], {}, seed=0)
+    _, elsewhere = experiment.training(experiment.settings["mixed"], experiment.methods["fedit"], {}, seed=0)
     assert (elsewhere.batch_size, elsewhere.local_epochs, elsewhere.rank["leaf"]) == (4, 1, 2)
 
 
-def test_of_options_each_is_overridden_by_itself(write: Write) -> None:
+def test_of_a_methods_own_settings_each_is_overridden_by_itself(write: Write) -> None:
     experiment = write(
-        (
-            "[methods.fedit]",
-            "[methods.ifca]\nrun = { options = { k = 4, images = 16 } }\ngrid = [{ options = { k = 3 } }]",
-        ),
+        ("[methods.fedit]", "[methods.ifca]\nrun = { k = 4, images = 16 }\ngrid = [{ k = 3 }]"),
         ('label = "HiLoRA"', "grid = [{}]"),
+        ('partition = "sc-dir"', 'partition = "sc-dir"\nrun = { images = 8, k_min = 2 }'),
         more=GRIDS,
     )
     setting, method = experiment.settings["groups"], experiment.methods["ifca"]
-    assert experiment.config(setting, method, method.grid[0], seed=0).options == {"k": 3, "images": 16}
+    strategy, _ = experiment.training(setting, method, method.grid[0], seed=0)
+    assert strategy.settings.plain() == {"k": 3, "images": 16}
+    hilora, _ = experiment.training(setting, experiment.methods["hilora"], {}, seed=0)
+    assert hilora.settings.plain()["k_min"] == 2  # which IFCA, that has none, passed over
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,23 @@ def test_of_options_each_is_overridden_by_itself(write: Write) -> None:
         ("[methods.fedit]", "[methods.fedlit]", "methods.fedlit.strategy is 'fedlit'.*fedit"),
         ("[methods.fedit]", "[methods.fedit]\ngird = []", "methods.fedit has unknown 'gird'"),
         ("[methods.fedit]", "[methods.fedit]\nrun = { rate = 1 }", "methods.fedit.run has unknown 'rate'"),
-        ("[methods.fedit]", "[methods.fedit]\nrun = { options = { x = 1 } }", "fedit in groups.*options"),
+        (
+            "[methods.fedit]",
+            "[methods.fedit]\nrun = { options = { k = 1 } }",
+            "methods.fedit.run has unknown 'options': a method's own settings stand beside the others",
+        ),
+        ("batch_size = 4", "options = { k = 1 }", "run has unknown 'options': .* beside the others"),
+        (
+            'partition = "sc-dir"',
+            'partition = "sc-dir"\nrun = { options = { k = 1 } }',
+            "settings.groups.run has unknown 'options': .* beside the others",
+        ),
+        (
+            "[methods.fedit]",
+            "[methods.fedit]\ngrid = [{ options = { k = 1 } }]",
+            "methods.fedit.grid, point 1 has unknown 'options': .* beside the others",
+        ),
+        ("[methods.fedit]", "[methods.fedit]\nrun = { k = 1 }", "methods.fedit.run has unknown 'k'"),  # IFCA has it
         ("[methods.fedit]", '[methods.fedit]\nsettings = ["groups"]', "leaves out mixed: say why"),
         ("[methods.fedit]", '[methods.fedit]\nsettings = ["group"]', "some of groups, mixed"),
         ("[methods.fedit]", '[methods.fedit]\nreference = "yes"', "expected true or false"),
@@ -99,12 +116,11 @@ def test_of_options_each_is_overridden_by_itself(write: Write) -> None:
         ('label = "HiLoRA"', 'label = "Hi\\nLoRA"', "methods.hilora.label is .*line breaks"),
         ("[methods.fedit]", '[methods.fedit]\nstrategy = ["fedit"]', r"methods.fedit.strategy is \['fedit'\]"),
         ("[methods.fedit]", '[methods.fedit]\nsettings = [["groups"]]', "some of groups, mixed"),
-        (
-            "[methods.fedit]",
-            "[methods.fedit]\nrun = { options = 3 }",
-            "methods.fedit.run.options is 3, expected a table",
-        ),
-        ("[methods.fedit]", '[methods.fedit]\nrun = { options = { x = "y" } }', "options.x is 'y', expected a number"),
+        ("[methods.fedit]", "[methods.fedit]\nrun = { options = 3 }", "methods.fedit.run has unknown 'options'"),
+        ("[methods.fedit]", "[methods.fedit]\nrun = 3", "methods.fedit.run is 3, expected a table"),
+        ("[methods.fedit]", '[methods.ifca]\nrun = { k = "y" }', "ifca in groups cannot be trained.*k='y'"),
+        ("[methods.fedit]", "[methods.ifca]\nrun = { k = 0 }", "ifca in groups cannot be trained.*k=0.*greater"),
+        ("[methods.fedit]", "[methods.ifca]\nrun = { k = true }", "ifca in groups.*k=True: expected a number"),
         ("batch_size = 4", "target_modules = 4", "hilora in groups"),
         ("batch_size = 4", "batch_size = inf", "hilora in groups"),
         ('partition = "sc-dir"', 'partition = "sc-dri"', "settings.groups.partition is 'sc-dri'.*sc-dir"),
@@ -134,13 +150,16 @@ def test_all_methods_get_the_same_effort(write: Write) -> None:
         "[{ lr = 1 }, { lr = 1 }]",
         "[{ lr = 1 }, { lr = [1.0, 1, 1] }]",
         "[{}, { k_min = 1 }]",
-        "[{}, { cohort_size = 2 }]",
+        "[{}, { clients_at_once = 2 }]",
     ):
         with pytest.raises(SpecError, match=r"hilora\.grid, point 2 is in groups the same run as one before it"):
             write(one, ('label = "HiLoRA"', f"grid = {grid}"), more=GRIDS)
-    own = ("[methods.fedit]", "[methods.fedit]\ngrid = [{}, { gamma_root = 7.0 }]")  # which it does not use
+    own = ("[methods.fedit]", "[methods.fedit]\ngrid = [{}, { rank = [2, 2, 7] }]")  # of a tier that it does not have
     with pytest.raises(SpecError, match=r"fedit\.grid, point 2 is in groups the same run"):
         write(own, ('label = "HiLoRA"', GRID), more=GRIDS)
+    other = ("[methods.fedit]", "[methods.fedit]\ngrid = [{}, { gamma_root = 7.0 }]")  # of another method
+    with pytest.raises(SpecError, match=r"fedit\.grid, point 2 has unknown 'gamma_root'"):
+        write(other, ('label = "HiLoRA"', GRID), more=GRIDS)
     with pytest.raises(SpecError, match="point 2 has unknown 'rate'"):
         write(one, ('label = "HiLoRA"', "grid = [{}, { rate = 1 }]"), more=GRIDS)
 
