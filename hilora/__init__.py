@@ -6,7 +6,9 @@ from hilora.adapters.callcheck import MixedRowsError, UncalledLayerError
 from hilora.adapters.config import HiLoRAConfig
 from hilora.adapters.counting import ParameterCount, count_parameters, print_trainable_parameters
 from hilora.adapters.injection import disable_adapters, inject, set_active_tier, set_slots
+from hilora.adapters.io.from_peft import import_peft
 from hilora.adapters.io.native import load_adapters, save_adapters
+from hilora.adapters.io.peft import export_peft
 from hilora.adapters.io.state import get_adapters, set_adapters
 from hilora.adapters.layers import TieredLoRALinear
 from hilora.adapters.merging import merge, merge_and_unload, unload, unmerge
@@ -27,7 +29,9 @@ __all__ = [
     "clustering",
     "count_parameters",
     "disable_adapters",
+    "export_peft",
     "get_adapters",
+    "import_peft",
     "inject",
     "kernels",
     "load_adapters",

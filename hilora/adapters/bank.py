@@ -198,6 +198,7 @@ class AdapterBank:
             rank = torch.cat([rank, rank.new_full((missing,), self.config.rank(tier))])
             self.assign(tier, torch.cat([A, new_A.to(A)], 1), torch.cat([B, new_B.to(B)], 1), rank)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def assign(self, tier: str, A: Tensor, B: Tensor, rank: Tensor | None = None) -> None:
         """Give a tier's parameters other values: A `[P, S, r, in]`, B `[P, S, out, r]`, any S, copied. The parameters

@@ -30,6 +30,8 @@ class HiLoRAConfig:
         tiers: names of the tiers in the order of the cascade.
         slots: adapters in each tier's table; one number for all tiers, or one for each. Tables also grow on demand
             (`hilora.set_slots`).
+        modules_to_save: ends of the paths of the modules that are trained whole beside every tier, and saved: the
+            classifier, `("head",)`; None finds it, `()` is none.
 
     Raises:
         ValueError: if a value is out of range, or a tier is not named.
@@ -41,8 +43,14 @@ class HiLoRAConfig:
     lora_dropout: float = 0.0
     tiers: tuple[str, ...] = ("root", "cluster", "leaf")
     slots: int | Mapping[str, int] = 1
+    modules_to_save: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.modules_to_save is not None:
+            names = self.modules_to_save
+            if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
+                raise InvalidValueError(f"modules_to_save must be a tuple of names or None, got {names!r}")
+            object.__setattr__(self, "modules_to_save", tuple(names))
         if isinstance(self.target_modules, str):
             _check_expression(self.target_modules)
         for field in ("target_modules", "tiers"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,8 +16,10 @@ from hilora.adapters.layers import TieredLoRALinear
 from hilora.adapters.statistics import freeze_statistics, thaw_statistics
 from hilora.adapters.torch_internals import walk
 from hilora.errors import InvalidValueError
+from hilora.models.heads import find_heads, says_its_head
 from hilora.models.registry import family_of
 from hilora.models.targets import Target, find_targets
+from hilora.models.wrappers import plain_path, unwrapped
 
 FRESH_HEAD = "_hilora_fresh_head"  # attributes of a model: its head before training,
 MERGED = "_hilora_merged"  # and the layers that a merge has put aside
@@ -32,17 +35,12 @@ def banks(model: nn.Module, merged: bool = False) -> list[AdapterBank]:
     Raises:
         ValueError: if the model has none, or they are merged.
     """
-    aside: dict[str, TieredLoRALinear] | None = model.__dict__.get(MERGED)
-    if aside is not None and not merged:
-        raise InvalidValueError(
-            "the adapters are merged into the weights: take them out first, by hilora.unmerge(model)"
-        )
     paths: dict[TieredLoRALinear, str] = {}
-    for path, layer in walk(model, TieredLoRALinear) if aside is None else aside.items():
+    for path, layer in adapted_layers(model, merged).items():
         paths.setdefault(layer, path)
     if not paths:
         raise InvalidValueError(
-            f"{type(model).__name__} has no adapters: inject them first, by hilora.inject(model, config)"
+            f"{type(unwrapped(model)).__name__} has no adapters: inject them first, by hilora.inject(model, config)"
         )
     members: dict[Shared, list[TieredLoRALinear]] = {}
     for layer in paths:
@@ -51,6 +49,26 @@ def banks(model: nn.Module, merged: bool = False) -> list[AdapterBank]:
         AdapterBank(layers, [name for layer in layers for name in _names(paths[layer], layer)])
         for layers in members.values()
     ]
+
+
+def adapted_layers(model: nn.Module, merged: bool = False) -> dict[str, TieredLoRALinear]:
+    """The adapted layers by their paths in the user's model, without what wrappers add to these.
+
+    Args:
+        model: any module.
+        merged: also those that a merge has put aside.
+
+    Raises:
+        ValueError: if they are merged, and `merged` is not said.
+    """
+    model = unwrapped(model)
+    aside: dict[str, TieredLoRALinear] | None = model.__dict__.get(MERGED)
+    if aside is not None and not merged:
+        raise InvalidValueError(
+            "the adapters are merged into the weights: take them out first, by hilora.unmerge(model)"
+        )
+    found = walk(model, TieredLoRALinear) if aside is None else aside.items()
+    return {plain_path(path): layer for path, layer in found}
 
 
 def _names(path: str, layer: TieredLoRALinear) -> list[str]:
@@ -62,9 +80,12 @@ def _names(path: str, layer: TieredLoRALinear) -> list[str]:
 
 def has_adapters(model: nn.Module) -> bool:
     """Whether adapters were injected, be they merged or not."""
-    return MERGED in model.__dict__ or any(isinstance(module, TieredLoRALinear) for module in model.modules())
+    return MERGED in unwrapped(model).__dict__ or any(
+        isinstance(module, TieredLoRALinear) for module in model.modules()
+    )
 
 
+@torch.inference_mode(False)
 def inject(model: nn.Module, config: HiLoRAConfig, example_input: Tensor | None = None) -> nn.Module:
     """Put adapters into a model, in place; its outputs do not change yet.
 
@@ -87,13 +108,25 @@ def inject(model: nn.Module, config: HiLoRAConfig, example_input: Tensor | None 
         TypeError: if a target computes something else than an `nn.Linear`.
             After any error the model is as it was.
     """
+    given, model = model, unwrapped(model)
     if has_adapters(model):
         raise InvalidValueError("the model has adapters already: take them out first, by hilora.unload(model)")
     if isinstance(model, nn.Linear):
         raise InvalidValueError(
             "a single nn.Linear cannot be changed in place: wrap it, hilora.TieredLoRALinear(linear, ...)"
         )
+    if isinstance(given, nn.parallel.DistributedDataParallel):
+        raise InvalidValueError(
+            "DistributedDataParallel would not synchronise the adapters' gradients: inject them first, then wrap"
+        )
     targets = find_targets(model, config.target_modules)
+    heads = find_heads(model, config.modules_to_save)
+    if not heads and config.modules_to_save is None and not says_its_head(model):
+        warnings.warn(
+            f"no classifier head was found in {type(model).__name__}: nothing but adapters will be trained and saved. "
+            "Name it by HiLoRAConfig(modules_to_save=('fc',)), or say that there is none, modules_to_save=()",
+            stacklevel=2,
+        )
     with restored_on_error(model):
         layers = _layers(model, targets, config)
         by_original = {model.get_submodule(path): layer for path, layer in layers.items()}
@@ -105,7 +138,7 @@ def inject(model: nn.Module, config: HiLoRAConfig, example_input: Tensor | None 
         check_calls(model, layers, example, given=example_input is not None)
         model.__dict__[FRESH_HEAD] = {name: p.detach().clone() for name, p in head_parameters(model).items()}
         set_active_tier(model, config.tiers[0])
-    return model
+    return given
 
 
 @contextmanager
@@ -159,11 +192,15 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of a ViT's classifier head, by name, but for adapted layers; none where the model has no head."""
-    members = {id(parameter) for head in family_of(model).heads(model) for parameter in head.parameters()}
-    adapted = [module for module in model.modules() if isinstance(module, TieredLoRALinear)]
+    """Parameters of the modules that are trained whole, a ViT's classifier head, by name, but for adapted layers; none
+    where the model has no head."""
+    model = unwrapped(model)
+    adapted = adapted_layers(model, merged=True).values()
+    config = next((layer.config for layer in adapted), None)
+    heads = find_heads(model, config.modules_to_save if config is not None else None)
+    members = {id(parameter) for head in heads for parameter in head.parameters()}
     members -= {id(parameter) for layer in adapted for parameter in layer.parameters()}
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in members}
+    return {plain_path(name): parameter for name, parameter in model.named_parameters() if id(parameter) in members}
 
 
 def set_active_tier(model: nn.Module, tier: str) -> None:
@@ -191,7 +228,7 @@ def disable_adapters(model: nn.Module, /) -> Iterator[None]:
     Raises:
         ValueError: if the model has no adapters.
     """
-    found = banks(model, merged=True)
+    found, model = banks(model, merged=True), unwrapped(model)
     aside: dict[str, TieredLoRALinear] = model.__dict__.get(MERGED, {})
     plain = {path: linear_at(model, path) for path in aside}
     before = [bank.shared.disabled for bank in found]
@@ -215,6 +252,7 @@ def alike(layer: TieredLoRALinear, plain: nn.Linear) -> TieredLoRALinear:
     return layer.to(plain.weight.device).train(plain.training)
 
 
+@torch.inference_mode(False)
 def set_slots(model: nn.Module, /, **slots: Tensor | None) -> None:
     """Say which adapter of each tier a client uses, where a batch holds several clients.
 
@@ -228,7 +266,7 @@ def set_slots(model: nn.Module, /, **slots: Tensor | None) -> None:
     Raises:
         ValueError: for unknown tiers, or tables of different lengths. The model is then as it was.
     """
-    found = banks(model)
+    found, model = banks(model), unwrapped(model)
     tables = {tier: None if slot is None else torch.as_tensor(slot) for tier, slot in slots.items()}
     for tier, table in tables.items():
         found[0].config.rank(tier)
@@ -249,4 +287,4 @@ def set_slots(model: nn.Module, /, **slots: Tensor | None) -> None:
         for tier, table in tables.items():
             if table is not None:
                 bank.grow(tier, int(table.max()) + 1)
-            bank.slots[tier] = None if table is None else table.to(bank.device, torch.int32)
+            bank.slots[tier] = None if table is None else table.to(bank.device, torch.int32, copy=True)

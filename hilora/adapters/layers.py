@@ -97,7 +97,7 @@ class TieredLoRALinear(nn.Linear):
 
     def _tiers(self, x: Tensor) -> list[kernels.Tier]:
         shared, tiers = self.shared, []
-        factors = {name: self._factors(name) for name in self.config.tiers}
+        factors = {name: self.factors(name) for name in self.config.tiers}
         for index, columns in enumerate(self.columns):
             gains = shared.composition(self.position + index, x) if shared.composition is not None else {}
             for name, tables in factors.items():
@@ -112,7 +112,7 @@ class TieredLoRALinear(nn.Linear):
                 tiers.append(kernels.Tier(A, B, scale * number, slot, columns, of_rows, shared.ranks[name]))
         return tiers
 
-    def _factors(self, tier: str) -> list[tuple[Tensor, Tensor]]:
+    def factors(self, tier: str) -> list[tuple[Tensor, Tensor]]:
         """What is used of a tier: A `[S, r, in]` and B `[S, out, r]` for each of the layer's projections."""
         count, held = len(self.columns), self.shared.held.get(tier)
         if held is not None:
@@ -135,18 +135,27 @@ class TieredLoRALinear(nn.Linear):
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         delta = torch.zeros_like(self.weight, dtype=wide)
         for tier in self.config.tiers:
-            tables = self._factors(tier)
-            count = len(tables[0][0])
-            slot = slots.get(tier, count - 1 if count < 2 else None)
-            if slot is None:
-                raise InvalidValueError(f"tier {tier!r} has {count} adapters: say which, {tier}=0")
+            slot = self.slot(tier, slots.get(tier))
             if slot == -1:
                 continue
-            if not 0 <= slot < count:
-                raise SlotError(f"tier {tier!r} has {count} slots, there is no slot {slot}")
-            for (start, width), (A, B) in zip(self.columns, tables, strict=True):
+            for (start, width), (A, B) in zip(self.columns, self.factors(tier), strict=True):
                 delta[start : start + width] += self.config.scale(tier) * B[slot].to(wide) @ A[slot].to(wide)
         return delta
+
+    def slot(self, tier: str, given: int | None) -> int:
+        """The adapter of a tier that is meant: the given one, or the only one; -1 for none.
+
+        Raises:
+            ValueError: if there are several, and none is given.
+            IndexError: for a slot that the tier does not have.
+        """
+        count = len(self.factors(tier)[0][0])
+        slot = (count - 1 if count < 2 else None) if given is None else given
+        if slot is None:
+            raise InvalidValueError(f"tier {tier!r} has {count} adapters: say which, {tier}=0")
+        if not -1 <= slot < count:
+            raise SlotError(f"tier {tier!r} has {count} slots, there is no slot {slot}")
+        return slot
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

@@ -10,6 +10,7 @@ from hilora.adapters.layers import TieredLoRALinear, adopt
 from hilora.adapters.statistics import freeze_statistics, thaw_statistics
 from hilora.adapters.torch_internals import walk
 from hilora.errors import InvalidValueError
+from hilora.models.wrappers import unwrapped
 
 
 def merge(model: nn.Module, /, **slots: int) -> nn.Module:
@@ -28,6 +29,7 @@ def merge(model: nn.Module, /, **slots: int) -> nn.Module:
         IndexError: for a slot that a tier does not have.
             After any error the model is as it was.
     """
+    given, model = model, unwrapped(model)
     banks(model, merged=True)
     again = MERGED in model.__dict__
     layers = _tiered_layers(model)
@@ -45,7 +47,7 @@ def merge(model: nn.Module, /, **slots: int) -> nn.Module:
     for path, layer in layers.items():
         linear = linear_at(model, path)
         linear.weight = nn.Parameter(weights[layer].to(linear.weight), requires_grad=False)
-    return model
+    return given
 
 
 def unmerge(model: nn.Module) -> nn.Module:
@@ -57,6 +59,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: if the model is not merged.
     """
+    given, model = model, unwrapped(model)
     layers: dict[str, TieredLoRALinear] | None = model.__dict__.get(MERGED)
     if layers is None:
         raise InvalidValueError("the model is not merged")
@@ -64,7 +67,7 @@ def unmerge(model: nn.Module) -> nn.Module:
         replace(model, path, alike(layer, linear_at(model, path)))
     del model.__dict__[MERGED]
     freeze_statistics(model)
-    return model
+    return given
 
 
 def unload(model: nn.Module) -> nn.Module:
@@ -77,6 +80,7 @@ def unload(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: if the model has no adapters.
     """
+    given, model = model, unwrapped(model)
     banks(model, merged=True)
     if model.__dict__.pop(MERGED, None) is None:
         layers = _tiered_layers(model)
@@ -86,7 +90,7 @@ def unload(model: nn.Module) -> nn.Module:
             replace(model, path, plain[layer])
         thaw_statistics(model)
     model.__dict__.pop(FRESH_HEAD, None)
-    return model
+    return given
 
 
 def merge_and_unload(model: nn.Module, /, **slots: int) -> nn.Module:
@@ -102,9 +106,9 @@ def merge_and_unload(model: nn.Module, /, **slots: int) -> nn.Module:
     Raises:
         ValueError: as `merge`. After an error the model is as it was.
     """
-    if slots or MERGED not in model.__dict__:
+    if slots or MERGED not in unwrapped(model).__dict__:
         merge(model, **slots)
-    end_check(model)
+    end_check(unwrapped(model))
     return unload(model)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hilora
-from hilora.adapters.io.native import read_tensors
+from hilora.adapters.io.files import read_tensors
 from hilora.errors import HiLoRAError, InvalidValueError
 from hilora.federated.strategies import STRATEGIES
 from hilora.federated.strategies.fedit import FedIT

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hilora.adapters.injection import MERGED, head_parameters
-from hilora.adapters.layers import TieredLoRALinear
-from hilora.adapters.torch_internals import walk
+from hilora.adapters.injection import adapted_layers, head_parameters
 from hilora.errors import FileError
 from hilora.models.registry import family_of
+from hilora.models.wrappers import plain_path, unwrapped
 
 
 def describe_base(model: nn.Module) -> dict[str, Any]:
@@ -22,6 +21,7 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
     Weights count to the precision of bfloat16, so that a model that was cast is still the same; in float16, which
     rounds otherwise, they have a hash of their own.
     """
+    model = unwrapped(model)
     digest, half = hashlib.blake2b(digest_size=16), False
     for name, weight in _frozen(model):
         half = half or weight.dtype == torch.float16
@@ -33,11 +33,12 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
 
 
 def _frozen(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    adapted = dict(model.__dict__.get(MERGED) or walk(model, TieredLoRALinear))
+    adapted = adapted_layers(model, merged=True)
     own = {f"{path}.weight" if path else "weight": layer.weight for path, layer in adapted.items()}
     adapters = {id(p) for layer in adapted.values() for factor in (layer.lora_A, layer.lora_B) for p in factor.values()}
     head = head_parameters(model)
-    for name, parameter in model.named_parameters():
+    for path, parameter in model.named_parameters():
+        name = plain_path(path)
         if id(parameter) not in adapters and name not in head:
             yield name, own.get(name, parameter).detach()
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-from contextlib import nullcontext
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from hilora.adapters.bank import AdapterBank
@@ -18,9 +16,9 @@ from hilora.adapters.config import HiLoRAConfig
 from hilora.adapters.injection import FRESH_HEAD, banks, has_adapters, head_parameters, inject, restored_on_error
 from hilora.adapters.io.base import check_base as same_base
 from hilora.adapters.io.base import describe_base
-from hilora.errors import FileError, MissingFileError
-
-FORMAT = "hilora-1"
+from hilora.adapters.io.files import check_floating, read_tensors, write_tensors
+from hilora.errors import FileError, HiLoRAError, InvalidTypeError
+from hilora.models.wrappers import unwrapped
 
 
 def save_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -40,11 +38,8 @@ def save_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for tier in bank.tiers:
             tensors[f"{index}.{tier}.lora_A"] = bank.A(tier)
             tensors[f"{index}.{tier}.lora_B"] = bank.B(tier)
-    fresh = model.__dict__.get(FRESH_HEAD, {})
-    head = head_parameters(model)
-    if any(name not in fresh or not torch.equal(value.cpu(), fresh[name].cpu()) for name, value in head.items()):
-        tensors |= {f"head.{name}": value for name, value in head.items()}
-    configs = [bank.config.to_dict() for bank in found]
+    tensors |= {f"head.{name}": value for name, value in trained_head(model).items()}
+    configs = [_counted(bank).to_dict() for bank in found]
     described: dict[str, Any] = {"config": configs[0], "projections": [bank.names for bank in found]}
     if any(config != configs[0] for config in configs):  # single layers, each with its own
         described["configs"] = configs
@@ -55,6 +50,20 @@ def save_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
         described["ranks"] = ranks
     described["base"] = describe_base(model)
     write_tensors(path, tensors, described)
+
+
+def trained_head(model: nn.Module) -> dict[str, nn.Parameter]:
+    """`head_parameters`, if they are not what they were at injection; else nothing."""
+    fresh, head = unwrapped(model).__dict__.get(FRESH_HEAD, {}), head_parameters(model)
+    same = all(name in fresh and torch.equal(value.cpu(), fresh[name].cpu()) for name, value in head.items())
+    return {} if same else head
+
+
+def _counted(bank: AdapterBank) -> HiLoRAConfig:
+    """A bank's config, with the adapters that there are now for those that it started with."""
+    slots = {tier: bank.slot_count(tier) for tier in bank.tiers}
+    same = all(bank.config.slot_count(tier) == count for tier, count in slots.items())
+    return bank.config if same else replace(bank.config, slots=slots)
 
 
 def load_adapters(model: nn.Module, path: str | os.PathLike[str], check_base: bool = True) -> nn.Module:
@@ -73,6 +82,49 @@ def load_adapters(model: nn.Module, path: str | os.PathLike[str], check_base: bo
         ValueError: for a corrupt or foreign file, one that is not finite, or one that does not fit the model.
     """
     tensors, described = read_tensors(path)
+    check_floating(tensors, path)
+    with _naming(path):
+        configs, projections, ranks = _adapters_described(tensors, described, path)
+        base = described.get("base")
+        plain = not has_adapters(model)
+        with restored_on_error(unwrapped(model)) if plain else nullcontext():
+            if plain:
+                if ("",) in projections:
+                    raise FileError(f"{path} is of single layers: wrap these in hilora.TieredLoRALinear, then load it")
+                inject(model, replace(configs[0], slots=0))  # no memory until it is known that the file fits
+            tables = _tables(banks(model), configs, projections, tensors, ranks, path)
+            own_head = head_parameters(model)
+            head = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
+            shapes, own_shapes = ({name: tuple(p.shape) for name, p in some.items()} for some in (head, own_head))
+            if head and shapes != own_shapes:
+                raise FileError(f"{path} has a head {shapes}, the model {own_shapes}")
+            if check_base and isinstance(base, dict) and base:
+                same_base(model, base, path)
+    for bank, tier, A, B, rank in tables:
+        bank.assign(tier, A, B, rank)
+        if plain:
+            bank.shared.config = configs[0]
+    with torch.no_grad():
+        for name, value in head.items():
+            own_head[name].copy_(value)
+    return model
+
+
+@contextmanager
+def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let every error about the content of a file name it."""
+    try:
+        yield
+    except HiLoRAError as error:
+        if str(path) in str(error) or isinstance(error, InvalidTypeError):
+            raise
+        raise FileError(f"{path} does not fit: {error}") from error
+
+
+def _adapters_described(
+    tensors: dict[str, Tensor], described: dict[str, Any], path: Any
+) -> tuple[list[HiLoRAConfig], list[tuple[str, ...]], list[dict[str, Tensor]]]:
+    """What a file says of its banks: config, names of projections, ranks; no larger than its tensors are."""
     try:
         projections = [tuple(str(name) for name in names) for names in described["projections"]]
         each = described.get("configs", [described["config"]] * len(projections))
@@ -81,31 +133,21 @@ def load_adapters(model: nn.Module, path: str | os.PathLike[str], check_base: bo
             {str(tier): torch.tensor(rank, dtype=torch.long) for tier, rank in of_bank.items()}
             for of_bank in described.get("ranks", [{}] * len(projections))
         ]
-        base = dict(described.get("base") or {})
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise FileError(f"{path} does not describe adapters: {error!r}") from error
     if not 0 < len(projections) == len(configs) == len(ranks):
         raise FileError(f"{path} does not describe adapters: {len(configs)} configs for {len(projections)} banks")
-    head = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
-    own_head = head_parameters(model)
-    shapes, own_shapes = ({name: tuple(p.shape) for name, p in some.items()} for some in (head, own_head))
-    if head and shapes != own_shapes:
-        raise FileError(f"{path} has a head {shapes}, the model {own_shapes}")
-    plain = not has_adapters(model)
-    with restored_on_error(model) if plain else nullcontext():
-        if plain:
-            if ("",) in projections:
-                raise FileError(f"{path} is of single layers: wrap these in hilora.TieredLoRALinear, then load it")
-            inject(model, configs[0])
-        tables = _tables(banks(model), configs, projections, tensors, ranks, path)
-        if check_base and base:
-            same_base(model, base, path)
-    for bank, tier, A, B, rank in tables:
-        bank.assign(tier, A, B, rank)
-    with torch.no_grad():
-        for name, value in head.items():
-            own_head[name].copy_(value)
-    return model
+    for index, config in enumerate(configs):
+        for tier in config.tiers:
+            A, B = tensors.get(f"{index}.{tier}.lora_A"), tensors.get(f"{index}.{tier}.lora_B")
+            if A is None or B is None:
+                raise FileError(f"{path} lacks the adapters of tier {tier!r}")
+            if A.dim() != 4 or A.shape[2] != config.rank(tier) or A.shape[1] < config.slot_count(tier):
+                raise FileError(
+                    f"{path} has adapters that do not fit tier {tier!r}: A {tuple(A.shape)}, expected [P, S, r, in] "
+                    f"of rank {config.rank(tier)} with at least {config.slot_count(tier)} slots"
+                )
+    return configs, projections, ranks
 
 
 def _tables(
@@ -126,9 +168,7 @@ def _tables(
     tables = []
     for index, bank in enumerate(found):
         for tier in bank.tiers:
-            A, B = tensors.get(f"{index}.{tier}.lora_A"), tensors.get(f"{index}.{tier}.lora_B")
-            if A is None or B is None:
-                raise FileError(f"{path} lacks the adapters of tier {tier!r}")
+            A, B = tensors[f"{index}.{tier}.lora_A"], tensors[f"{index}.{tier}.lora_B"]
             bank.check(tier, A, B)
             rank = ranks[index].get(tier)
             if rank is not None and (rank.shape != A.shape[1:2] or int(rank.max()) > bank.config.rank(tier)):
@@ -150,68 +190,3 @@ def _shape(config: HiLoRAConfig) -> dict[str, tuple[int, float]]:
 def _some(names: Any) -> str:
     flat = [name for group in names for name in group]
     return ", ".join(flat[:2]) + f"… ({len(flat)})"
-
-
-def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], described: dict[str, Any]) -> None:
-    """Write tensors and a description (JSON values) to a safetensors file, whole or not at all.
-
-    Raises:
-        ValueError: if a tensor is not finite, or there cannot be a file at the path.
-    """
-    _check_finite(tensors, f"nothing is saved to {path}")
-    target = Path(path)
-    if target.is_dir() or os.fspath(path).endswith(os.sep):
-        raise FileError(f"{path} is a folder: give the path of a file, such as {target / 'adapters.safetensors'}")
-    missing = [folder for folder in target.parents if not folder.exists()]
-    if not (missing[-1].parent if missing else target.parent).is_dir():
-        raise FileError(f"{path} cannot be a file: what it would be in is no folder")
-    partial = Path(f"{path}.part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(_serialised(tensors, {"format": FORMAT, "hilora": json.dumps(described)}))
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        for folder in missing:
-            folder.rmdir() if folder.is_dir() else None
-        raise
-
-
-def _serialised(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """A safetensors file, its metadata in this order; the library would write it in a random one."""
-    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    file = save(plain, metadata)
-    start = 8 + int.from_bytes(file[:8], "little")
-    header = json.dumps({**json.loads(file[8:start]), "__metadata__": metadata}, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + file[start:]
-
-
-def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_tensors` wrote.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: for a corrupt or foreign file, or one that is not finite.
-    """
-    if not Path(path).is_file():
-        raise MissingFileError(f"there is no file of adapters at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise FileError(
-                    f"{path} is no file of hilora's: its format is {metadata.get('format')!r}, not {FORMAT!r}"
-                )
-            described = json.loads(metadata["hilora"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
-        raise FileError(f"{path} cannot be read: {error}") from error
-    _check_finite(tensors, f"{path} is not read")
-    return tensors, described
-
-
-def _check_finite(tensors: dict[str, Tensor], consequence: str) -> None:
-    for name, value in tensors.items():
-        if not value.isfinite().all():
-            raise FileError(f"{name} is not finite: {consequence}")

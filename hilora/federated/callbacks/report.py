@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hilora.adapters.io.native import save_adapters, write_tensors
+from hilora.adapters.io.files import write_tensors
+from hilora.adapters.io.native import save_adapters
 from hilora.federated.callbacks.base import Callback
 from hilora.federated.callbacks.checkpoint import CHECKPOINT, PREVIOUS
 from hilora.federated.callbacks.metrics import Metrics

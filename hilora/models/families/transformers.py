@@ -28,8 +28,11 @@ class Transformers(Family):
         return getattr(model.config, "name_or_path", "") or super().title(model)
 
     def heads(self, model: nn.Module) -> list[nn.Module]:
-        names = ("cls_classifier", "distillation_classifier")
-        return super().heads(model) + [getattr(model, name) for name in names if hasattr(model, name)]
+        base = getattr(model, "base_model", model)
+        if base is model:
+            return super().heads(model)
+        # What a model for a task has beside the pretrained one, but for the decoder that came with its pretraining.
+        return [child for name, child in model.named_children() if child is not base and name != "decoder"]
 
     def image_size(self, model: nn.Module) -> tuple[int, int] | None:
         return pair(model.config.image_size)  # type: ignore[union-attr]
