@@ -71,7 +71,7 @@ def test_no_line_is_lost(name: str, tmp_path: Path) -> None:
     assert ledger.lines == written
     assert len(ledger) == len(written) == COUNTS[name][0]  # none has the identity of another
     assert all(ledger.find(fingerprint(line["decides"])) is line for line in ledger.lines)
-    copy = shutil.copy(path, tmp_path / "copy.jsonl")
+    copy = Path(shutil.copy(path, tmp_path / "copy.jsonl"))
     assert migrate(copy) == 0
     assert copy.read_bytes() == path.read_bytes()
 
