@@ -3,6 +3,8 @@ to all that it trains, so that the six that are seen add 3.5 on average."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
