@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +43,7 @@ class Own(Dataset[Any]):
 class Table(Own):
     """What of `datasets.Dataset` is used; columns that are not wanted cannot be read."""
 
-    def __init__(self, columns: dict[str, list[Any]], features: dict[str, Any], fingerprint: str = "one") -> None:
+    def __init__(self, columns: Mapping[str, Any], features: dict[str, Any], fingerprint: str = "one") -> None:
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         super().__init__(rows, columns=columns, features=features, _fingerprint=fingerprint)
 

@@ -85,7 +85,7 @@ def test_what_is_not_there_is_an_error_and_ends_a_loop() -> None:
     images = make()
     with pytest.raises(IndexError):
         images[torch.tensor([12])]
-    assert sum(1 for _ in images) == 12  # type: ignore[misc]
+    assert sum(1 for _ in images) == 12
     assert torch.equal(images.labels(), LABELS)
 
 
@@ -191,7 +191,7 @@ def test_two_that_make_the_same_at_once_both_have_it(cache: Path) -> None:
 def test_a_disk_that_is_full_is_said_before_and_while_it_is_written(cache: Path, monkeypatch) -> None:
     usage = type("Usage", (), {"free": 100})
     with monkeypatch.context() as patch:
-        patch.setattr(stored.shutil, "disk_usage", lambda path: usage)
+        patch.setattr("shutil.disk_usage", lambda path: usage)
         with pytest.raises(ResourceError, match=r"need .* GB where .*cache has room for .*HILORA_CACHE"):
             make()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -260,5 +260,5 @@ def test_the_cache_is_where_it_is_said_to_be(monkeypatch, tmp_path: Path) -> Non
         assert stored.cache_folder() == tmp_path / folder
     monkeypatch.setenv("HILORA_CACHE", str(tmp_path / "file"))
     (tmp_path / "file").touch()
-    with pytest.raises(HiLoRAError, match="images cannot be kept in .*File exists.*HILORA_CACHE"):
+    with pytest.raises(HiLoRAError, match=r"images cannot be kept in .*File exists.*HILORA_CACHE"):
         make()
