@@ -34,7 +34,8 @@ def test_the_lower_alpha_the_fewer_classes_and_the_less_in_common(clients, numbe
     ]
     for (many, much), (few, little) in pairwise(torch.stack(found).tolist()):
         assert few < many * 1.05
-        assert little < much + 0.02
+        if images is None:  # else that is chance
+            assert little < much + 0.02
 
 
 @pytest.mark.parametrize(("clients", "number", "per_class"), [(20, 10, 200), (20, 20, 100), (10, 10, 7)])

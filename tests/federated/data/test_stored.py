@@ -6,7 +6,6 @@ import copy
 import os
 import pickle
 import resource
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -192,7 +191,7 @@ def test_two_that_make_the_same_at_once_both_have_it(cache: Path) -> None:
 def test_a_disk_that_is_full_is_said_before_and_while_it_is_written(cache: Path, monkeypatch) -> None:
     usage = type("Usage", (), {"free": 100})
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        patch.setattr("shutil.disk_usage", lambda path: usage)
         with pytest.raises(ResourceError, match=r"need .* GB where .*cache has room for .*HILORA_CACHE"):
             make()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
