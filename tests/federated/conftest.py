@@ -70,16 +70,18 @@ def simulate(backbone: Backbone, tmp_path: Path) -> Simulate:
     """Builds a simulation on the squares; its options are those of `TrainingSettings`, of the strategy and of
     `Simulation`."""
 
-    def build(
-        strategy: str | type[Strategy] = "hilora", out: Path = tmp_path / "out", **options: Any
-    ) -> Simulation:
+    def build(strategy: str | type[Strategy] = "hilora", out: Path = tmp_path / "out", **options: Any) -> Simulation:
         kind = STRATEGIES[strategy] if isinstance(strategy, str) else strategy
         train, test = options.pop("images", (squares(120, 1), squares(42, 2)))
         people = population(options.pop("sizes", [12, 9, 12, 5, 8, 7]), test, options.pop("unseen", 1))
         given = {name: options.pop(name) for name in ("resume", "callbacks", "arguments") if name in options}
         model, dtype = options.pop("backbone", backbone), options.pop("dtype", torch.get_default_dtype())
         fields: dict[str, Any] = {
-            "rounds": [3, 2, 1], "batch_size": 4, "rank": 2, "clients_at_once": 3, "unseen_epochs": 1
+            "rounds": [3, 2, 1],
+            "batch_size": 4,
+            "rank": 2,
+            "clients_at_once": 3,
+            "unseen_epochs": 1,
         }
         fields |= {name: options.pop(name) for name in list(options) if name in TrainingSettings.model_fields}
         settings, method = TrainingSettings(**fields), kind(**options)

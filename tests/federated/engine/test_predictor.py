@@ -50,9 +50,7 @@ def test_without_an_adapter_of_a_tier_a_client_predicts_with_the_others(backbone
 
 def test_fresh_adapters_depend_on_the_stream_alone_and_do_nothing(backbone: Backbone) -> None:
     engine = make(backbone)
-    one, other, third = (
-        engine.fresh("leaf", 3, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
-    )
+    one, other, third = (engine.fresh("leaf", 3, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
     assert same(one, other)
     assert not same(one, third)
     assert not any(B.any() for B in one.B)

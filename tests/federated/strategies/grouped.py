@@ -31,7 +31,9 @@ class Grouped(Trainer):
         )
         inputs = torch.randn(PROJECTIONS, RANK, WIDTH, generator=stream(0, "inputs"))
         left, _, right = torch.linalg.svd(inputs @ start.A[0].mT)
-        pull = (directions[GROUPS[clients]] + 0.1 * noise) @ left @ right  # turns with A: B A gains the same in any basis
+        pull = (
+            (directions[GROUPS[clients]] + 0.1 * noise) @ left @ right
+        )  # turns with A: B A gains the same in any basis
         number = clients.float()
         moved = Head(head.weight + number.view(-1, 1, 1), head.bias + number.view(-1, 1))
         tiers = {tier: AdapterTable(start.A, [start.B[0] + pull * (self.weights[clients] > 0).view(-1, 1, 1, 1)])}
@@ -59,5 +61,3 @@ def products(table: AdapterTable) -> Tensor:
     """`B A` of each adapter, `[S, P, out, in]`."""
     ((A, B),) = table.factors
     return B @ A
-
-

@@ -69,9 +69,7 @@ def test_fedsa_lora_averages_a_and_keeps_b_and_the_head() -> None:
     halves = Halves("fedsa-lora")
     A = halves.server.A.A[0].clone()
     halves.one_round()
-    torch.testing.assert_close(
-        halves.models(ALL).tiers["leaf"].taken().A[0], (A + MEAN).expand(CLIENTS, -1, -1, -1)
-    )
+    torch.testing.assert_close(halves.models(ALL).tiers["leaf"].taken().A[0], (A + MEAN).expand(CLIENTS, -1, -1, -1))
     halves.round(SOME)  # the others sit this one out
     torch.testing.assert_close(halves.server.A.A[0], A + MEAN + 1.5)
     each(halves.B("leaf"), [2, 4, 3, 4, 5, 6, 0, 0])
