@@ -47,8 +47,19 @@ def _penalties(bank: AdapterBank, gammas: dict[str, float]) -> Tensor:
     before = bank.tiers[: bank.tiers.index(active)] if active is not None else ()
     used = [tier for tier in before if bank.slot_count(tier)]
     B = _chosen(bank, active or bank.tiers[0])
-    frozen = [_chosen(bank, tier) for tier in used]
+    apart = active is not None and bank.slots[active] is not None
+    frozen = [bank.B(tier) if apart and _shared(bank, tier) else _chosen(bank, tier) for tier in used]
     return kernels.gram_penalty(B, frozen, [gammas.get(f"gamma_{tier}", DEFAULT_GAMMA) for tier in used], per_slot=True)
+
+
+def _shared(bank: AdapterBank, tier: str) -> bool:
+    """Whether all clients of a batch are known to use the tier's only adapter, which then need not be copied for each.
+
+    Where slots lie on a GPU, or are traced, the answer would have to be waited for: then it is no.
+    """
+    slot = bank.slots[tier]
+    known = slot is not None and slot.device.type == "cpu" and not torch.compiler.is_compiling()
+    return known and bank.slot_count(tier) == 1 and bool((slot >= 0).all())
 
 
 def _chosen(bank: AdapterBank, tier: str) -> Tensor:

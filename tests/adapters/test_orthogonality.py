@@ -5,6 +5,8 @@ import torch
 from torch import Tensor, nn
 
 import hilora
+from hilora import kernels
+from hilora.adapters import orthogonality
 from hilora.adapters.injection import banks
 from hilora.adapters.orthogonality import tier_penalties
 from tests.helpers import CONFIG, injected, randomise
@@ -89,6 +91,23 @@ def test_clients_of_a_batch_have_penalties_of_their_own() -> None:
     leaves = [p for name, p in model.named_parameters() if name.endswith("lora_B.leaf")]
     for got, want in zip(*(torch.autograd.grad(value, leaves) for value in (total, expected.sum())), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("root", [[0, 0, 0], [0, -1, 0]])
+def test_an_adapter_that_all_clients_share_is_not_copied_for_each(
+    root: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = injected()
+    hilora.set_slots(model, root=torch.tensor(root), leaf=torch.tensor([1, 0, 2]))
+    randomise(model, seed=1)
+    hilora.set_active_tier(model, "leaf")
+    seen = []
+    penalty = kernels.gram_penalty
+    monkeypatch.setattr(kernels, "gram_penalty", lambda *call, **more: seen.append(call) or penalty(*call, **more))
+    found = tier_penalties(model)
+    assert [B.shape[1] for B in seen[0][1]] == [1 if root == [0, 0, 0] else 3, 1]
+    monkeypatch.setattr(orthogonality, "_shared", lambda bank, tier: False)
+    assert torch.equal(found, tier_penalties(model))
 
 
 def test_a_client_without_an_adapter_of_the_active_tier_pays_nothing() -> None:

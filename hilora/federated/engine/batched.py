@@ -17,7 +17,7 @@ from hilora.federated.client import Models, Trained
 from hilora.federated.data.images import ImageSet, augment, draw
 from hilora.federated.engine.bench import LocalAlgorithm, Training
 from hilora.federated.engine.optim import Slotted
-from hilora.federated.engine.placement import Placed, Placement, arranged, overwrite
+from hilora.federated.engine.placement import Placed, Placement, all_share, arranged, overwrite
 from hilora.federated.engine.predictor import Predictor
 from hilora.federated.protocol import Head
 from hilora.federated.settings import TrainingSettings
@@ -126,7 +126,7 @@ class _Bench:
     def _chosen(self, tier: str, bank: int) -> Tensor:
         """B of the adapters that the clients use, `[P, G or 1, out, r]`."""
         slot, (_, B) = self.placement.tiers[tier].slot, self.placement.held[tier][bank]
-        return self._present(B[:, slot.clamp_min(0)], tier)
+        return B if tier in self.placement.shared else self._present(B[:, slot.clamp_min(0)], tier)
 
     def _present(self, B: Tensor, tier: str) -> Tensor:
         """`[P, G, out, r]`, zero for clients that use none."""
@@ -220,8 +220,17 @@ class BatchedEngine(Predictor):
         tiers, head = arranged(self.banks, models.tiers, task.tiers), models.head.taken()
         shapes = [tensor.shape for rows in tiers.values() for tensor in (*rows.table.tensors().values(), rows.slot)]
         unequal = [tier for tier, rows in tiers.items() if (rows.table.rank < rows.table.r).any()]
+        shared = [tier for tier, rows in tiers.items() if all_share(rows)]
         composed = None if models.composition is None else models.composition.key
-        key = task._replace(epochs=0), composed, str(shapes), str(unequal), len(head), images.images.shape[1:]
+        key = (
+            task._replace(epochs=0),
+            composed,
+            str(shapes),
+            str(unequal),
+            str(shared),
+            len(head),
+            images.images.shape[1:],
+        )
         if self._ready is None or self._ready[0] != key:
             self._ready = None  # its memory is free before more is taken
             clients, batch = len(head), self.settings.batch_size

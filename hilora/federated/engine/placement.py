@@ -34,6 +34,11 @@ def arranged(banks: Sequence[AdapterBank], tiers: Placed, own: Collection[str] =
     return found
 
 
+def all_share(rows: Rows[AdapterTable]) -> bool:
+    """Whether all clients use the only adapter of a table."""
+    return len(rows.table) == 1 and bool((rows.slot >= 0).all())
+
+
 def _none(banks: Sequence[AdapterBank], tier: str) -> Rows[AdapterTable]:
     rank = banks[0].config.rank(tier)
     A = [torch.empty(0, len(bank.names), rank, bank.in_features) for bank in banks]
@@ -48,6 +53,7 @@ class Placement:
         tiers: what is there, for each tier.
         held: the tensors that the banks hold: for each tier, A `[P, S, r, in]` and B `[P, S, out, r]` of each bank.
         ranks: for each tier, int32 `[S]` where adapters have less than the tier's rank, else None.
+        shared: the tiers of which all clients use the only adapter.
     """
 
     def __init__(self, banks: Sequence[AdapterBank], tiers: Placed, device: torch.device) -> None:
@@ -62,6 +68,7 @@ class Placement:
             tier: rows.table.rank.to(device, torch.int32) if (rows.table.rank < rows.table.r).any() else None
             for tier, rows in tiers.items()
         }
+        self.shared = {tier for tier, rows in tiers.items() if all_share(rows)}
         self.held = {
             tier: [(A.transpose(0, 1), B.transpose(0, 1)) for A, B in rows.table.factors]
             for tier, rows in self.tiers.items()
@@ -69,7 +76,8 @@ class Placement:
 
     @torch.no_grad()
     def overwrite(self, tiers: Placed) -> None:
-        """Copy the values of adapters of the same shapes here; the tensors stay where they are."""
+        """Copy the values of adapters of the same shapes, shared by all where these are, here; the tensors stay where
+        they are."""
         for tier, rows in tiers.items():
             kept = self.tiers[tier]
             overwrite(kept.table, rows.table)

@@ -246,3 +246,17 @@ def test_a_training_that_is_used_again_is_a_new_one(backbone: Backbone) -> None:
             a, b = train(used, what, start), train(make(backbone), what, start)
             assert same(a.tiers[what.tier], b.tiers[what.tier])
             assert same(a.head, b.head)
+
+
+def test_a_root_that_some_clients_lack_is_not_taken_for_shared_by_a_training_that_is_used_again(
+    backbone: Backbone,
+) -> None:
+    torch.manual_seed(0)
+    used = make(backbone)
+    models = some_models(used)
+    root = Rows(models.tiers["root"].table, torch.tensor([0, -1, 0, 0]))
+    lacking = replace(models, tiers={**models.tiers, "root": root})
+    train(used, "leaf", models)
+    a, b = train(used, "leaf", lacking), train(make(backbone), "leaf", lacking)
+    assert same(a.tiers["leaf"], b.tiers["leaf"])
+    assert not same(a.tiers["leaf"], train(used, "leaf", models).tiers["leaf"])

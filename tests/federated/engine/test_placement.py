@@ -50,3 +50,11 @@ def test_what_is_placed_is_a_copy_that_can_be_overwritten_in_place(backbone: Bac
     (bank,) = engine.banks
     assert torch.equal(A.transpose(0, 1), second["leaf"].table.A[0])
     assert A.shape[:2] == (len(bank.names), 4)
+
+
+def test_an_adapter_that_all_clients_share_is_known(backbone: Backbone) -> None:
+    engine = make(backbone)
+    tiers = arranged(engine.banks, some_models(engine).tiers)
+    assert Placement(engine.banks, tiers, engine.device).shared == {"root"}
+    none_for_one = Rows(tiers["root"].table, torch.tensor([0, -1, 0, 0]))
+    assert Placement(engine.banks, {**tiers, "root": none_for_one}, engine.device).shared == set()
