@@ -58,8 +58,9 @@ def _shared(bank: AdapterBank, tier: str) -> bool:
     Where slots lie on a GPU, or are traced, the answer would have to be waited for: then it is no.
     """
     slot = bank.slots[tier]
-    known = slot is not None and slot.device.type == "cpu" and not torch.compiler.is_compiling()
-    return known and bank.slot_count(tier) == 1 and bool((slot >= 0).all())
+    if slot is None or slot.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return bank.slot_count(tier) == 1 and bool((slot >= 0).all())
 
 
 def _chosen(bank: AdapterBank, tier: str) -> Tensor:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -103,7 +105,12 @@ def test_an_adapter_that_all_clients_share_is_not_copied_for_each(
     hilora.set_active_tier(model, "leaf")
     seen = []
     penalty = kernels.gram_penalty
-    monkeypatch.setattr(kernels, "gram_penalty", lambda *call, **more: seen.append(call) or penalty(*call, **more))
+
+    def noted(*call: Any, **more: Any) -> Any:
+        seen.append(call)
+        return penalty(*call, **more)
+
+    monkeypatch.setattr(kernels, "gram_penalty", noted)
     found = tier_penalties(model)
     assert [B.shape[1] for B in seen[0][1]] == [1 if root == [0, 0, 0] else 3, 1]
     monkeypatch.setattr(orthogonality, "_shared", lambda bank, tier: False)
