@@ -15,6 +15,7 @@ from hilora.adapters.merging import merge, merge_and_unload, unload, unmerge
 from hilora.adapters.orthogonality import orthogonality_penalty
 from hilora.adapters.table import AdapterTable
 from hilora.errors import HiLoRAError
+from hilora.models.targets import find_targets
 
 __all__ = [
     "AdapterBank",
@@ -30,6 +31,7 @@ __all__ = [
     "count_parameters",
     "disable_adapters",
     "export_peft",
+    "find_targets",
     "get_adapters",
     "import_peft",
     "inject",
