@@ -100,3 +100,10 @@ def output(model: nn.Module, x: Tensor) -> Tensor:
     found = y if isinstance(y, Tensor) else y.logits
     assert isinstance(found, Tensor)
     return found
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """The model as torch.compile wraps it."""
+    wrapped: Any = torch.compile(model, backend="eager")
+    assert isinstance(wrapped, nn.Module)
+    return wrapped

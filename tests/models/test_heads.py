@@ -16,7 +16,7 @@ import hilora
 from hilora import HiLoRAConfig, HiLoRAError
 from hilora.models.heads import find_heads
 from hilora.models.wrappers import plain_path, unwrapped
-from tests.helpers import CONFIG, images, injected, output, same, values, vit
+from tests.helpers import CONFIG, compiled, images, injected, output, same, values, vit
 from tests.vits import lively, mlp, transformers_vit
 
 
@@ -63,8 +63,8 @@ HEADS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "a sequence of one": (lambda: nn.Sequential(vit()), {"0.head"}),
     "DataParallel": (lambda: nn.DataParallel(vit()), {"module.head"}),
     "averaged": (lambda: torch.optim.swa_utils.AveragedModel(vit()), {"module.head"}),
-    "compiled": (lambda: torch.compile(vit(), backend="eager"), {"_orig_mod.head"}),
-    "compiled inside": (lambda: Around(torch.compile(vit(), backend="eager")), {"net._orig_mod.head"}),
+    "compiled": (lambda: compiled(vit()), {"_orig_mod.head"}),
+    "compiled inside": (lambda: Around(compiled(vit())), {"net._orig_mod.head"}),
     "timm in transformers": (timm_wrapper, {"timm_model.head"}),
     "transformers": (transformers_vit, {"classifier"}),
     "detection": (yolos, {"class_labels_classifier", "bbox_predictor"}),
@@ -88,9 +88,10 @@ def test_heads_can_be_named() -> None:
     assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
     with pytest.raises(HiLoRAError, match=r"modules_to_save names 'hed', which the model does not have; it has"):
         hilora.inject(vit(), HiLoRAConfig(modules_to_save=("hed",)))
-    for wrong in ("head", (3,), ("",)):
+    wrongs: list[Any] = ["head", (3,), ("",)]
+    for wrong in wrongs:
         with pytest.raises(HiLoRAError, match="modules_to_save must be a tuple of names"):
-            HiLoRAConfig(modules_to_save=wrong)  # type: ignore[arg-type]
+            HiLoRAConfig(modules_to_save=wrong)
 
 
 def test_injection_says_that_it_found_no_head() -> None:
@@ -115,12 +116,10 @@ def test_named_heads_are_saved(tmp_path: Path) -> None:
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "plain": lambda model: model,
-    "compiled": lambda model: torch.compile(model, backend="eager"),  # type: ignore[return-value]
+    "compiled": lambda model: compiled(model),
     "DataParallel": nn.DataParallel,
     "averaged": torch.optim.swa_utils.AveragedModel,
-    "compiled and averaged": lambda model: torch.optim.swa_utils.AveragedModel(
-        torch.compile(model, backend="eager")  # type: ignore[arg-type]
-    ),
+    "compiled and averaged": lambda model: torch.optim.swa_utils.AveragedModel(compiled(model)),
 }
 
 
@@ -147,7 +146,7 @@ def test_files_of_wrapped_models_are_those_of_the_models(
 
 def test_what_is_done_through_a_wrapper_is_done_to_the_model() -> None:
     model = injected()
-    wrapper = torch.compile(model, backend="eager")
+    wrapper = compiled(model)
     before = output(model, images(2))
     hilora.set_active_tier(wrapper, "leaf")
     assert model.head.weight.requires_grad
@@ -165,7 +164,7 @@ def test_paths_and_models_are_unwrapped() -> None:
     assert plain_path("_orig_mod.net._fsdp_wrapped_module.head.weight") == "net.head.weight"
     assert plain_path("module.head") == "module.head", "a user may call a module so"
     model = vit()
-    assert unwrapped(nn.DataParallel(torch.compile(model, backend="eager"))) is model
+    assert unwrapped(nn.DataParallel(compiled(model))) is model
     assert unwrapped(model) is model
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import hilora
 from hilora import HiLoRAConfig, HiLoRAError
-from tests.helpers import CONFIG, images, injected, output, random, randomise, same, snapshot, vit
+from tests.helpers import CONFIG, compiled, images, injected, output, random, randomise, same, snapshot, vit
 from tests.vits import lively, timm_model, torchvision_vit, transformers_vit
 
 SMALL: dict[str, Any] = {
@@ -111,7 +111,7 @@ def test_a_client_s_path_is_exported_and_not_another(tmp_path: Path) -> None:
 def test_a_merged_and_a_wrapped_model_export_the_same(tmp_path: Path) -> None:
     model = injected()
     hilora.export_peft(model, tmp_path / "a")
-    hilora.export_peft(torch.compile(model, backend="eager"), tmp_path / "b")
+    hilora.export_peft(compiled(model), tmp_path / "b")
     hilora.merge(model)
     hilora.export_peft(nn.DataParallel(model), tmp_path / "c")
     files = ["adapter_config.json", "adapter_model.safetensors"]
@@ -138,7 +138,7 @@ def test_a_smaller_rank_is_the_best_one_and_its_error_is_told(tmp_path: Path) ->
     loaded = peft.PeftModel.from_pretrained(vit(), str(tmp_path))
     squares = whole = 0.0
     for index in range(2):
-        delta = model.get_submodule(f"blocks.{index}.attn.qkv").delta_weight().detach()  # type: ignore[operator]
+        delta = model.get_submodule(f"blocks.{index}.attn.qkv").delta_weight().detach()
         kept = loaded.base_model.model.blocks[index].attn.qkv.get_delta_weight("default").detach()
         singular = torch.linalg.svdvals(delta)
         torch.testing.assert_close((delta - kept).norm(), singular[4:].norm())
