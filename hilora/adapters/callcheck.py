@@ -22,7 +22,22 @@ CALLED = "_hilora_called"  # attribute of a layer
 
 
 class UncalledLayerError(InvalidValueError):
-    """Adapters were put where the model never looks."""
+    """Adapters were put where the model never looks.
+
+    Attributes:
+        paths: of the layers that it never calls.
+    """
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = tuple(paths)
+        super().__init__(
+            f"the model never calls {len(paths)} of the adapted layers ({', '.join(paths[:3])}…): "
+            "it uses their weights in some other way, so that adapters would have no effect. Choose other "
+            "target_modules, such as 'proj', 'fc1', 'fc2', or a model that calls them"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.paths,)
 
 
 class MixedRowsError(InvalidValueError):
@@ -59,18 +74,18 @@ def check_calls(model: nn.Module, layers: Mapping[str, TieredLoRALinear], exampl
 
 
 def _called(layer: nn.Module, args: Any) -> None:
+    if torch.compiler.is_compiling():  # a compiled pass has no place for what a check remembers: the next other one has
+        return
     layer.__dict__[CALLED] = True
 
 
 def _finished(model: nn.Module, args: Any, output: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
     uncalled = [path for path, layer in walk(model, TieredLoRALinear) if _called in hooks(layer) and not _was(layer)]
     end_check(model)
     if uncalled:
-        raise UncalledLayerError(
-            f"the model never calls {len(uncalled)} of the adapted layers ({', '.join(uncalled[:3])}…): "
-            "it uses their weights in some other way, so that adapters would have no effect. Choose other "
-            "target_modules, such as 'proj', 'fc1', 'fc2', or a model that calls them"
-        )
+        raise UncalledLayerError(uncalled)
 
 
 def _was(layer: nn.Module) -> bool:

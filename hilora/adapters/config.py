@@ -32,6 +32,7 @@ class HiLoRAConfig:
             (`hilora.set_slots`).
         modules_to_save: ends of the paths of the modules that are trained whole beside every tier, and saved: the
             classifier, `("head",)`; None finds it, `()` is none.
+        layers_to_transform: adapt only the targets in these blocks, by the first number in their paths; None: all.
 
     Raises:
         ValueError: if a value is out of range, or a tier is not named.
@@ -44,6 +45,7 @@ class HiLoRAConfig:
     tiers: tuple[str, ...] = ("root", "cluster", "leaf")
     slots: int | Mapping[str, int] = 1
     modules_to_save: tuple[str, ...] | None = None
+    layers_to_transform: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.modules_to_save is not None:
@@ -51,6 +53,11 @@ class HiLoRAConfig:
             if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
                 raise InvalidValueError(f"modules_to_save must be a tuple of names or None, got {names!r}")
             object.__setattr__(self, "modules_to_save", tuple(names))
+        if self.layers_to_transform is not None:
+            blocks = self.layers_to_transform
+            if not isinstance(blocks, list | tuple | range) or not blocks or not all(type(b) is int for b in blocks):
+                raise InvalidValueError(f"layers_to_transform must be a tuple of block numbers, got {blocks!r}")
+            object.__setattr__(self, "layers_to_transform", tuple(blocks))
         if isinstance(self.target_modules, str):
             _check_expression(self.target_modules)
         for field in ("target_modules", "tiers"):

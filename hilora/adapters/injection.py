@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from hilora.adapters.bank import AdapterBank, Shared
-from hilora.adapters.callcheck import check_calls, end_check, watch_rows
+from hilora.adapters.callcheck import UncalledLayerError, check_calls, end_check, watch_rows
 from hilora.adapters.config import HiLoRAConfig
 from hilora.adapters.layers import TieredLoRALinear
 from hilora.adapters.statistics import freeze_statistics, thaw_statistics
 from hilora.adapters.torch_internals import walk
 from hilora.errors import InvalidValueError
-from hilora.models.heads import find_heads, says_its_head
-from hilora.models.registry import family_of
+from hilora.models.heads import example_image, find_heads, says_its_head
 from hilora.models.targets import Target, find_targets
 from hilora.models.wrappers import plain_path, unwrapped
 
@@ -119,7 +119,7 @@ def inject(model: nn.Module, config: HiLoRAConfig, example_input: Tensor | None 
         raise InvalidValueError(
             "DistributedDataParallel would not synchronise the adapters' gradients: inject them first, then wrap"
         )
-    targets = find_targets(model, config.target_modules)
+    targets: list[Target] = find_targets(model, config.target_modules, config.layers_to_transform)
     heads = find_heads(model, config.modules_to_save)
     if not heads and config.modules_to_save is None and not says_its_head(model):
         warnings.warn(
@@ -127,18 +127,37 @@ def inject(model: nn.Module, config: HiLoRAConfig, example_input: Tensor | None 
             "Name it by HiLoRAConfig(modules_to_save=('fc',)), or say that there is none, modules_to_save=()",
             stacklevel=2,
         )
+    example = example_image(model) if example_input is None else example_input
+    try:
+        _inject(model, config, targets, example, example_input is not None)
+    except UncalledLayerError as error:
+        rest = [target for target in targets if target.module not in error.paths]
+        if not rest or not _can_do_without(config, targets, rest):
+            raise
+        warnings.warn(f"the model never calls {', '.join(error.paths)}: left without adapters", stacklevel=2)
+        _inject(model, config, rest, example, example_input is not None)
+    return given
+
+
+def _inject(model: nn.Module, config: HiLoRAConfig, targets: list[Target], example: Tensor | None, given: bool) -> None:
+    """Put adapters at the targets."""
     with restored_on_error(model):
         layers = _layers(model, targets, config)
         by_original = {model.get_submodule(path): layer for path, layer in layers.items()}
         for path, module in list(model.named_modules(remove_duplicate=False)):
             if module in by_original:
                 replace(model, path, by_original[module])
-        example = family_of(model).example(model) if example_input is None else example_input
         freeze_statistics(model)
-        check_calls(model, layers, example, given=example_input is not None)
+        check_calls(model, layers, example, given)
         model.__dict__[FRESH_HEAD] = {name: p.detach().clone() for name, p in head_parameters(model).items()}
         set_active_tier(model, config.tiers[0])
-    return given
+
+
+def _can_do_without(config: HiLoRAConfig, targets: list[Target], rest: list[Target]) -> bool:
+    """Whether the rest of the targets has some of each kind, and no layer is left out that was asked for by itself."""
+    names = {(target.path, target.module) for target in set(targets) - set(rest)}
+    kinds = [{re.sub(r"\d+", "*", target.path).rpartition(".")[2] for target in some} for some in (targets, rest)]
+    return kinds[0] == kinds[1] and not any(set(pair) & set(config.target_modules) for pair in names)
 
 
 @contextmanager
@@ -206,9 +225,17 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def set_active_tier(model: nn.Module, tier: str) -> None:
     """Train this tier, and a ViT's classifier head if it has one, and nothing else.
 
+    Under DistributedDataParallel, wrap the model anew after each change of tier: a wrapper synchronises the gradients
+    of what required some when it was made.
+
     Raises:
-        ValueError: for a tier that the adapters do not have.
+        ValueError: for a tier that the adapters do not have, or a model in DistributedDataParallel.
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise InvalidValueError(
+            "DistributedDataParallel would not synchronise the gradients of another tier than the one it was made for: "
+            f"hilora.set_active_tier(model.module, {tier!r}), then wrap that anew"
+        )
     found = banks(model)
     for bank in found:
         bank.config.rank(tier)
@@ -218,38 +245,6 @@ def set_active_tier(model: nn.Module, tier: str) -> None:
         bank.activate(tier)
     for parameter in head_parameters(model).values():
         parameter.requires_grad_(True)
-
-
-@contextmanager
-def disable_adapters(model: nn.Module, /) -> Iterator[None]:
-    """Inside of this, a model with adapters, also a merged one, computes as it did before they were injected; its
-    classifier head stays the trained one.
-
-    Raises:
-        ValueError: if the model has no adapters.
-    """
-    found, model = banks(model, merged=True), unwrapped(model)
-    aside: dict[str, TieredLoRALinear] = model.__dict__.get(MERGED, {})
-    plain = {path: linear_at(model, path) for path in aside}
-    before = [bank.shared.disabled for bank in found]
-    try:
-        for bank in found:
-            bank.shared.disabled = True
-        for path, layer in aside.items():
-            replace(model, path, alike(layer, plain[path]))
-        yield
-    finally:
-        for path, linear in plain.items():
-            replace(model, path, linear)
-        for bank, was in zip(found, before, strict=True):
-            bank.shared.disabled = was
-
-
-def alike(layer: TieredLoRALinear, plain: nn.Linear) -> TieredLoRALinear:
-    """A layer in the dtype, on the device and in the mode of the plain one that was in its place."""
-    if layer.weight.dtype != plain.weight.dtype:
-        layer.to(plain.weight.dtype)
-    return layer.to(plain.weight.device).train(plain.training)
 
 
 @torch.inference_mode(False)

@@ -1,10 +1,10 @@
-"""Where a model's classifier is, also where the ViT lies inside of another module."""
+"""Where a model's classifier is, and what it takes, also where the ViT lies inside of another module."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from hilora.errors import InvalidValueError
 from hilora.models.registry import Family, family_of
@@ -29,7 +29,7 @@ def find_heads(model: nn.Module, names: Sequence[str] | None = None) -> list[nn.
         return [module for name in names for module in _named(model, name)]
     found = _own(model)
     if not found and type(family_of(model)) is Family:
-        for path, vit in _vits("", model):
+        for path, vit in inner_vits(model):
             found += _own(vit) or _beside(model, path)
     return list(dict.fromkeys(found))
 
@@ -52,14 +52,22 @@ def _named(model: nn.Module, name: str) -> list[nn.Module]:
     return list(found)
 
 
-def _vits(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost modules that are models of a library, with their paths."""
+def example_image(model: nn.Module) -> Tensor | None:
+    """What a model takes as far as that is known: an image for it, or for the one ViT inside of it."""
+    if type(family_of(model)) is not Family:
+        return family_of(model).example(model)
+    inner = [vit for _, vit in inner_vits(model)]
+    return family_of(inner[0]).example(inner[0]) if len(inner) == 1 else None
+
+
+def inner_vits(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules inside of one that are models of a library, with their paths."""
     for name, child in module.named_children():
         inner, at = unwrapped(child), f"{path}.{name}" if path else name
         if type(family_of(inner)) is not Family:
             yield at, inner
         else:
-            yield from _vits(at, child)
+            yield from inner_vits(child, at)
 
 
 def _beside(model: nn.Module, path: str) -> list[nn.Module]:

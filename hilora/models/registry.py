@@ -24,7 +24,7 @@ class Family:
 
     Attributes:
         name: of the library.
-        aliases: for each of the names q, k, v, proj, fc1, fc2 that targets can have, what the library calls these
+        aliases: for each of the names q, k, v, qkv, proj, fc1, fc2 that targets can have, what the library calls these
             layers: ends of paths, or patterns for them.
     """
 
@@ -81,7 +81,7 @@ def family_of(model: nn.Module) -> Family:
 
 def aliases() -> dict[str, list[str]]:
     """What all libraries call the layers of a block: a user's module may hold models of several."""
-    found = {name: [name] for name in ("q", "k", "v", "proj", "fc1", "fc2")}
+    found = {name: [name] for name in ("q", "k", "v", "qkv", "proj", "fc1", "fc2")}
     for family in families():
         for name, ends in family.aliases.items():
             found[name].extend(ends)

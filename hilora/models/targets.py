@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from hilora.errors import InvalidValueError
-from hilora.models.registry import aliases, family_of
+from hilora.models.heads import find_heads
+from hilora.models.registry import aliases
 
 ALL_LINEAR = "all-linear"
 
@@ -24,17 +25,39 @@ class Target(NamedTuple):
     columns: tuple[int, int]  # (start, width)
 
 
-def find_targets(model: nn.Module, names: Iterable[str] | str) -> list[Target]:
-    """The projections of a model that `names` mean, in the order of the model.
+class Targets(list[Target]):
+    """Targets that print as a table: a line for each kind of layer, with what it can be called."""
+
+    def __str__(self) -> str:
+        kinds: dict[tuple[str, ...], int] = {}
+        for target in self:
+            name = next((name for name in aliases() if _meant([target], name)), target.path.rpartition(".")[2])
+            where = re.sub(r"(?<![^.])\d+(?![^.])", "*", target.path)
+            part = "" if target.path == target.module else f"columns {target.columns[0]}+{target.columns[1]}"
+            kind = (name, where, part)
+            kinds[kind] = kinds.get(kind, 0) + 1
+        rows = [("name", "layers", "path", "")]
+        rows += [(name, str(count), where, part) for (name, where, part), count in kinds.items()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def find_targets(
+    model: nn.Module, names: Iterable[str] | str | None = None, blocks: Iterable[int] | None = None
+) -> Targets:
+    """The projections of a model that `names` mean, in the order of the model; print them for a table.
 
     Args:
         model: any module.
         names: names and patterns as `HiLoRAConfig.target_modules` explains them; or a string: "all-linear" for all
-            linear layers but the classifier's, else a regular expression that the whole of a path must match.
+            linear layers but the classifier's, else a regular expression that the whole of a path must match. None:
+            all that there are.
+        blocks: only those of which the first number in the path is one of these.
 
     Raises:
-        ValueError: if a name finds nothing, if projections overlap (`qkv` beside `q`), or if a fused layer does not
-            hold q, k and v one after the other.
+        ValueError: if a name or a block finds nothing, if projections overlap (`qkv` beside `q`), or if a fused layer
+            does not hold q, k and v one after the other.
     """
     candidates = [
         target
@@ -42,21 +65,24 @@ def find_targets(model: nn.Module, names: Iterable[str] | str) -> list[Target]:
         if isinstance(module, nn.Linear)
         for target in _projections(path, module)
     ]
+    if names is None:
+        return Targets(candidates)
+    aside = _of_heads(model)
     meant = set()
     for name in [names] if isinstance(names, str) else names:
         if name == ALL_LINEAR and isinstance(names, str):
-            matched = _all_linear(model, candidates)
+            matched = _all_linear(model, candidates, aside)
         elif isinstance(names, str):
             matched = _whole_first([target for target in candidates if re.fullmatch(name, target.path)])
         else:
-            matched = _meant(candidates, name)
+            matched = _meant(candidates, name, aside)
         if not matched:
             linears = sorted({target.path.rpartition(".")[2] for target in candidates})
             raise InvalidValueError(
                 f"target {name!r} finds no linear layer; the last names of those there are: {linears}"
             )
         meant.update(matched)
-    found = [target for target in candidates if target in meant]
+    found = _of_blocks([target for target in candidates if target in meant], blocks)
     whole = {target.module for target in found if target.path == target.module}
     for target in found:
         if target.path != target.module:
@@ -70,7 +96,18 @@ def find_targets(model: nn.Module, names: Iterable[str] | str) -> list[Target]:
                 raise InvalidValueError(
                     f"{target.module} and its slice {target.path} are both targets: choose one of them"
                 )
-    return found
+    return Targets(found)
+
+
+def _of_blocks(found: list[Target], blocks: Iterable[int] | None) -> list[Target]:
+    if blocks is None:
+        return found
+    numbers = {target: re.search(r"(?<![^.])\d+(?![^.])", target.path) for target in found}
+    of = {target: int(match[0]) for target, match in numbers.items() if match}
+    if missing := set(blocks) - set(of.values()):
+        there = ", ".join(map(str, sorted(set(of.values()))))
+        raise InvalidValueError(f"layers_to_transform names {sorted(missing)}: the targets are in blocks {there}")
+    return [target for target in found if of.get(target) in set(blocks)]
 
 
 def _projections(path: str, module: nn.Linear) -> list[Target]:
@@ -94,13 +131,49 @@ def _interleaves(attention: nn.Module, target: Target) -> bool:
     )
 
 
-def _meant(candidates: list[Target], name: str) -> list[Target]:
-    """The projections that a name matches."""
-    ends = aliases().get(name, [name])
-    patterns = [pattern for end in ends for pattern in (end, f"*.{end}")]
-    return _whole_first(
-        [target for target in candidates if any(fnmatchcase(target.path, pattern) for pattern in patterns)]
-    )
+def _meant(candidates: list[Target], name: str, aside: Collection[str] = ()) -> list[Target]:
+    """The projections that a name matches; one that is an alias finds nothing that is set aside."""
+    known = aliases()
+    patterns = [
+        pattern for end in known.get(name, [name]) for spread in _spread(end) for pattern in (spread, f"*.{spread}")
+    ]
+    matched = [target for target in candidates if any(fnmatchcase(target.path, pattern) for pattern in patterns)]
+    if name in known:
+        matched = [
+            target for target in matched if target.module not in aside and not OTHER.search(target.module.lower())
+        ]
+    return _whole_first(matched)
+
+
+# What has layers of the same names as blocks have: MLPs of positions, shortcuts.
+OTHER = re.compile(r"(?<![^.])(cpb_mlp|meta_mlp|rel_pos\w*|pos_\w+|\w*position\w*|shortcut|downsample)(?![^.])")
+
+
+def _spread(pattern: str) -> list[str]:
+    """A pattern for each number of a range such as `[8-11]`, which would else be a set of the signs 8-1 and 1."""
+    sets = re.findall(r"\[[^\]]*\d\d[^\]]*\]", pattern)
+    if not sets:
+        return [pattern]
+    if any(re.fullmatch(r"\[\d+-\d+\]", found) is None for found in sets):
+        raise InvalidValueError(
+            f"target {pattern!r} has {sets[0]}, a set of single signs: write a range of numbers as [8-11], or use "
+            "layers_to_transform=(8, 10)"
+        )
+    wide = next(m for m in re.finditer(r"\[(\d+)-(\d+)\]", pattern) if len(m[1]) > 1 or len(m[2]) > 1)
+    first, last = int(wide[1]), int(wide[2])
+    if not first <= last < first + 1000:
+        raise InvalidValueError(f"target {pattern!r} has the range {wide[0]}: expected [first-last]")
+    return [
+        spread
+        for number in range(first, last + 1)
+        for spread in _spread(f"{pattern[: wide.start()]}{number}{pattern[wide.end() :]}")
+    ]
+
+
+def _of_heads(model: nn.Module) -> set[str]:
+    """Paths of the layers of the classifier, which only a name of their own means."""
+    heads = {id(module) for head in find_heads(model) for module in head.modules()}
+    return {path for path, module in model.named_modules() if id(module) in heads}
 
 
 def _whole_first(matched: list[Target]) -> list[Target]:
@@ -109,12 +182,9 @@ def _whole_first(matched: list[Target]) -> list[Target]:
     return [target for target in matched if target.path == target.module or target.module not in whole]
 
 
-def _all_linear(model: nn.Module, candidates: list[Target]) -> list[Target]:
-    """All linear layers but those of the classifier, and those that nn.MultiheadAttention has but never calls."""
-    heads = {id(module) for head in family_of(model).heads(model) for module in head.modules()}
-    left_out = {
-        path
-        for path, module in model.named_modules()
-        if id(module) in heads or isinstance(module, NonDynamicallyQuantizableLinear)
-    }
+def _all_linear(model: nn.Module, candidates: list[Target], aside: Collection[str]) -> list[Target]:
+    """All linear layers, whole, but those that are set aside, and those that nn.MultiheadAttention has but never
+    calls."""
+    uncalled = {path for path, m in model.named_modules() if isinstance(m, NonDynamicallyQuantizableLinear)}
+    left_out = uncalled.union(aside)
     return [target for target in candidates if target.path == target.module and target.module not in left_out]

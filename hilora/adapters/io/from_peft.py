@@ -22,9 +22,10 @@ from hilora.errors import FileError, MissingFileError
 from hilora.models.wrappers import plain_path
 
 # What changes more than W x + scale B A x. A field that is absent, None or falsy asks for nothing.
-FOREIGN = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "layer_replication", "target_parameters")
-FOREIGN += ("trainable_token_indices", "arrow_config", "alora_invocation_tokens", "velora_config")
-FOREIGN += ("monteclora_config", "kasa_config")
+FOREIGN = (
+    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "layer_replication", "target_parameters", "kasa_config"),
+    *("trainable_token_indices", "arrow_config", "alora_invocation_tokens", "velora_config", "monteclora_config"),
+)
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others change the base weights
 
 
@@ -76,7 +77,8 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], /, tier: str, 
         )
     of = {layer: path for path, layer in reversed(layers.items())}
     tables = [_table(bank, [pieces[of[layer]] for layer in bank.layers], tier, rank) for bank in found]
-    set_adapters(model, tier, AdapterTable(*zip(*tables, strict=True), torch.tensor([rank])), slot)
+    table = AdapterTable([A for A, _ in tables], [B for _, B in tables], torch.tensor([rank]))
+    set_adapters(model, tier, table, slot)
     own = head_parameters(model)
     with torch.no_grad():
         for name, value in head.items():

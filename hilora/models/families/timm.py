@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,13 @@ class FetchError(HiLoRAError, RuntimeError):
 
 class Timm(Family):
     name = "timm"
+    aliases: ClassVar[Mapping[str, Sequence[str]]] = {
+        "q": ("wq",),  # CrossViT
+        "k": ("wk",),
+        "v": ("wv",),
+        "qkv": ("qkv.linear",),  # LeViT
+        "fc1": ("fc1_g", "fc1_x"),  # SwiGLU
+    }
 
     def owns(self, model: nn.Module) -> bool:
         return hasattr(model, "get_classifier")

@@ -9,16 +9,18 @@ from torch import nn
 
 from hilora.models.registry import Family, pair
 
+SECOND = ("lin2", "dense2", "down_proj", "weights_out")  # of SAM, PVT, DINOv3, DINOv2 with SwiGLU
+
 
 class Transformers(Family):
     name = "transformers"
     aliases: ClassVar[Mapping[str, Sequence[str]]] = {
-        "q": ("query", "q_proj", "to_q"),
-        "k": ("key", "k_proj", "to_k"),
-        "v": ("value", "v_proj", "to_v"),
+        "q": ("query", "q_proj", "to_q", "projection_query"),
+        "k": ("key", "k_proj", "to_k", "projection_key"),
+        "v": ("value", "v_proj", "to_v", "projection_value"),
         "proj": ("o_proj", "out_proj", "attention.output.dense"),
-        "fc1": ("intermediate.dense",),
-        "fc2": ("[0-9].output.dense", "[0-9][0-9].output.dense"),
+        "fc1": ("intermediate.dense", "mlp.lin1", "mlp.dense1", "mlp.up_proj", "mlp.gate_proj", "mlp.weights_in"),
+        "fc2": ("[0-9].output.dense", "[0-9][0-9].output.dense", *(f"mlp.{end}" for end in SECOND)),
     }
 
     def owns(self, model: nn.Module) -> bool:

@@ -81,7 +81,7 @@ def test_peft_loads_what_was_exported_and_it_comes_back(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and ".lora_" not in name:
-                parameter += 0.5
+                parameter.add_(0.5)
     expected = output(model, x)
     assert not torch.allclose(expected, output(make(), x), atol=1e-3)
     assert hilora.export_peft(model, tmp_path) == 0.0
@@ -111,7 +111,8 @@ def test_a_client_s_path_is_exported_and_not_another(tmp_path: Path) -> None:
 def test_a_merged_and_a_wrapped_model_export_the_same(tmp_path: Path) -> None:
     model = injected()
     hilora.export_peft(model, tmp_path / "a")
-    hilora.export_peft(torch.compile(model, backend="eager"), tmp_path / "b")  # type: ignore[arg-type]
+    compiled: Any = torch.compile(model, backend="eager")
+    hilora.export_peft(compiled, tmp_path / "b")
     hilora.merge(model)
     hilora.export_peft(nn.DataParallel(model), tmp_path / "c")
     files = ["adapter_config.json", "adapter_model.safetensors"]
@@ -138,7 +139,7 @@ def test_a_smaller_rank_is_the_best_one_and_its_error_is_told(tmp_path: Path) ->
     loaded = peft.PeftModel.from_pretrained(vit(), str(tmp_path))
     squares = whole = 0.0
     for index in range(2):
-        delta = model.get_submodule(f"blocks.{index}.attn.qkv").delta_weight().detach()  # type: ignore[operator]
+        delta = model.get_submodule(f"blocks.{index}.attn.qkv").delta_weight().detach()
         kept = loaded.base_model.model.blocks[index].attn.qkv.get_delta_weight("default").detach()
         singular = torch.linalg.svdvals(delta)
         torch.testing.assert_close((delta - kept).norm(), singular[4:].norm())
@@ -152,12 +153,12 @@ def test_a_smaller_rank_is_the_best_one_and_its_error_is_told(tmp_path: Path) ->
 def trained_by_peft(folder: Path, make: Callable[[], nn.Module] = transformers_vit, **fields: Any) -> nn.Module:
     """A model of PEFT's with random adapters, saved."""
     torch.manual_seed(0)
-    model = peft.get_peft_model(make(), peft.LoraConfig(**fields)).eval()  # type: ignore[arg-type]
+    model: nn.Module = peft.get_peft_model(make(), peft.LoraConfig(**fields)).eval()
     with torch.no_grad():
         for seed, (name, parameter) in enumerate(model.named_parameters()):
             if "lora_" in name or "modules_to_save" in name:
                 parameter.copy_(random(*parameter.shape, seed=seed) * 0.3)
-    model.save_pretrained(str(folder))
+    model.save_pretrained(str(folder))  # type: ignore[operator]
     return model
 
 
@@ -278,7 +279,7 @@ def test_ranks_and_layers_that_do_not_fit_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("slots", [{"root": -1, "cluster": -1, "leaf": -1}, {"lief": 0}, {"leaf": 4}])
-def test_what_cannot_be_exported_is_an_error_and_leaves_nothing(slots: dict[str, int], tmp_path: Path) -> None:
+def test_what_cannot_be_exported_is_an_error_and_leaves_nothing(slots: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(HiLoRAError, match=r"nothing to export|no slot 4"):
         hilora.export_peft(injected(CONFIG), tmp_path / "new", **slots)
     with pytest.raises(HiLoRAError, match="was wrapped by itself"):
