@@ -5,13 +5,13 @@ from hilora.adapters.bank import AdapterBank
 from hilora.adapters.callcheck import MixedRowsError, UncalledLayerError
 from hilora.adapters.config import HiLoRAConfig
 from hilora.adapters.counting import ParameterCount, count_parameters, print_trainable_parameters
-from hilora.adapters.injection import disable_adapters, inject, set_active_tier, set_slots
+from hilora.adapters.injection import inject, set_active_tier, set_slots
 from hilora.adapters.io.from_peft import import_peft
 from hilora.adapters.io.native import load_adapters, save_adapters
 from hilora.adapters.io.peft import export_peft
 from hilora.adapters.io.state import get_adapters, set_adapters
 from hilora.adapters.layers import TieredLoRALinear
-from hilora.adapters.merging import merge, merge_and_unload, unload, unmerge
+from hilora.adapters.merging import disable_adapters, merge, merge_and_unload, unload, unmerge
 from hilora.adapters.orthogonality import orthogonality_penalty
 from hilora.adapters.table import AdapterTable
 from hilora.errors import HiLoRAError

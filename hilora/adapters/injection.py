@@ -225,9 +225,17 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def set_active_tier(model: nn.Module, tier: str) -> None:
     """Train this tier, and a ViT's classifier head if it has one, and nothing else.
 
+    Under DistributedDataParallel, wrap the model anew after each change of tier: a wrapper synchronises the gradients
+    of what required some when it was made.
+
     Raises:
-        ValueError: for a tier that the adapters do not have.
+        ValueError: for a tier that the adapters do not have, or a model in DistributedDataParallel.
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise InvalidValueError(
+            "DistributedDataParallel would not synchronise the gradients of another tier than the one it was made for: "
+            f"hilora.set_active_tier(model.module, {tier!r}), then wrap that anew"
+        )
     found = banks(model)
     for bank in found:
         bank.config.rank(tier)
@@ -237,38 +245,6 @@ def set_active_tier(model: nn.Module, tier: str) -> None:
         bank.activate(tier)
     for parameter in head_parameters(model).values():
         parameter.requires_grad_(True)
-
-
-@contextmanager
-def disable_adapters(model: nn.Module, /) -> Iterator[None]:
-    """Inside of this, a model with adapters, also a merged one, computes as it did before they were injected; its
-    classifier head stays the trained one.
-
-    Raises:
-        ValueError: if the model has no adapters.
-    """
-    found, model = banks(model, merged=True), unwrapped(model)
-    aside: dict[str, TieredLoRALinear] = model.__dict__.get(MERGED, {})
-    plain = {path: linear_at(model, path) for path in aside}
-    before = [bank.shared.disabled for bank in found]
-    try:
-        for bank in found:
-            bank.shared.disabled = True
-        for path, layer in aside.items():
-            replace(model, path, alike(layer, plain[path]))
-        yield
-    finally:
-        for path, linear in plain.items():
-            replace(model, path, linear)
-        for bank, was in zip(found, before, strict=True):
-            bank.shared.disabled = was
-
-
-def alike(layer: TieredLoRALinear, plain: nn.Linear) -> TieredLoRALinear:
-    """A layer in the dtype, on the device and in the mode of the plain one that was in its place."""
-    if layer.weight.dtype != plain.weight.dtype:
-        layer.to(plain.weight.dtype)
-    return layer.to(plain.weight.device).train(plain.training)
 
 
 @torch.inference_mode(False)

@@ -1,11 +1,15 @@
-"""Merge adapters into the weights of a model, or take them out of it."""
+"""Merge adapters into the weights of a model, take them out of it, or leave them aside for a while."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import nn
 
 from hilora.adapters.callcheck import end_check
-from hilora.adapters.injection import FRESH_HEAD, MERGED, alike, banks, linear_at, replace
+from hilora.adapters.injection import FRESH_HEAD, MERGED, banks, linear_at, replace
 from hilora.adapters.layers import TieredLoRALinear, adopt
 from hilora.adapters.statistics import freeze_statistics, thaw_statistics
 from hilora.adapters.torch_internals import walk
@@ -13,6 +17,39 @@ from hilora.errors import InvalidValueError
 from hilora.models.wrappers import unwrapped
 
 
+@contextmanager
+def disable_adapters(model: nn.Module, /) -> Iterator[None]:
+    """Inside of this, a model with adapters, also a merged one, computes as it did before they were injected; its
+    classifier head stays the trained one.
+
+    Raises:
+        ValueError: if the model has no adapters.
+    """
+    found, model = banks(model, merged=True), unwrapped(model)
+    aside: dict[str, TieredLoRALinear] = model.__dict__.get(MERGED, {})
+    plain = {path: linear_at(model, path) for path in aside}
+    before = [bank.shared.disabled for bank in found]
+    try:
+        for bank in found:
+            bank.shared.disabled = True
+        for path, layer in aside.items():
+            replace(model, path, alike(layer, plain[path]))
+        yield
+    finally:
+        for path, linear in plain.items():
+            replace(model, path, linear)
+        for bank, was in zip(found, before, strict=True):
+            bank.shared.disabled = was
+
+
+def alike(layer: TieredLoRALinear, plain: nn.Linear) -> TieredLoRALinear:
+    """A layer in the dtype, on the device and in the mode of the plain one that was in its place."""
+    if layer.weight.dtype != plain.weight.dtype:
+        layer.to(plain.weight.dtype)
+    return layer.to(plain.weight.device).train(plain.training)
+
+
+@torch.inference_mode(False)
 def merge(model: nn.Module, /, **slots: int) -> nn.Module:
     """Add adapters to the weights, in place: what is left is a plain model with the keys it had before injection.
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import hilora
-from hilora import HiLoRAConfig, TieredLoRALinear
+from hilora import HiLoRAConfig, HiLoRAError, TieredLoRALinear
 from hilora.adapters.injection import banks
 from tests.helpers import TIERS, gradients, images, injected, output, randomise, same, values, vit
 from tests.vits import timm_model
@@ -184,6 +184,36 @@ def test_blocks_can_be_sharded(one_process: None) -> None:
         found.append([y.detach(), *whole])
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want)
+
+
+def test_ddp_must_be_made_for_the_tier_that_trains(one_process: None) -> None:
+    with pytest.raises(HiLoRAError, match="inject them first, then wrap"):
+        hilora.inject(nn.parallel.DistributedDataParallel(vit()), HiLoRAConfig())
+    model = deep(1)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    with pytest.raises(HiLoRAError, match=r"hilora.set_active_tier\(model.module, 'leaf'\), then wrap that anew"):
+        hilora.set_active_tier(wrapped, "leaf")
+    assert banks(wrapped)[0].active == "root", "an error changes nothing"
+
+
+@pytest.mark.parametrize("what", ["load_adapters", "set_slots", "inject", "merge"])
+def test_what_is_done_in_inference_mode_can_be_trained_afterwards(what: str, tmp_path: Path) -> None:
+    hilora.save_adapters(deep(1), tmp_path / "a")
+    model = vit(depth=1) if what == "inject" else deep(1)
+    with torch.inference_mode():
+        if what == "load_adapters":
+            hilora.load_adapters(model, tmp_path / "a")
+        elif what == "set_slots":
+            hilora.set_slots(model, leaf=torch.tensor([0, 1]))
+        elif what == "inject":
+            hilora.inject(model, HiLoRAConfig(r=2))
+        else:
+            hilora.unmerge(hilora.merge(model))
+        model(images(2))
+    for tier in TIERS:
+        hilora.set_active_tier(model, tier)
+        model(images(2)).square().sum().backward()
+    assert any(gradient.any() for gradient in gradients(model))
 
 
 def test_stochastic_depth_and_accumulated_steps_train() -> None:

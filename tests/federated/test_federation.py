@@ -128,7 +128,9 @@ def test_traffic_is_what_was_moved(simulate: Simulate, name: str) -> None:
     assert (moved["up"], moved["down"]) == (pytest.approx(up / 6), pytest.approx(down / 6))
 
 
-def test_ifca_sends_every_adapter_that_changed_and_takes_one_back(simulate: Simulate) -> None:
+def test_ifca_sends_every_adapter_that_changed_and_takes_one_back(
+    simulate: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
     simulation = simulate("ifca", k=3)
     chosen: list[set[int]] = []
     aggregate = simulation.server.aggregate
@@ -138,7 +140,7 @@ def test_ifca_sends_every_adapter_that_changed_and_takes_one_back(simulate: Simu
         chosen.append(set(upload.choice.tolist()))
         return aggregate(stage, upload)
 
-    simulation.server.aggregate = noted  # type: ignore[method-assign]
+    monkeypatch.setattr(type(simulation.server), "aggregate", lambda _, *given: noted(*given))
     moved = simulation.run()["communication"]["per_client"]
     down = (3 + sum(len(groups) for groups in chosen[:-1])) * ALL  # all at first, then what others have trained
     assert moved["up"] == [6 * (ALL + 8)] * 5 + [0]
@@ -176,7 +178,7 @@ def test_probes_of_the_training_are_counted(simulate: Simulate) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_was_sent_is_not_written_to(simulate: Simulate, name: str) -> None:
+def test_what_was_sent_is_not_written_to(simulate: Simulate, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the simulation messages are tables that both halves can see: neither half may change what it has sent."""
     simulation = simulate(name, rounds=[2, 1, 1])
     local, aggregate = simulation.client.local, simulation.server.aggregate
@@ -196,6 +198,7 @@ def test_what_was_sent_is_not_written_to(simulate: Simulate, name: str) -> None:
             assert torch.equal(value, private[key]), key
         return found
 
-    simulation.client.local, simulation.server.aggregate = careful, checked  # type: ignore[method-assign]
+    monkeypatch.setattr(type(simulation.client), "local", lambda _, *given: careful(*given))
+    monkeypatch.setattr(type(simulation.server), "aggregate", lambda _, *given: checked(*given))
     simulation.run()
     assert len(records(simulation)) == 4

@@ -144,6 +144,12 @@ def test_a_family_is_added_by_one_new_file(a_new_file: None) -> None:
 
 def test_without_the_file_the_family_is_not_there() -> None:
     assert "asker" not in aliases()["q"]
-    assert sorted(family.name for family in families()) == ["glyphs", "timm", "torchvision", "transformers"]
+    assert sorted(family.name for family in families()) == [
+        "glyphs",
+        "open_clip",
+        "timm",
+        "torchvision",
+        "transformers",
+    ]
     with pytest.raises(ValueError, match="no model 'toy'"):
         load_backbone("toy")

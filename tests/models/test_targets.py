@@ -4,8 +4,11 @@ from typing import Any
 
 import pytest
 import timm
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+import hilora
+from hilora import HiLoRAConfig, HiLoRAError
 from hilora.models.targets import Target, find_targets
 from tests.helpers import vit
 from tests.vits import torchvision_vit, transformers_vit
@@ -198,3 +201,107 @@ def test_a_string_is_a_regular_expression_for_the_whole_path(expression: str, fo
 def test_an_expression_that_matches_only_a_part_finds_nothing() -> None:
     with pytest.raises(ValueError, match="target 'fc1' finds no linear layer"):
         find_targets(vit(), "fc1")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "blocks"),
+    [
+        ("b.[8-11].fc1", [8, 9, 10, 11]),
+        ("b.[0-3].fc1", [0, 1, 2, 3]),
+        ("b.[9-10].*", [9, 10]),
+        ("b.1[0-1].fc1", [10, 11]),
+    ],
+)
+def test_a_range_of_numbers_means_these_numbers(pattern: str, blocks: list[int]) -> None:
+    model = linears(*[f"b.{i}.fc1" for i in range(13)])
+    assert [target.path for target in find_targets(model, [pattern])] == [f"b.{i}.fc1" for i in blocks]
+
+
+@pytest.mark.parametrize("pattern", ["b.[8,10].fc1", "b.[11-8].fc1", "b.[0-9999].fc1"])
+def test_a_set_of_signs_that_looks_like_numbers_is_refused(pattern: str) -> None:
+    with pytest.raises(HiLoRAError, match=r"set of single signs|expected \[first-last\]"):
+        find_targets(linears("b.8.fc1"), [pattern])
+
+
+def test_blocks_can_be_chosen_by_number() -> None:
+    model = hilora.inject(vit(depth=4), HiLoRAConfig(r=2, layers_to_transform=(1, 3)))
+    adapted = [path for path, module in model.named_modules() if isinstance(module, hilora.TieredLoRALinear)]
+    assert adapted == ["blocks.1.attn.qkv", "blocks.3.attn.qkv"]
+    with pytest.raises(HiLoRAError, match=r"layers_to_transform names \[7\]: the targets are in blocks 0, 1"):
+        hilora.inject(vit(), HiLoRAConfig(layers_to_transform=(0, 7)))
+    for wrong in (3, (), ("1",), (True,)):
+        with pytest.raises(HiLoRAError, match="layers_to_transform must be a tuple of block numbers"):
+            HiLoRAConfig(layers_to_transform=wrong)  # type: ignore[arg-type]
+
+
+NAMES = {
+    "q": ("attn.wq", "attention.projection_query"),
+    "k": ("attn.wk", "attention.projection_key"),
+    "v": ("attn.wv", "attention.projection_value"),
+    "qkv": ("attn.qkv.linear",),
+    "fc1": (
+        "mlp.c_fc",
+        "mlp.lin1",
+        "mlp.dense1",
+        "mlp.up_proj",
+        "mlp.gate_proj",
+        "mlp.weights_in",
+        "mlp.fc1_g",
+        "mlp.fc1_x",
+    ),
+    "fc2": ("mlp.c_proj", "mlp.lin2", "mlp.dense2", "mlp.down_proj", "mlp.weights_out"),
+}
+
+
+@pytest.mark.parametrize(("name", "path"), [(name, path) for name, paths in NAMES.items() for path in paths])
+def test_libraries_have_other_names_for_a_layer(name: str, path: str) -> None:
+    model = linears(f"blocks.0.{path}", "blocks.0.other")
+    assert [target.path for target in find_targets(model, [name])] == [f"blocks.0.{path}"]
+
+
+def test_an_alias_finds_no_classifier_no_mlp_of_positions_and_no_shortcut() -> None:
+    model = linears(
+        "blocks.0.mlp.fc1", "head.fc1", "blocks.0.attn.cpb_mlp.fc1", "blocks.0.rel_pos.mlp.fc1", "shortcut.fc1"
+    )
+    assert [target.path for target in find_targets(model, ["fc1"])] == ["blocks.0.mlp.fc1"]
+    assert len(find_targets(model, ["head.fc1", "cpb_mlp.fc1"])) == 2, "a name of its own does"
+
+
+def test_what_could_be_adapted_is_a_table() -> None:
+    found = hilora.find_targets(vit())
+    assert len(found) == 2 * (4 + 3) + 1
+    assert str(found).splitlines() == [
+        "name  layers  path",
+        "qkv   2       blocks.*.attn.qkv",
+        "q     2       blocks.*.attn.q     columns 0+24",
+        "k     2       blocks.*.attn.k     columns 24+24",
+        "v     2       blocks.*.attn.v     columns 48+24",
+        "proj  2       blocks.*.attn.proj",
+        "fc1   2       blocks.*.mlp.fc1",
+        "fc2   2       blocks.*.mlp.fc2",
+        "head  1       head",
+    ]
+
+
+class Partly(nn.Module):
+    """A list of blocks of which the last is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"fc1": nn.Linear(4, 4)}) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in list(self.blocks)[:2]:
+            x = block["fc1"](x)  # type: ignore[index]
+        return x
+
+
+def test_a_layer_that_is_never_called_is_named_and_left_out_unless_it_was_asked_for() -> None:
+    config = HiLoRAConfig(r=2, target_modules=("fc1",), modules_to_save=())
+    with pytest.warns(UserWarning, match=r"the model never calls blocks\.2\.fc1: left without adapters"):
+        model = hilora.inject(Partly(), config, example_input=torch.ones(2, 4))
+    adapted = [path for path, module in model.named_modules() if isinstance(module, hilora.TieredLoRALinear)]
+    assert adapted == ["blocks.0.fc1", "blocks.1.fc1"]
+    config = HiLoRAConfig(r=2, target_modules=("fc1", "blocks.2.fc1"), modules_to_save=())
+    with pytest.raises(hilora.UncalledLayerError, match=r"never calls 1 of the adapted layers \(blocks\.2\.fc1"):
+        hilora.inject(Partly(), config, example_input=torch.ones(2, 4))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -447,3 +448,39 @@ def test_ranks_that_a_file_cannot_have_are_an_error(path: Path) -> None:
         with pytest.raises(ValueError, match=r"has ranks|does not describe adapters"):
             hilora.load_adapters(model, path)
         assert same(snapshot(model), before)
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["plain model", "injected model"])
+@pytest.mark.parametrize(
+    "config", [{"slots": 10**5}, {"r": 2 * 10**5}, {"r": 10**400}, {"target_modules": ["nope"]}, {"r": "x"}]
+)
+def test_a_description_is_compared_with_the_tensors_before_memory_is_taken(
+    config: dict[str, object], plain: bool, path: Path
+) -> None:
+    hilora.save_adapters(injected(), path)
+    described(config={**CONFIG.to_dict(), **config})(path)
+    if not plain and config.keys() & {"target_modules"}:
+        return  # nothing is searched for there
+    with pytest.raises(hilora.HiLoRAError, match=re.escape(str(path))):
+        hilora.load_adapters(vit() if plain else injected(), path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_adapters_of_another_dtype_are_named(dtype: torch.dtype, path: Path) -> None:
+    hilora.save_adapters(injected(), path)
+    rewrite(lambda t, m: t.update({"0.leaf.lora_A": t["0.leaf.lora_A"].to(dtype)}))(path)
+    with pytest.raises(hilora.HiLoRAError, match=f"0.leaf.lora_A is {dtype}, expected one of float16"):
+        hilora.load_adapters(vit(), path)
+
+
+def test_only_regular_files_are_replaced_and_the_umask_counts(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(hilora.HiLoRAError, match="is a device, a pipe or a socket"):
+        hilora.save_adapters(injected(), tmp_path / "pipe")
+    assert os.listdir(tmp_path) == ["pipe"]
+    before = os.umask(0o022)
+    try:
+        hilora.save_adapters(injected(), tmp_path / "a")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644

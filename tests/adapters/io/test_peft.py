@@ -111,7 +111,12 @@ def test_a_client_s_path_is_exported_and_not_another(tmp_path: Path) -> None:
 def test_a_merged_and_a_wrapped_model_export_the_same(tmp_path: Path) -> None:
     model = injected()
     hilora.export_peft(model, tmp_path / "a")
+<<<<<<< HEAD
     hilora.export_peft(compiled(model), tmp_path / "b")
+=======
+    compiled: Any = torch.compile(model, backend="eager")
+    hilora.export_peft(compiled, tmp_path / "b")
+>>>>>>> peft
     hilora.merge(model)
     hilora.export_peft(nn.DataParallel(model), tmp_path / "c")
     files = ["adapter_config.json", "adapter_model.safetensors"]
