@@ -67,19 +67,11 @@ def find_targets(
     ]
     if names is None:
         return Targets(candidates)
-<<<<<<< HEAD
-    aside = _aside(model)
-    meant = set()
-    for name in [names] if isinstance(names, str) else names:
-        if name == ALL_LINEAR and isinstance(names, str):
-            matched = _all_linear(candidates, aside)
-=======
     aside = _of_heads(model)
     meant = set()
     for name in [names] if isinstance(names, str) else names:
         if name == ALL_LINEAR and isinstance(names, str):
             matched = _all_linear(model, candidates, aside)
->>>>>>> peft
         elif isinstance(names, str):
             matched = _whole_first([target for target in candidates if re.fullmatch(name, target.path)])
         else:
@@ -178,22 +170,10 @@ def _spread(pattern: str) -> list[str]:
     ]
 
 
-<<<<<<< HEAD
-def _aside(model: nn.Module) -> set[str]:
-    """Paths of layers that no alias means: those of the classifier, and those that nn.MultiheadAttention has but never
-    calls."""
-    heads = {id(module) for head in find_heads(model) for module in head.modules()}
-    return {
-        path
-        for path, module in model.named_modules()
-        if id(module) in heads or isinstance(module, NonDynamicallyQuantizableLinear)
-    }
-=======
 def _of_heads(model: nn.Module) -> set[str]:
     """Paths of the layers of the classifier, which only a name of their own means."""
     heads = {id(module) for head in find_heads(model) for module in head.modules()}
     return {path for path, module in model.named_modules() if id(module) in heads}
->>>>>>> peft
 
 
 def _whole_first(matched: list[Target]) -> list[Target]:
@@ -202,15 +182,9 @@ def _whole_first(matched: list[Target]) -> list[Target]:
     return [target for target in matched if target.path == target.module or target.module not in whole]
 
 
-<<<<<<< HEAD
-def _all_linear(candidates: list[Target], aside: Collection[str]) -> list[Target]:
-    """All linear layers, whole, but those that are set aside."""
-    return [target for target in candidates if target.path == target.module and target.module not in aside]
-=======
 def _all_linear(model: nn.Module, candidates: list[Target], aside: Collection[str]) -> list[Target]:
     """All linear layers, whole, but those that are set aside, and those that nn.MultiheadAttention has but never
     calls."""
     uncalled = {path for path, m in model.named_modules() if isinstance(m, NonDynamicallyQuantizableLinear)}
     left_out = uncalled.union(aside)
     return [target for target in candidates if target.path == target.module and target.module not in left_out]
->>>>>>> peft

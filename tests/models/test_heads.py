@@ -17,11 +17,7 @@ import hilora
 from hilora import HiLoRAConfig, HiLoRAError
 from hilora.models.heads import find_heads
 from hilora.models.wrappers import plain_path, unwrapped
-<<<<<<< HEAD
-from tests.helpers import CONFIG, compiled, images, injected, output, same, values, vit
-=======
 from tests.helpers import CONFIG, images, injected, output, same, values, vit
->>>>>>> peft
 from tests.vits import lively, mlp, transformers_vit
 
 
@@ -54,15 +50,12 @@ def yolos() -> nn.Module:
     return lively(transformers.YolosForObjectDetection(config))
 
 
-<<<<<<< HEAD
-=======
 def compiled(model: nn.Module) -> nn.Module:
     found: Any = torch.compile(model, backend="eager")
     assert isinstance(found, nn.Module)
     return found
 
 
->>>>>>> peft
 bare = lambda: vit(num_classes=0)  # noqa: E731
 HEADS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "Lightning": (lambda: Around(vit()), {"net.head"}),
@@ -102,16 +95,9 @@ def test_heads_can_be_named() -> None:
     assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
     with pytest.raises(HiLoRAError, match=r"modules_to_save names 'hed', which the model does not have; it has"):
         hilora.inject(vit(), HiLoRAConfig(modules_to_save=("hed",)))
-<<<<<<< HEAD
-    wrongs: list[Any] = ["head", (3,), ("",)]
-    for wrong in wrongs:
-        with pytest.raises(HiLoRAError, match="modules_to_save must be a tuple of names"):
-            HiLoRAConfig(modules_to_save=wrong)
-=======
     for wrong in ("head", (3,), ("",)):
         with pytest.raises(HiLoRAError, match="modules_to_save must be a tuple of names"):
             HiLoRAConfig(modules_to_save=wrong)  # type: ignore[arg-type]
->>>>>>> peft
 
 
 def test_injection_says_that_it_found_no_head() -> None:
@@ -136,11 +122,7 @@ def test_named_heads_are_saved(tmp_path: Path) -> None:
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "plain": lambda model: model,
-<<<<<<< HEAD
-    "compiled": lambda model: compiled(model),
-=======
     "compiled": compiled,
->>>>>>> peft
     "DataParallel": nn.DataParallel,
     "averaged": torch.optim.swa_utils.AveragedModel,
     "compiled and averaged": lambda model: torch.optim.swa_utils.AveragedModel(compiled(model)),

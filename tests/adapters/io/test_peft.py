@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import hilora
 from hilora import HiLoRAConfig, HiLoRAError
-from tests.helpers import CONFIG, compiled, images, injected, output, random, randomise, same, snapshot, vit
+from tests.helpers import CONFIG, images, injected, output, random, randomise, same, snapshot, vit
 from tests.vits import lively, timm_model, torchvision_vit, transformers_vit
 
 SMALL: dict[str, Any] = {
@@ -111,12 +111,8 @@ def test_a_client_s_path_is_exported_and_not_another(tmp_path: Path) -> None:
 def test_a_merged_and_a_wrapped_model_export_the_same(tmp_path: Path) -> None:
     model = injected()
     hilora.export_peft(model, tmp_path / "a")
-<<<<<<< HEAD
-    hilora.export_peft(compiled(model), tmp_path / "b")
-=======
     compiled: Any = torch.compile(model, backend="eager")
     hilora.export_peft(compiled, tmp_path / "b")
->>>>>>> peft
     hilora.merge(model)
     hilora.export_peft(nn.DataParallel(model), tmp_path / "c")
     files = ["adapter_config.json", "adapter_model.safetensors"]
