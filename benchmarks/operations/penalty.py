@@ -66,7 +66,7 @@ def lineup(shape: Penalty, phase: str, scale: str) -> Lineup:
     for tier in TIERS:
         B = torch.empty_like(bank.B(tier)).normal_(std=0.02)
         bank.hold(tier, bank.A(tier).detach(), B.detach().requires_grad_(tier == "leaf"))
-    loop = _with_peft(base, shape, ours)
+    loop = _with_peft(base, shape, bank)
     layers = [layer for layer in loop.modules() if isinstance(layer, LoraLayer)]
 
     def one_by_one() -> Tensor:
@@ -109,7 +109,7 @@ def lineup(shape: Penalty, phase: str, scale: str) -> Lineup:
     return Lineup(rivals, {"": _truth(bank)})
 
 
-def _with_peft(base: nn.Module, shape: Penalty, ours: nn.Module) -> nn.Module:
+def _with_peft(base: nn.Module, shape: Penalty, bank: hilora.AdapterBank) -> nn.Module:
     """PEFT with three adapters, their B those of ours."""
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora.layer import LoraLayer
@@ -118,12 +118,11 @@ def _with_peft(base: nn.Module, shape: Penalty, ours: nn.Module) -> nn.Module:
     model: Any = get_peft_model(base, config, adapter_name=TIERS[0])
     for tier in TIERS[1:]:
         model.add_adapter(tier, config)
-    mine = [layer for layer in ours.modules() if isinstance(layer, hilora.TieredLoRALinear)]
     theirs = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     with torch.no_grad():
-        for layer, own in zip(theirs, mine, strict=True):
-            for tier in TIERS:
-                layer.lora_B[tier].weight.copy_(own.lora_B[tier]).requires_grad_(tier == "leaf")
+        for tier in TIERS:
+            for layer, B in zip(theirs, bank.B(tier).detach()[:, 0], strict=True):
+                layer.lora_B[tier].weight.copy_(B).requires_grad_(tier == "leaf")
     found: nn.Module = model
     return found
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+PACKAGE = Path(__file__).parents[1]
+
 
 def device_name(device: torch.device) -> str:
     """The GPU, or the CPU and how many of its threads are used."""
@@ -25,8 +27,7 @@ def device_name(device: torch.device) -> str:
 def revision(*also: Path) -> str:
     """The version, and the commit where the package is in a repository, with a `+` if its files, or `also` these, have
     changed since."""
-    folder = Path(__file__).parents[1]
-    ask = partial(subprocess.check_output, cwd=folder, text=True, stderr=subprocess.DEVNULL)
+    ask = partial(subprocess.check_output, cwd=PACKAGE, text=True, stderr=subprocess.DEVNULL)
     try:
         tracked = ask(["git", "ls-files", "__init__.py"])
         commit = ask(["git", "rev-parse", "--short", "HEAD"]).strip()

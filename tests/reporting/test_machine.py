@@ -7,9 +7,10 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
 import torch
 
-import hilora
+from hilora.reporting import machine
 from hilora.reporting.machine import device_name, revision, today, versions
 
 
@@ -19,12 +20,12 @@ def test_the_device_and_its_threads() -> None:
 
 
 def test_the_version_and_the_commit() -> None:
-    folder = Path(hilora.__file__).parent
+    folder = machine.PACKAGE
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
     assert revision().startswith(f"{version('hilora')} {commit.stdout.strip()}".strip())
 
 
-def test_a_changed_file_is_told(tmp_path: Path) -> None:
+def test_a_changed_file_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "hilora"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -32,16 +33,13 @@ def test_a_changed_file_is_told(tmp_path: Path) -> None:
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "c"]):
         subprocess.run([*run, *command], cwd=tmp_path, check=True)
     (tmp_path / "more").mkdir()
-    before, hilora.__file__ = hilora.__file__, str(package / "__init__.py")
-    try:
-        assert not revision(tmp_path / "more").endswith("+")
-        (tmp_path / "more" / "a.py").touch()
-        assert not revision().endswith("+")
-        assert revision(tmp_path / "more").endswith("+")
-        (package / "__init__.py").write_text("changed")
-        assert revision().endswith("+")
-    finally:
-        hilora.__file__ = before
+    monkeypatch.setattr(machine, "PACKAGE", package)
+    assert not revision(tmp_path / "more").endswith("+")
+    (tmp_path / "more" / "a.py").touch()
+    assert not revision().endswith("+")
+    assert revision(tmp_path / "more").endswith("+")
+    (package / "__init__.py").write_text("changed")
+    assert revision().endswith("+")
 
 
 def test_versions_and_the_date() -> None:
