@@ -189,7 +189,7 @@ def _run_strategies(args: argparse.Namespace, check: Check, load_data: Load, sum
     del asked_for["kinds"]
     if not args.resume:
         set_aside(args.out, (*RESULTS, *COMPARISON))
-        for folder in folders:
+        for folder in (args.out / name for name in STRATEGIES):
             set_aside(folder, RESULTS)
     for strategy, folder in zip(strategies, folders, strict=True):
         resume = args.resume and has_checkpoint(folder)
