@@ -40,7 +40,9 @@ def add_data(data: argparse._ArgumentGroup) -> None:
 
 def check(args: argparse.Namespace) -> None:
     if args.data_dir is not None and not args.download and not args.data_dir.is_dir():
-        raise MissingFileError(f"there is no folder {args.data_dir}: give one with CIFAR-100 or images, or --download")
+        raise MissingFileError(
+            f"--data-dir: there is no folder {args.data_dir}: give one with CIFAR-100 or images, or --download"
+        )
 
 
 def load(args: argparse.Namespace, size: int) -> tuple[ImageSet, ImageSet, Population]:

@@ -28,7 +28,7 @@ def add_data(data: argparse._ArgumentGroup) -> None:
 
 def check(args: argparse.Namespace) -> None:
     if not args.data_dir.is_dir():
-        raise MissingFileError(f"there is no folder {args.data_dir}: give one with a folder per domain")
+        raise MissingFileError(f"--data-dir: there is no folder {args.data_dir}: give one with a folder per domain")
 
 
 def load(args: argparse.Namespace, size: int) -> tuple[ImageSet, ImageSet, Population]:

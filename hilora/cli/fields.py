@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from hilora.errors import InvalidValueError
+from hilora.errors import HiLoRAError, InvalidValueError
 from hilora.federated.settings import TIERS
 
 S = TypeVar("S")
@@ -42,9 +43,19 @@ def made(kind: Callable[..., S], values: Mapping[str, Any]) -> S:
     try:
         return kind(**values)
     except InvalidValueError as error:
-        raise InvalidValueError(
-            re.sub(r"\b(\w+)(\.\w+)?=", lambda m: f"{flag(m[1])}{m[2] or ''}=", str(error))
-        ) from None
+        named = re.compile(rf"\b({'|'.join(map(re.escape, values))})(\.\w+)?(?==| is )")
+        said = named.sub(lambda m: f"{flag(m[1])}{m[2] or ''}", str(error)) if values else str(error)
+        raise InvalidValueError(said) from None
+
+
+@contextmanager
+def about(**given: Any) -> Iterator[None]:
+    """Name the flags, and what was given by them, in what goes wrong because of that."""
+    try:
+        yield
+    except (HiLoRAError, OSError) as error:
+        flags = " ".join(f"{flag(name)} {value}" for name, value in given.items() if value is not None)
+        raise InvalidValueError(f"{flags}: {error}") from error
 
 
 def _kind(annotation: Any) -> dict[str, Any]:

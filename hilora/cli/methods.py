@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from hilora.cli.fields import add_field, described, flag, made
 from hilora.errors import InvalidTypeError, InvalidValueError
 from hilora.federated.data.partitions import settings
+from hilora.federated.settings import TIERS, TrainingSettings
 from hilora.federated.strategies import STRATEGIES, Strategy, own_fields, register
 
 TAKEN = frozenset(settings())
@@ -58,6 +59,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         for method, field in of_methods.items():
             hidden = _told({method: field}) if name in TAKEN else argparse.SUPPRESS
             add_field(group, f"{method}.{name}", field, hidden)
+    for stem, names in _stems().items():
+        words = f"{' and '.join(map(flag, names))} together"
+        add_field(group, stem, next(iter(by_field[names[0]].values())), words)
 
 
 def _told(of_methods: Mapping[str, FieldInfo]) -> str:
@@ -74,24 +78,40 @@ def chosen(args: argparse.Namespace, kinds: Sequence[type[Strategy]]) -> list[St
     Raises:
         InvalidValueError: for a setting that none of them has, or a value that does not fit.
     """
-    given, left = vars(args), set(_owned(args))
+    given, left, together = vars(args), set(_owned(args)), _stems()
     strategies = []
     for kind in kinds:
         name = kind.name or kind.__name__
         values = {}
         for field in own_fields(kind):
-            for key in (field, f"{name}.{field}"):  # what is for one method alone counts more
+            wider = [stem for stem, names in together.items() if field in names]
+            for key in (*wider, field, f"{name}.{field}"):  # what is for fewer counts more
                 if key in given and key not in TAKEN:
                     values[field] = given[key]
                     left.discard(key)
         strategies.append(made(kind, values))
     for key in sorted(left):
-        having = [name for name, kind in STRATEGIES.items() if key.rpartition(".")[2] in own_fields(kind)]
+        meant = set(together.get(key, [key.rpartition(".")[2]]))
+        having = [name for name, kind in STRATEGIES.items() if meant & set(own_fields(kind))]
+        having = [key.partition(".")[0]] if "." in key else having
         raise InvalidValueError(f"{flag(key)} is for {', '.join(having)}: none of these is in --strategy")
     return strategies
 
 
 def _owned(args: argparse.Namespace) -> list[str]:
     """What was given of methods' settings."""
-    names = {name for kind in STRATEGIES.values() for name in own_fields(kind)}
+    names = {name for kind in STRATEGIES.values() for name in own_fields(kind)} | set(_stems())
     return [key for key in vars(args) if key.rpartition(".")[2] in names and key not in TAKEN]
+
+
+def _stems() -> dict[str, list[str]]:
+    """Settings of methods that are named after tiers, `x_root` and `x_cluster`, by what they have in common, `x`: one
+    argument sets them together. Where something else has that name, there is none."""
+    names = {name: None for kind in STRATEGIES.values() for name in own_fields(kind)}
+    others = {*names, *TAKEN, *TrainingSettings.model_fields}
+    found: dict[str, list[str]] = {}
+    for name in names:
+        stem, _, tier = name.rpartition("_")
+        if stem and tier in TIERS and stem not in others:
+            found.setdefault(stem, []).append(name)
+    return {stem: several for stem, several in found.items() if len(several) > 1}

@@ -10,13 +10,13 @@ from typing import Any, NoReturn
 
 import torch
 
-from hilora.cli.fields import add_field, described, made
+from hilora.cli.fields import about, add_field, described, flag, made
 from hilora.cli.methods import add_settings, chosen, load
-from hilora.errors import HiLoRAError, MissingFileError, NotAFolderError, told
+from hilora.errors import HiLoRAError, InvalidValueError, MissingFileError, NotAFolderError, told
 from hilora.federated.callbacks.checkpoint import checkpoint_dtype, has_checkpoint
 from hilora.federated.callbacks.report import RESULTS
 from hilora.federated.data.images import ImageSet
-from hilora.federated.data.partitions import Population, partition, settings
+from hilora.federated.data.partitions import PARTITIONS, Population, partition, settings
 from hilora.federated.engine.device import DTYPES, find_device, quick_dtype
 from hilora.federated.settings import TrainingSettings
 from hilora.federated.simulation import Simulation
@@ -33,6 +33,7 @@ Load = Callable[[argparse.Namespace, int], tuple[ImageSet, ImageSet, Population]
 """Reads the training and the test images, at a height and width, and divides them among clients."""
 
 AUTO = "auto"
+COMPARISON = ("comparison.md", "comparison.json")
 VIT = "vit_base_patch16_224.augreg_in21k"
 SHARED = TrainingSettings.model_fields
 
@@ -101,8 +102,13 @@ class Command:
         machine = parser.add_argument_group("machine and results")
         cuda = "cuda" if torch.cuda.is_available() else "cpu"
         machine.add_argument("--device", default=cuda, help="cpu, cuda, cuda:1, … (%(default)s)")
-        measured = "of the backbone; adapters are float32. auto: bfloat16 where it was measured to be quicker"
-        machine.add_argument("--dtype", choices=[AUTO, *DTYPES], default=AUTO, help=f"{measured} (%(default)s)")
+        measured = "of the backbone; adapters are float32. auto: bfloat16 where that is measured to be quicker"
+        machine.add_argument(
+            "--dtype",
+            choices=[AUTO, *DTYPES],
+            default=AUTO,
+            help=f"{measured}, or what the run resumed was begun with (%(default)s)",
+        )
         out = Path("runs/latest")
         machine.add_argument("--out", type=Path, default=out, help="folder for the results (%(default)s)")
         machine.add_argument("--resume", action="store_true", help="go on where the run in --out stopped")
@@ -116,9 +122,15 @@ class Command:
 
 def divide(args: argparse.Namespace, train: ImageSet, test: ImageSet, scheme: str, **given: Any) -> Population:
     """A partition of the images, as the arguments say, and what is given beside them."""
+    fields = PARTITIONS[scheme].model_fields
     asked = {name: getattr(args, name) for name in settings() if hasattr(args, name)} | given
-    asked.setdefault("min_images", min(2, asked.get("images_per_client") or 2))
-    return partition(train, test, scheme, seed=args.seed, **asked)
+    for name in asked:
+        having = [other for other, kind in PARTITIONS.items() if name in kind.model_fields]
+        if name not in fields:
+            raise InvalidValueError(f"{flag(name)} is for {', '.join(having)}: the partition is {scheme}")
+    if "min_images" in fields:
+        asked.setdefault("min_images", min(2, asked.get("images_per_client") or 2))
+    return partition(train, test, made(PARTITIONS[scheme], asked), seed=args.seed)
 
 
 def run(args: argparse.Namespace, check: Check, load_data: Load) -> int:
@@ -157,25 +169,27 @@ def _run_strategies(args: argparse.Namespace, check: Check, load_data: Load, sum
     folders = [args.out] if len(strategies) == 1 else [args.out / name for name in args.strategy]
     if args.resume and not any(map(has_checkpoint, folders)):
         raise MissingFileError(f"--resume: there is no checkpoint in {args.out}: start without it")
-    device = find_device(args.device)
+    with about(device=args.device):
+        device = find_device(args.device)
     if device.type == "cpu":
         tune_for_cpu()
-    backbone = load_backbone(args.backbone, args.weights, args.img_size)
-    begun = (
-        next((checkpoint_dtype(folder) for folder in folders if has_checkpoint(folder)), None) if args.resume else None
-    )
+    with about(backbone=args.backbone, weights=args.weights, img_size=args.img_size):
+        backbone = load_backbone(args.backbone, args.weights, args.img_size)
+    goes_on = args.resume and args.dtype == AUTO
+    begun = next((checkpoint_dtype(folder) for folder in folders if has_checkpoint(folder)), None) if goes_on else None
     chosen_dtype = begun if args.dtype == AUTO else args.dtype
     dtype = quick_dtype(device, backbone.features) if chosen_dtype is None else DTYPES[chosen_dtype]
     train, test, population = load_data(args, backbone.size)
     say(
         f"{len(population.seen)} clients and {len(population.unseen)} unseen ones, {population.scheme}, on "
         f"{train.name} ({len(train)} images, {len(train.classes)} classes), {backbone.name} at {backbone.size} px, "
-        f"{device}, {str(dtype).removeprefix('torch.')}"
+        f"{device}, {str(dtype).removeprefix('torch.')}{', as the checkpoint says' if begun else ''}"
     )
     asked_for = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     del asked_for["kinds"]
     if not args.resume:
-        for folder in (args.out, *(args.out / name for name in STRATEGIES)):
+        set_aside(args.out, (*RESULTS, *COMPARISON))
+        for folder in (args.out / name for name in STRATEGIES):
             set_aside(folder, RESULTS)
     for strategy, folder in zip(strategies, folders, strict=True):
         resume = args.resume and has_checkpoint(folder)

@@ -40,10 +40,12 @@ class Settings(BaseModel):
 
 def _told(error: Any, kind: type[Settings]) -> str:
     """An error of pydantic in a few words."""
-    name = ".".join(str(part) for part in error["loc"]) or kind.__name__
+    name = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"there is no setting {name!r}: expected some of {', '.join(kind.model_fields)}"
     said = error["msg"].removeprefix("Value error, ")
+    if not name:  # of several settings together
+        return str(said)
     return f"{name}={error['input']!r}: {said[:1].lower() + said[1:]}"
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from hilora.cli.fields import add_field, described, made
-from hilora.cli.methods import load
+from hilora.cli.methods import chosen, load
 from hilora.cli.train import Command
 from hilora.errors import InvalidTypeError, InvalidValueError
 from hilora.federated.data.partitions import settings
-from hilora.federated.settings import TrainingSettings
+from hilora.federated.settings import Settings, TrainingSettings
 from hilora.federated.strategies import STRATEGIES, own_fields
+from hilora.federated.strategies.fedit import FedIT
 
 FOREIGN = """
 from pydantic import Field
@@ -80,6 +81,25 @@ def test_errors_of_values_name_the_flag() -> None:
         made(TrainingSettings, {"batch_size": 0})
     with pytest.raises(InvalidValueError, match=r"--lr\.leaf=-1"):
         made(TrainingSettings, {"lr": [1, 1, -1]})
+
+
+def test_settings_named_after_tiers_have_one_argument_together_and_what_is_for_fewer_counts_more() -> None:
+    args = command().parse(["--gamma", "0.5", "--gamma-cluster", "0.25", "--hilora.k-min", "3", "--k-min", "2"])
+    (strategy,) = chosen(args, args.kinds)
+    found = strategy.settings.plain()
+    assert (found["gamma_root"], found["gamma_cluster"], found["k_min"]) == (0.5, 0.25, 3)
+
+
+def test_a_method_may_not_have_a_setting_of_the_name_of_a_shared_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Greedy(FedIT):
+        class Settings(Settings):
+            rank: int = 3
+
+        name = "greedy"
+
+    monkeypatch.setitem(STRATEGIES, "greedy", Greedy)
+    with pytest.raises(InvalidValueError, match=r"greedy: rank is what all methods share"):
+        command().parse([])
 
 
 def test_a_method_of_ones_own_is_chosen_by_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
