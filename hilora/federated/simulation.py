@@ -104,17 +104,28 @@ class Simulation(Federation):
             try:
                 with uninterrupted():
                     restore(self)  # back to the last round that counts
-                    self._tell("end")
+                    self._end()
             except Exception as error:  # what ended the run is what is raised
                 ended.add_note(f"what was reached could not be written: {error}")
             raise
         with uninterrupted():
-            self._tell("end")
+            self._end()
         return self.summary()
 
     def _tell(self, hook: str, *what: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, hook)(self, *what)
+
+    def _end(self) -> None:
+        """Every callback has its end, whatever happens in another's; the first error is raised afterwards."""
+        errors = []
+        for callback in self.callbacks:
+            try:
+                callback.end(self)
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def _stage(self, stage: Stage) -> None:
         """The rounds of a stage, or what is left of them."""
@@ -202,7 +213,7 @@ class Simulation(Federation):
         clients = self.population.clients
         return {
             **settings,
-            **self.server.settings.plain(),
+            **{f"{self.name}.{name}": value for name, value in self.server.settings.plain().items()},
             "strategy": self.name,
             "data": [self.train_images.name, self._data],
             "backbone": [self.backbone.name, self.backbone.size, self._weights],
