@@ -80,8 +80,8 @@ def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
     if value is None or isinstance(value, str | int | float):
         return value
     raise InvalidTypeError(
-        f"a {type(value).__name__} cannot be saved in a checkpoint: keep tensors, numbers, texts, and dicts and lists of "
-        "these; an attribute that is no state has a name that begins with an underscore"
+        f"a {type(value).__name__} cannot be saved in a checkpoint: keep tensors, numbers, texts, and dicts and lists "
+        "of these; an attribute that is no state has a name that begins with an underscore"
     )
 
 

@@ -50,9 +50,9 @@ class Strategy(ABC):
 
     The simulation has two instances of it, one for each half, and only the messages pass between them. The server's
     half keeps its state in attributes, which make up its checkpoint: tensors, stacks, numbers, texts, and dicts and
-    lists of these; those whose names begin with an underscore are left out. It starts in `start`, gives in `configure` what it has for clients and takes in by `aggregate` what
-    they send. The client's half has nothing but the private states of its clients: it trains in `local` and says in
-    `models` what they predict with.
+    lists of these; those whose names begin with an underscore are left out. It starts in `start`, gives in
+    `configure` what it has for clients and takes in by `aggregate` what they send. The client's half has nothing but
+    the private states of its clients: it trains in `local` and says in `models` what they predict with.
 
     Attributes:
         name: what the method is called on the command line and in files; the class's by default.
