@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hilora.errors import InvalidValueError
+from hilora.errors import FileError, InvalidValueError
 
 PathLike = str | os.PathLike[str]
 Record = dict[str, Any]
@@ -72,6 +72,18 @@ def write_text(path: PathLike, text: str) -> None:
 def write_json(path: PathLike, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all. Tensors and arrays become lists, NaN and infinities null."""
     write_text(path, _dumps(value, indent=2) + "\n")
+
+
+def read_json(path: PathLike) -> Any:
+    """What a file of JSON holds.
+
+    Raises:
+        FileError: it is none, or nested beyond use.
+    """
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{os.fspath(path)} is not JSON: {error}") from error
 
 
 class Line(NamedTuple):

@@ -13,6 +13,7 @@ import torch
 from hilora.errors import FileError, MissingFileError
 from hilora.federated.callbacks.checkpoint import CHECKPOINT, PREVIOUS
 from hilora.federated.data.images import ImageSet
+from hilora.federated.grouping import GROUPINGS
 from hilora.federated.simulation import Simulation
 from hilora.federated.strategies import STRATEGIES
 from hilora.models.backbone import Backbone
@@ -85,6 +86,18 @@ def test_every_strategy_resumes_to_the_bit(simulate: Simulate, tmp_path: Path, s
     assert same(one.head.taken(), other.head.taken())
     assert whole.store.tables.keys() == resumed.store.tables.keys()
     assert all(same(table, resumed.store.tables[name]) for name, table in whole.store.tables.items())
+
+
+@pytest.mark.parametrize("groups", list(GROUPINGS))
+@pytest.mark.parametrize("strategy", ["hilora", "head-only"])
+def test_every_grouping_resumes_to_the_bit(simulate: Simulate, tmp_path: Path, strategy: str, groups: str) -> None:
+    expected = figures(simulate(strategy, out=tmp_path / "whole", groups=groups, participation=0.8).run())
+    for rounds in (1, 3):
+        stopped = simulate(strategy, groups=groups, participation=0.8, resume=rounds > 1)
+        stop_after(stopped, rounds)
+        with pytest.raises(Stop):
+            stopped.run()
+    assert figures(simulate(strategy, groups=groups, participation=0.8, resume=True).run()) == expected
 
 
 def test_what_ended_a_run_is_raised_even_where_its_checkpoint_is_gone(simulate: Simulate, tmp_path: Path) -> None:
