@@ -44,5 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if arguments[0] not in COMMANDS:
         listing().parse_args(arguments)
-    code: int = import_module(COMMANDS[arguments[0]][0]).main(arguments[1:], prog=f"hilora {arguments[0]}")
+    name = arguments[0]
+    try:
+        command = import_module(COMMANDS[name][0])
+    except ModuleNotFoundError as error:
+        if (error.name or "hilora").startswith("hilora"):
+            raise
+        print(f"hilora {name} needs {error.name}: pip install 'hilora[federated]'", file=sys.stderr)
+        return 2
+    code: int = command.main(arguments[1:], prog=f"hilora {name}")
     return code
