@@ -79,10 +79,9 @@ def test_the_installed_wheel_runs_the_layer_without_the_source_tree(wheel: Path,
     code = USE.format(site=str(site))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    done = subprocess.run(
-        [sys.executable, "-m", "hilora", "--version"], cwd=tmp_path, env=environment, capture_output=True
-    )
-    assert done.stdout.decode() == f"hilora {hilora.__version__}\n"
+    asked = [sys.executable, "-m", "hilora", "--version"]
+    done = subprocess.run(asked, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout == f"hilora {hilora.__version__}\n"
 
 
 def test_an_index_of_packages_takes_both(built: Path) -> None:

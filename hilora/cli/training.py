@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,9 +23,10 @@ from hilora.federated.settings import TrainingSettings
 from hilora.federated.simulation import Simulation
 from hilora.federated.strategies import STRATEGIES
 from hilora.files import plain, set_aside
+from hilora.locks import claimed
 from hilora.models.backbone import GLYPH_VIT, load_backbone, tune_for_cpu
 from hilora.reporting.comparison import comparison_text, write_comparison
-from hilora.reporting.progress import INTERRUPTED, ending, on_terminal, say, silent
+from hilora.reporting.progress import ending, on_terminal, say, silent, stopped
 
 Check = Callable[[argparse.Namespace], None]
 """Raises an error where the data that are asked for cannot be there, before anything takes long."""
@@ -157,9 +157,8 @@ def run(args: argparse.Namespace, check: Check, load_data: Load) -> int:
     def strategies() -> int:
         try:
             _run_strategies(args, check, load_data, summaries)
-        except KeyboardInterrupt:
-            say("\ninterrupted" + ("; --resume goes on from here" if summaries else ""), sys.stderr)
-            return INTERRUPTED
+        except KeyboardInterrupt as error:
+            return stopped(error, "; --resume goes on from here" if summaries else "")
         return 0
 
     with silent() if args.quiet or args.json else nullcontext(), on_terminal():
@@ -178,6 +177,15 @@ def _run_strategies(args: argparse.Namespace, check: Check, load_data: Load, sum
     if args.out.exists() and not args.out.is_dir():
         raise NotAFolderError(f"--out {args.out} is a file: choose a folder")
     check(args)
+    with claimed(args.out) as ours:
+        if not ours:
+            raise InvalidValueError(
+                f"another process is writing to --out {args.out}: wait for it, or give another folder"
+            )
+        _train(args, load_data, summaries)
+
+
+def _train(args: argparse.Namespace, load_data: Load, summaries: list[dict[str, Any]]) -> None:
     given = {name: value for name, value in vars(args).items() if name in SHARED}
     training, strategies = made(TrainingSettings, given), chosen(args, args.kinds)
     folders = [args.out] if len(strategies) == 1 else [args.out / name for name in args.strategy]

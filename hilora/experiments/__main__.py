@@ -27,7 +27,7 @@ from hilora.experiments.runner import Pair, Runner, shard
 from hilora.experiments.spec import read_experiment
 from hilora.federated.engine.device import find_device
 from hilora.models.backbone import tune_for_cpu
-from hilora.reporting.progress import ending
+from hilora.reporting.progress import ending, stopped
 
 
 def part(text: str) -> tuple[int, int]:
@@ -95,9 +95,8 @@ def run(args: argparse.Namespace) -> int:
     runner = Runner(experiment, ledger, Inputs(experiment.model, args.data_dir, device), work, say)
     try:
         runner.run(pairs)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        return stopped(error, "; the same command goes on from here")
     for title in runner.failed:
         print(f"failed: {title}", file=sys.stderr)
     return 1 if runner.failed else 0

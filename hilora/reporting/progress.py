@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -14,11 +15,12 @@ from typing import Any, TextIO, TypeVar
 from tqdm import tqdm
 
 from hilora.errors import told
+from hilora.locks import Stopped, stoppable
 
 log = logging.getLogger("hilora")
 Item = TypeVar("Item")
 _SILENT = ContextVar("silent", default=False)
-INTERRUPTED, WRONG, CLOSED = 130, 2, 141  # exit codes: Ctrl-C; something given cannot be used; nobody reads the output
+WRONG, CLOSED = 2, 141  # exit codes: something given cannot be used; nobody reads the output
 
 
 @contextmanager
@@ -43,17 +45,24 @@ def say(text: str, stream: TextIO | None = None) -> None:
         stream.flush()
 
 
+def stopped(error: KeyboardInterrupt, more: str = "") -> int:
+    """Says that a command was interrupted, and more; returns its exit code, as shells have it: 130 after Ctrl-C."""
+    by = f" by {error}" if isinstance(error, Stopped) else ""
+    say(f"\ninterrupted{by}{more}", sys.stderr)
+    return 128 + (error.signal if isinstance(error, Stopped) else signal.SIGINT)
+
+
 def ending(work: Callable[[], int]) -> int:
     """What a command ends with: the exit code of its work; or of what stopped that, which is said in one line, unless
     it is a bug."""
     try:
-        code = work()
+        with stoppable():
+            code = work()
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        say("\ninterrupted", sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as error:
+        return stopped(error)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
         return CLOSED

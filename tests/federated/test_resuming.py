@@ -121,6 +121,33 @@ def test_resuming_a_finished_run_changes_nothing(simulate: Simulate) -> None:
     assert figures(simulate(resume=True).run()) == first
 
 
+@pytest.mark.parametrize("strategy", ["hilora", "fedit", "feddpa-f", "fedalt", "ifca"])
+def test_a_finished_run_goes_on_as_if_it_had_been_asked_for_more_rounds(
+    simulate: Simulate, tmp_path: Path, strategy: str
+) -> None:
+    asked: dict[str, Any] = {"participation": 0.8, "evaluate_every": 1}
+    whole = simulate(strategy, out=tmp_path / "whole", rounds=[2, 2, 4], **asked)
+    expected = figures(whole.run())
+    simulate(strategy, rounds=[2, 2, 1], **asked).run()
+    stopped = simulate(strategy, rounds=[2, 2, 3], resume=True, **asked)
+    stop_after(stopped, 6)
+    with pytest.raises(Stop):
+        stopped.run()
+    resumed = simulate(strategy, rounds=[2, 2, 4], resume=True, **asked)
+    assert figures(resumed.run()) == expected
+    assert untimed(resumed) == untimed(whole)
+
+
+def test_rounds_that_are_over_cannot_become_more_or_fewer(simulate: Simulate) -> None:
+    simulate(rounds=[2, 1, 2]).run()
+    for rounds in ([3, 1, 2], [2, 2, 2], [2, 1, 1], [2, 1, 0]):
+        with pytest.raises(FileError, match="rounds was"):
+            simulate(rounds=rounds, resume=True)
+    (simulate(rounds=[2, 1, 2], resume=True).out / PREVIOUS).unlink()
+    with pytest.raises(FileError, match="rounds was"):
+        simulate(rounds=[2, 1, 3], resume=True)
+
+
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(simulate: Simulate, tmp_path: Path) -> None:
     whole = figures(simulate(out=tmp_path / "whole").run())
     stopped = simulate()
