@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hilora.federated.archive import digest
+from hilora.adapters.io.files import checksum
 from hilora.federated.callbacks.base import Callback, Round
 from hilora.federated.callbacks.checkpoint import Checkpoint, restore
 from hilora.federated.callbacks.diagnostics import Diagnostics
@@ -75,10 +75,10 @@ class Simulation(Federation):
         self.round, self.trained = 0, list[int]()  # rounds so far; in each stage that is over
         self.seconds, self.images, self.trained_parameters, self.finished = 0.0, 0, 0, False
         self.callbacks = [Metrics(), Diagnostics(), UnseenClients(), *callbacks, ProgressBar(), Report(), Checkpoint()]
-        self._weights = digest(backbone.model.state_dict())
+        self._weights = checksum("", backbone.model.state_dict())
         images = {"train": train.checksums(), "test": test.checksums()}
-        self._data = digest({**images, "train labels": train.labels, "test labels": test.labels})
-        self._shares = digest(_shares(population))
+        self._data = checksum("", {**images, "train labels": train.labels, "test labels": test.labels})
+        self._shares = checksum("", _shares(population))
         out.mkdir(parents=True, exist_ok=True)
         if resume:
             restore(self)
