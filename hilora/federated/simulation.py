@@ -236,8 +236,14 @@ class Simulation(Federation):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Go on from a `state_dict`.
+
+        Raises:
+            KeyError, TypeError: it lacks something, or has something else in its place.
+        """
         for name in PROGRESS:
+            if type(state[name]) is not type(getattr(self, name)):
+                raise TypeError(f"{name} is {state[name]!r}")
             setattr(self, name, state[name])
         self.server.load_state_dict(state["strategy"])
         self.store.load_state_dict(state["store"])
