@@ -24,7 +24,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["hilora", "hilora.*"]),
-    package_data={"hilora": ["py.typed", "**/*.safetensors", "**/*.json"]},
+    package_data={"hilora": ["py.typed", "**/*.safetensors", "**/*.json", "**/*.css", "**/*.js"]},
     install_requires=CORE,
     extras_require={"federated": FEDERATED, "dev": FEDERATED + DEV + CHECKS},
 )

@@ -54,7 +54,8 @@ def test_the_wheel_has_every_module_and_no_more(wheel: Path) -> None:
     modules = {f"hilora/{path.relative_to(ROOT / 'hilora')}" for path in (ROOT / "hilora").rglob("*.py")}
     modules |= {f"hilora/kernels/{path.relative_to(ROOT / 'kernels')}" for path in (ROOT / "kernels").rglob("*.py")}
     extra = {"hilora/py.typed", "hilora/kernels/py.typed", "hilora/models/assets/glyph_vit.safetensors"}
-    extra |= {"hilora/experiments/defaults.json"}
+    extra |= {"hilora/experiments/defaults.json", "hilora/reporting/assets/report.css"}
+    extra |= {"hilora/reporting/assets/report.js"}
     assert packed == modules | extra
 
 

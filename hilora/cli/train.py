@@ -33,7 +33,7 @@ Load = Callable[[argparse.Namespace, int], tuple[ImageSet, ImageSet, Population]
 """Reads the training and the test images, at a height and width, and divides them among clients."""
 
 AUTO = "auto"
-COMPARISON = ("comparison.md", "comparison.json")
+COMPARISON = ("comparison.md", "comparison.html", "comparison.json")
 VIT = "vit_base_patch16_224.augreg_in21k"
 SHARED = TrainingSettings.model_fields
 

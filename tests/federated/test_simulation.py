@@ -22,7 +22,8 @@ FILES = {"summary.json", "metrics.jsonl", "accuracy.png", "clusters.png", "class
 
 def figures(summary: dict[str, Any]) -> dict[str, Any]:
     """A summary without its timings."""
-    return {key: value for key, value in summary.items() if key not in ("seconds", "images_per_second", "config")}
+    timed = ("seconds", "seconds_by_phase", "images_per_second")
+    return {key: value for key, value in summary.items() if key not in (*timed, "config")}
 
 
 TIERS = {
