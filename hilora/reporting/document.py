@@ -145,4 +145,3 @@ def _html(block: Block) -> str:
             return block.text
         case Table():
             return block.html()
-

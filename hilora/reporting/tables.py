@@ -73,7 +73,9 @@ class Table:
         ]
         head = _cells(lambda place: "th scope=col", self.header, self.left)
         caption = f"<caption>{escape(self.caption)}</caption>\n" if self.caption else ""
-        table = f"<table>\n{caption}<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody>\n</table>"
+        table = (
+            f"<table>\n{caption}<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody>\n</table>"
+        )
         return f"<div class=scroll>{table}</div>"
 
     def _first_references(self) -> list[bool]:

@@ -62,7 +62,10 @@ class Metrics(Callback):
     def summary(self, simulation: Simulation) -> Mapping[str, Any]:
         last = list(self.tiers.values())[-1] if self.tiers else NOT_MEASURED
         found = {"tiers": self.tiers, "final": last, "val": self.val, "per_client": self.per_client}
-        return {**found, "per_client_by_tier": {tier: self.by_tier[tier] for tier in self.tiers if tier in self.by_tier}}
+        return {
+            **found,
+            "per_client_by_tier": {tier: self.by_tier[tier] for tier in self.tiers if tier in self.by_tier},
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {"tiers": self.tiers, "val": self.val, "per_client": self.per_client, "by_tier": self.by_tier}

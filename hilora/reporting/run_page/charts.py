@@ -5,9 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+T = TypeVar("T")
+
+MOST = 1000  # points of a chart, and rows of a table
 SIDE = 1000  # of the square that a plot is drawn in, whatever its shape on the page
+
+
+def spaced(found: Sequence[T]) -> list[T]:
+    """All that was found, or as much as a page has room for: evenly spaced, the first and the last with them."""
+    if len(found) <= MOST:
+        return list(found)
+    return [found[round(n * (len(found) - 1) / (MOST - 1))] for n in range(MOST)]
 
 
 class Point(NamedTuple):
@@ -40,24 +50,24 @@ class Axis(NamedTuple):
 def axis(values: Sequence[float], low: float = -math.inf, high: float = math.inf) -> Axis:
     """Room for all values, to the next round number but not beyond `low` and `high`, with about five lines."""
     least, most = min(values, default=0.0), max(values, default=1.0)
-    step = _step((most - least) or 1.0)
+    step = _step((most - least) or 1.0, 5.5)
     first, last = math.floor(least / step), math.ceil(most / step)
     last += first == last
     ticks = tuple(step * n for n in range(first, last + 1) if low <= step * n <= high)
     return Axis(max(low, step * first), min(high, step * last), ticks)
 
 
-def _step(span: float) -> float:
-    """A round number that a span has about five of."""
-    power = 10.0 ** math.floor(math.log10(span / 5))
-    return next(factor * power for factor in (1, 2, 5, 10) if span / (factor * power) <= 5.5)
+def _step(span: float, most: float) -> float:
+    """The smallest round number that a span has at most so many of."""
+    power = 10.0 ** math.floor(math.log10(span / most))
+    return next(factor * power for factor in (1, 2, 5, 10) if span / (factor * power) <= most)
 
 
 def numbered(first: int, last: int) -> list[tuple[float, str]]:
-    """Places and names of at most seven of the numbers from `first` to `last`, each in the middle of its share."""
+    """Places and names of some of the numbers from `first` to `last`, each in the middle of its share."""
     count = last - first + 1
-    step = max(1, math.ceil(_step(count)))
-    return [((n - first + 0.5) / count, str(n)) for n in range(first, last + 1) if n % step == 0 or count <= 5]
+    step = max(1, round(_step(count, 7)))
+    return [((n - first + 0.5) / count, str(n)) for n in range(first, last + 1) if n % step == 0]
 
 
 def curve(name: str, points: Sequence[Point], heights: Axis) -> str:
@@ -122,14 +132,20 @@ def _grid(heights: Axis) -> str:
 
 
 def _borders(spans: Sequence[Span]) -> str:
-    """Names in two rows, so that those of narrow parts do not meet."""
-    found, narrow = [], any(end - start < 0.2 for _, start, end in spans)
+    """Lines between parts and their names above, in two rows where they would meet on a narrow page."""
+    found = []
+    reach = [0.0, 0.0]  # where the names of the lower and of the upper row end
     for number, (name, start, end) in enumerate(spans):
-        x, row = f"{100 * start:.2f}%", 10 + 15 * (narrow and number % 2)
-        if number:
-            found.append(f'<line class=border x1="{x}" x2="{x}" y1="-{row}" y2="100%"/>')
         short = name if len(name) <= 18 else name[:17] + "…"
-        found.append(f'<text x="{50 * (start + end):.2f}%" y="-{row}" text-anchor="middle">{escape(short)}</text>')
+        half = 0.012 * (len(short) + 1)
+        centre = min(max((start + end) / 2, half), 1 - half)
+        row = 0 if centre - half >= reach[0] else 1
+        reach[row] = centre + half
+        x = f"{100 * start:.2f}%"
+        if number:
+            found.append(f'<line class=border x1="{x}" x2="{x}" y1="-8" y2="100%"/>')
+        place = f'x="{100 * centre:.2f}%" y="-{12 + 15 * row}"'
+        found.append(f'<text {place} text-anchor="middle">{escape(short)}</text>')
     return "".join(found)
 
 
@@ -144,20 +160,20 @@ class Cell(NamedTuple):
     share: float | None = None
 
 
-def shaded(
-    kind: str, caption: str, header: Sequence[str], rows: Sequence[tuple[str, Sequence[Cell]]]
-) -> str:
+def shaded(kind: str, caption: str, header: Sequence[str], rows: Sequence[tuple[str, Sequence[Cell]]]) -> str:
     """A table whose cells show their share: `kind` "heat" by a colour, "bar" by a length."""
 
     def cell(one: Cell) -> str:
         shown = "" if one.share is None else f' class={kind} style="--share:{one.share:.3f}"'
         return f"<td{shown}>{escape(one.text)}</td>"
 
-    head = "".join(f"<th scope=col{'' if place else ' class=left'}>{escape(one)}</th>" for place, one in enumerate(header))
+    head = "".join(
+        f"<th scope=col{'' if place else ' class=left'}>{escape(one)}</th>" for place, one in enumerate(header)
+    )
     body = "\n".join(
         f"<tr><th scope=row class=left>{escape(name)}</th>{''.join(map(cell, cells))}</tr>" for name, cells in rows
     )
     return (
-        f"<div class=scroll><table>\n<caption>{escape(caption)}</caption>\n<thead><tr>{head}</tr></thead>\n"
+        f'<div class="scroll shaded"><table>\n<caption>{escape(caption)}</caption>\n<thead><tr>{head}</tr></thead>\n'
         f"<tbody>\n{body}\n</tbody>\n</table></div>"
     )
