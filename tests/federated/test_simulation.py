@@ -17,7 +17,8 @@ from hilora.federated.strategies.fedit import FedIT
 from hilora.models.backbone import Backbone
 from tests.federated.conftest import Simulate, records, same, squares
 
-FILES = {"summary.json", "metrics.jsonl", "accuracy.png", "clusters.png", "classes.png", "adapters.safetensors"}
+FILES = {"summary.json", "metrics.jsonl", "adapters.safetensors", "heads.safetensors", "report.html"}
+FILES |= {"accuracy.png", "clusters.png", "classes.png"}
 
 
 def figures(summary: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import groupby
@@ -111,22 +112,21 @@ def _clusters(summary: Mapped, clients: Sequence[ClientResult]) -> list[Block]:
     found = summary.get("clusters")
     if not found:
         return [Paragraph("No clusters were formed.")]
-    grouped = [client for client in clients if client.seen and client.cluster is not None]
-    names = list(dict.fromkeys(sorted(client.group or "clients" for client in grouped)))
-    count = max([found["k"] - 1, *(client.cluster or 0 for client in grouped)]) + 1
-    table = np.zeros((len(names), count), dtype=int)
-    for client in grouped:
-        table[names.index(client.group or "clients"), client.cluster] += 1
-    most = max(1, int(table.max(initial=1)))
+    counts = Counter((client.group or "clients", client.cluster) for client in clients if client.seen)
+    names, numbers = sorted({name for name, _ in counts}), range(found["k"])
+    most = max(counts.values(), default=1)
     rows = [
-        (name, [Cell(str(n), n / most) if n else Cell("") for n in row]) for name, row in zip(names, table, strict=True)
+        (name, [Cell(str(count), count / most) if count else Cell("") for count in (counts[name, k] for k in numbers)])
+        for name in names
     ]
     said = f"{found['k']} cluster{'' if found['k'] == 1 else 's'} of seen clients."
     if found["ari"] is not None:
         said += f" Agreement with the true groups (adjusted Rand index, 1 if they are the same): {found['ari']:.2f}."
-    header = ("true group", *map(str, range(count)))
-    members = [(number, [str(c.id) for c in clients if c.cluster == number]) for number in range(count)]
-    listed = Table(("cluster", "clients"), tuple(Row((str(number), ", ".join(ids))) for number, ids in members))
+    header = ("true group", *map(str, numbers))
+    members = (", ".join(str(client.id) for client in clients if client.cluster == k) for k in numbers)
+    listed = Table(
+        ("cluster", "clients"), tuple(Row((str(k), ids)) for k, ids in enumerate(members)), "Clients by cluster"
+    )
     return [
         Paragraph(said),
         Html(shaded("heat", "Seen clients of each true group (rows) in each cluster (columns)", header, rows)),
