@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from hilora.errors import FileError
-from hilora.reporting.document import Code, Heading, Html, Link, Paragraph, Picture, between, markdown, page
+from hilora.reporting.document import Block, Code, Heading, Html, Link, Paragraph, Picture, between, markdown, page
 from hilora.reporting.tables import Row, Table
 
 TABLE = Table(
@@ -52,7 +52,7 @@ def test_a_picture_is_linked_from_where_the_text_will_be() -> None:
 
 
 def test_a_link_is_in_both_and_html_in_a_page_alone() -> None:
-    blocks = [Link("a b/c.html", "to <c>"), Html("<hr>")]
+    blocks: list[Block] = [Link("a b/c.html", "to <c>"), Html("<hr>")]
     assert markdown(blocks, "") == "[to \\<c>](a%20b/c.html)"
     assert '<p><a href="a%20b/c.html">to &lt;c&gt;</a></p>\n<hr>' in page("t", blocks)
 

@@ -66,8 +66,7 @@ def test_it_says_what_was_run_and_what_came_of_it() -> None:
     assert described["rounds"] == "root 2, leaf 1"  # of the settings, which stand last
     assert described["target modules"] == "q, v"
     assert page.said("dt").count("seed") == 1
-    for figure in ("62.0", "80.0", "93.4", "81.1", "85.9"):
-        assert figure in page.said("td") or figure == "62.0"
+    assert {"80.0", "93.4", "81.1", "85.9"} <= set(page.said("td"))
 
 
 def test_the_rounds_are_drawn_with_the_borders_of_their_stages() -> None:
@@ -94,8 +93,6 @@ def test_clients_stand_by_gain_the_unseen_ones_apart() -> None:
     bars = [shown["class"] for tag, shown in page.elements if tag == "rect"]
     assert bars == ["seen"] * 8 + ["unseen"] * 2
     assert page.said("title")[1:] == [point["text"] for point in points]  # the first is the window's
-    ids = [row["row"] for row in points]
-    assert [text for text in page.said("th") if text in ids][-10:] != []
     assert "Gain of each client, leaf less root, in points" in page.said("figcaption")
 
 
@@ -113,7 +110,12 @@ def test_clusters_traffic_and_time() -> None:
 
 
 def odd_runs() -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
-    nothing = {"tiers": {}, "final": MISSING, "unseen": {"zero_leaf": None, "leaf": None}, "clusters": None}
+    nothing: dict[str, Any] = {
+        "tiers": {},
+        "final": MISSING,
+        "unseen": {"zero_leaf": None, "leaf": None},
+        "clusters": None,
+    }
     unmeasured = [{**record, "test": MISSING, "val": None, "loss": None} for record in make_rounds()]
     whole = make_run()
     nan = {**whole["per_client"], "test": [float("nan"), None, *whole["per_client"]["test"][2:]]}
@@ -156,7 +158,8 @@ def test_every_kind_of_run_has_a_page(kind: str, names: tuple[str, ...]) -> None
 def test_names_are_text_whatever_they_say() -> None:
     summary = make_run(strategy=HOSTILE, data=HOSTILE, partition=HOSTILE, backbone=HOSTILE)
     records = [{**record, "stage": HOSTILE} for record in make_rounds()]
-    text = make_page(summary, records, (HOSTILE, HOSTILE + "2"), **{HOSTILE: {HOSTILE: [HOSTILE]}})
+    settings: dict[str, Any] = {HOSTILE: {HOSTILE: [HOSTILE]}}
+    text = make_page(summary, records, (HOSTILE, HOSTILE + "2"), **settings)
     page = Reader(text)
     assert len([tag for tag, _ in page.elements if tag == "script"]) == 2  # the data, and what reads them
     assert not [tag for tag, _ in page.elements if tag == "b"]
