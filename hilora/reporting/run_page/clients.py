@@ -88,7 +88,7 @@ def _known(values: Sequence[float | None] | None, place: int) -> float | None:
 
 def _ranked(clients: Sequence[ClientResult]) -> list[ClientResult]:
     """Seen clients and then unseen ones, each by what the chart shows."""
-    gains = any(client.seen and client.gain is not None for client in clients)
+    gains = _gained(clients)
 
     def order(client: ClientResult) -> tuple[bool, bool, float]:
         value = client.gain if gains else client.after
@@ -108,72 +108,79 @@ def clients_section(clients: Sequence[ClientResult], tiers: Sequence[str]) -> tu
     if not clients:
         return [Paragraph("No client has been measured.")], []
     shown = spaced(_ranked(clients))
-    gains = any(client.seen and client.gain is not None for client in shown)
-    values = [client.gain if gains else client.after for client in shown]
-    known = [100 * value for value in values if value is not None]
-    heights = axis([0.0, *known])
-    marks = "".join(
-        column(
-            _kind(client), place / len(shown), (place + 0.8) / len(shown), 100 * value, heights, _client_said(client)
-        )
-        for place, (client, value) in enumerate(zip(shown, values, strict=True))
-        if value is not None
-    )
-    seen = sum(client.seen for client in shown)
-    parts = [("seen", 0, seen), ("unseen", seen, len(shown))]
-    parts = [part for part in parts if part[1] < part[2]]
-    said = [f"{name}: {_range(values[start:end], gains)}" for name, start, end in parts]
+    gains = _gained(shown)
     what = (
         f"Gain of each client, {tiers[-1]} less {tiers[0]}, in points"
         if gains
         else "Test accuracy of each client, in %"
     )
-    figure = chart(
-        "clients",
-        what,
-        f"A bar for each client, the highest first. {'; '.join(said)}",
-        marks,
-        heights,
-        [(name, f"{name} clients") for name, *_ in parts],
-        [Span(name, start / len(shown), end / len(shown)) for name, start, end in parts],
-    )
-    header = ("client", "seen", "group", "cluster", "before, %", "after, %", "gain", "sent, MB", "received, MB")
-    table = Table(
-        header,
-        tuple(Row(_client_cells(client)) for client in shown),
-        "Clients, by gain" if gains else "Clients, by accuracy",
-    ).html()
+    caption = f"Clients, by {'gain' if gains else 'accuracy'}"
     said_at = [
         {"x": (place + 0.5) / len(shown), "row": str(client.id), "text": _client_said(client)}
         for place, client in enumerate(shown)
     ]
     blocks: list[Block] = [
         Paragraph(_explained(len(shown), len(clients), tiers)),
-        Html(figure),
-        Html(f'<div class="tall sortable" id=clients tabindex=0 role=region aria-label="Clients">{table}</div>'),
+        Html(_figure(shown, gains, what)),
+        Html(f'<div class="tall sortable" id=clients tabindex=0 role=region aria-label="{caption}">'),
+        _table(shown, caption),
+        Html("</div>"),
     ]
     return blocks, said_at
 
 
-def _explained(shown: int, count: int, tiers: Sequence[str]) -> str:
-    before = f"after {tiers[0]}, or" if len(tiers) > 1 else "known only"
-    less = f" {shown} of {count} clients are shown, evenly spaced." if shown < count else ""
-    return (
-        "Each client has test images of its own. Before is its accuracy on them "
-        f"{before} for an unseen client before it trained an adapter of its own; after is that in the end.{less}"
+def _gained(clients: Sequence[ClientResult]) -> bool:
+    """Whether it is known what seen clients gained; else the chart shows where they are."""
+    return any(client.seen and client.gain is not None for client in clients)
+
+
+def _figure(shown: Sequence[ClientResult], gains: bool, what: str) -> str:
+    values = [client.gain if gains else client.after for client in shown]
+    heights = axis([0.0, *(100 * value for value in values if value is not None)])
+    wide = 1 / len(shown)
+    marks = "".join(
+        column(_kind(client), wide * place, wide * (place + 0.8), 100 * value, heights, _client_said(client))
+        for place, (client, value) in enumerate(zip(shown, values, strict=True))
+        if value is not None
     )
+    seen = sum(client.seen for client in shown)
+    parts = [part for part in (("seen", 0, seen), ("unseen", seen, len(shown))) if part[1] < part[2]]
+    said = "; ".join(f"{name}: {_range(values[start:end], gains)}" for name, start, end in parts)
+    series = [(name, f"{name} clients") for name, *_ in parts]
+    spans = [Span(name, wide * start, wide * end) for name, start, end in parts]
+    return chart("clients", what, f"A bar for each client, the highest first. {said}", marks, heights, series, spans)
+
+
+def _explained(shown: int, count: int, tiers: Sequence[str]) -> str:
+    late = "of an unseen client, before it trained an adapter of its own"
+    before = f"after {tiers[0]}, or {late}" if len(tiers) > 1 else late
+    less = f" {shown} of {count} clients are shown, evenly spaced." if shown < count else ""
+    return f"Accuracies of each client on its own test images. Before: {before}. After: in the end.{less}"
 
 
 def _kind(client: ClientResult) -> str:
     return "seen" if client.seen else "unseen"
 
 
-def _client_cells(client: ClientResult) -> tuple[str, ...]:
-    cluster = MISSING if client.cluster is None else str(client.cluster)
-    accuracies = (percent(client.before, ""), percent(client.after, ""), points(client.gain))
-    moved = (MISSING if amount is None else f"{amount / 1e6:.3f}" for amount in (client.up, client.down))
-    seen = "yes" if client.seen else "no"
-    return (str(client.id), seen, client.group or MISSING, cluster, *accuracies, *moved)
+def _table(shown: Sequence[ClientResult], caption: str) -> Table:
+    """A row for each client; columns in which nothing is known are left out."""
+
+    def megabytes(size: float | None) -> str:
+        return MISSING if size is None else f"{size / 1e6:.3f}"
+
+    columns = {
+        "client": [str(client.id) for client in shown],
+        "seen": ["yes" if client.seen else "no" for client in shown],
+        "group": [client.group or MISSING for client in shown],
+        "cluster": [MISSING if client.cluster is None else str(client.cluster) for client in shown],
+        "before, %": [percent(client.before, "") for client in shown],
+        "after, %": [percent(client.after, "") for client in shown],
+        "gain": [points(client.gain) for client in shown],
+        "sent, MB": [megabytes(client.up) for client in shown],
+        "received, MB": [megabytes(client.down) for client in shown],
+    }
+    known = {name: cells for name, cells in columns.items() if set(cells) != {MISSING}}
+    return Table(tuple(known), tuple(map(Row, zip(*known.values(), strict=True))), caption)
 
 
 def _client_said(client: ClientResult) -> str:
