@@ -12,6 +12,8 @@ DEV = [
     "pytest>=8",
     "pytest-benchmark>=5",
     "hypothesis>=6.100",
+    "nbclient>=0.10",
+    "ipykernel>=6.29",
 ]
 CHECKS = ["ruff>=0.9", "mypy>=1.14"]
 
