@@ -137,9 +137,9 @@ def _gained(clients: Sequence[ClientResult]) -> bool:
 def _figure(shown: Sequence[ClientResult], gains: bool, what: str) -> str:
     values = [client.gain if gains else client.after for client in shown]
     heights = axis([0.0, *(100 * value for value in values if value is not None)])
-    wide = 1 / len(shown)
+    wide, bar = 1 / len(shown), 0.8 if len(shown) <= 100 else 1.0  # gaps of less than a pixel would flicker
     marks = "".join(
-        column(_kind(client), wide * place, wide * (place + 0.8), 100 * value, heights, _client_said(client))
+        column(_kind(client), wide * place, wide * (place + bar), 100 * value, heights, _client_said(client))
         for place, (client, value) in enumerate(zip(shown, values, strict=True))
         if value is not None
     )
