@@ -137,10 +137,10 @@ def _gained(clients: Sequence[ClientResult]) -> bool:
 def _figure(shown: Sequence[ClientResult], gains: bool, what: str) -> str:
     values = [client.gain if gains else client.after for client in shown]
     heights = axis([0.0, *(100 * value for value in values if value is not None)])
-    wide, bar = 1 / len(shown), 0.8 if len(shown) <= 100 else 1.0  # gaps of less than a pixel would flicker
+    wide, gap = 1 / len(shown), 0.1 if len(shown) <= 100 else 0.0  # gaps of less than a pixel would flicker
     marks = "".join(
-        column(_kind(client), wide * place, wide * (place + bar), 100 * value, heights, _client_said(client))
-        for place, (client, value) in enumerate(zip(shown, values, strict=True))
+        column(_kind(client), wide * (n + gap), wide * (n + 1 - gap), 100 * value, heights, _client_said(client))
+        for n, (client, value) in enumerate(zip(shown, values, strict=True))
         if value is not None
     )
     seen = sum(client.seen for client in shown)
@@ -153,7 +153,7 @@ def _figure(shown: Sequence[ClientResult], gains: bool, what: str) -> str:
 
 def _explained(shown: int, count: int, tiers: Sequence[str]) -> str:
     late = "of an unseen client, before it trained an adapter of its own"
-    before = f"after {tiers[0]}, or {late}" if len(tiers) > 1 else late
+    before = f"after {tiers[0]}; {late}" if len(tiers) > 1 else late
     less = f" {shown} of {count} clients are shown, evenly spaced." if shown < count else ""
     return f"Accuracies of each client on its own test images. Before: {before}. After: in the end.{less}"
 
