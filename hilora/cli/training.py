@@ -36,7 +36,7 @@ Load = Callable[[argparse.Namespace, int], tuple[ImageSet, ImageSet, Population]
 
 AUTO = "auto"
 PER_TIER = "per tier: one value, or one for each of root, cluster, leaf, as in --rank 8 or --rank 16,8,4"
-COMPARISON = ("comparison.md", "comparison.json")
+COMPARISON = ("comparison.md", "comparison.html", "comparison.json")
 VIT = "vit_base_patch16_224.augreg_in21k"
 SHARED = TrainingSettings.model_fields
 

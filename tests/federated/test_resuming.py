@@ -151,7 +151,7 @@ def test_rounds_that_are_over_cannot_become_more_or_fewer(simulate: Simulate) ->
 
 @pytest.mark.parametrize(
     "change",
-    [{"seconds": None}, {"stage": "x"}, {"strategy": None}, {"store": {}}, {"callbacks": []}, {"identity": 3}],
+    [{"seconds_by_phase": None}, {"stage": "x"}, {"strategy": None}, {"store": {}}, {"callbacks": []}, {"identity": 3}],
 )
 def test_a_checkpoint_with_other_parts_is_no_bug(simulate: Simulate, tmp_path: Path, change: dict[str, Any]) -> None:
     simulate(rounds=[1, 0, 0]).run()
