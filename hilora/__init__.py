@@ -5,5 +5,6 @@ What there is stands in `__init__.pyi`, and is loaded when it is first used.
 
 import lazy_loader
 
-__version__ = "0.1.0"
+from hilora.version import __version__ as __version__
+
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

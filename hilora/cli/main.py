@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-import hilora
+from hilora.version import __version__
 
 COMMANDS = {
     "train": ("hilora.cli.train", "train the clients of one data set and measure them; a demo where nothing is given"),
@@ -29,7 +29,7 @@ def listing() -> argparse.ArgumentParser:
         description="Hierarchical low-rank adapters for Vision Transformers of many clients.",
         epilog="hilora COMMAND --help says the rest. In Python: import hilora.",
     )
-    parser.add_argument("--version", action="version", version=f"hilora {hilora.__version__}")
+    parser.add_argument("--version", action="version", version=f"hilora {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, (_, words) in COMMANDS.items():
         commands.add_parser(name, help=words, add_help=False)

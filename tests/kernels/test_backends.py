@@ -229,7 +229,7 @@ def test_the_environment_chooses_a_backend() -> None:
     assert python(code, HILORA_BACKEND="reference").stdout == "reference\n"
     assert python(code, HILORA_BACKEND="").stdout == "None\n"
     for name in ("cuda", "eager"):
-        wrong = python("import hilora", HILORA_BACKEND=name)
+        wrong = python("import hilora.kernels.backends", HILORA_BACKEND=name)
         assert f"HILORA_BACKEND={name!r}: expected one of fused, split, folded, reference, or nothing" in wrong.stderr
 
 

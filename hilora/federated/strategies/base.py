@@ -60,7 +60,6 @@ class Strategy(ABC):
         tiers: which adapters its models have.
         own_tier: what an unseen client trains by itself in the end.
         own_rates: the tier whose learning rates it takes: the leaf's, which suit a start from what others trained.
-        predicts_unseen: whether an unseen client can predict before it trains.
         factors: which of the adapters' factors are trained and sent: "AB", one of them, or "".
         travels: whether messages travel at all.
     """
@@ -70,7 +69,6 @@ class Strategy(ABC):
     tiers: ClassVar[tuple[str, ...]]
     own_tier: ClassVar[str] = "leaf"
     own_rates: ClassVar[str] = "leaf"
-    predicts_unseen: bool = True
     factors: ClassVar[str] = "AB"
     travels: ClassVar[bool] = True
 
@@ -159,6 +157,11 @@ class Strategy(ABC):
         return adapters, {next(reversed(adapters)): heads}
 
     # Both
+
+    @property
+    def predicts_unseen(self) -> bool:
+        """Whether an unseen client can predict before it trains."""
+        return True
 
     def total_rounds(self) -> int:
         """All rounds of the run: what a strategy of a single tier trains for."""

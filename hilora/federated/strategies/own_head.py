@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import Field
 from torch import Tensor
 
@@ -18,8 +16,15 @@ class OwnHead(Strategy):
     trains."""
 
     own_rates = "root"
-    predicts_unseen = False
-    shares_head = False
+
+    @property
+    def shares_head(self) -> bool:
+        """Whether the head is averaged all the same."""
+        return False
+
+    @property
+    def predicts_unseen(self) -> bool:
+        return self.shares_head
 
     def start(self) -> None:
         self.head = self.problem.head
@@ -51,6 +56,8 @@ class SharableHead(OwnHead):
     class Settings(Settings):
         shared_head: bool = Field(False, description="average the heads; else each client keeps its own")
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.shares_head = self.predicts_unseen = bool(getattr(self.settings, "shared_head", False))
+    settings: Settings
+
+    @property
+    def shares_head(self) -> bool:
+        return self.settings.shared_head

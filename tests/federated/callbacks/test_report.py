@@ -98,15 +98,6 @@ def test_resuming_adds_up_the_phases(simulate: Simulate, monkeypatch: pytest.Mon
     assert phases["group"] in (3, 4)  # a stage may have to begin again
 
 
-def test_a_checkpoint_that_tells_no_phases_apart_is_gone_on_from(simulate: Simulate) -> None:
-    simulation = simulate(**FEW)
-    state = simulation.state_dict()
-    del state["seconds_by_phase"]
-    simulation.load_state_dict({**state, "seconds": 12.5})
-    assert simulation.seconds == 12.5
-    assert simulation.phases["train"] == 12.5
-
-
 @pytest.mark.parametrize("rounds", [0, 3])
 def test_an_interrupted_run_has_a_page(simulate: Simulate, tmp_path: Path, rounds: int) -> None:
     stopped = simulate(**FEW)
