@@ -27,4 +27,5 @@ from .adapters.orthogonality import orthogonality_penalty as orthogonality_penal
 from .adapters.table import AdapterTable as AdapterTable
 from .errors import HiLoRAError as HiLoRAError
 from .models.targets import find_targets as find_targets
+
 __version__: str

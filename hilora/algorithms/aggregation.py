@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hilora.errors import InvalidValueError
+
 
 def product_space_mean(A: Tensor, B: Tensor, weights: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best adapter of a rank for the mean of the clients' products (HiLoRA, root and cluster aggregation).
@@ -31,19 +33,20 @@ def product_space_mean(A: Tensor, B: Tensor, weights: Tensor, rank: int) -> tupl
         columns only where `rank` exceeds what N clients of rank r can span).
 
     Raises:
-        ValueError: for shapes that do not fit, weights that are negative, not finite or all zero, or an update that is
-            not finite; the message names the clients.
+        InvalidValueError: for shapes that do not fit, weights that are negative, not finite or all zero, or an update
+            that is not finite or no floating-point number; the message names the clients.
     """
     clients = len(A)
     if len(B) != clients or weights.shape != (clients,) or A.shape[1:-2] != B.shape[1:-2] or A.shape[-2] != B.shape[-1]:
-        raise ValueError(
+        raise InvalidValueError(
             f"A {tuple(A.shape)}, B {tuple(B.shape)} and weights {tuple(weights.shape)} do not fit: expected "
             "[N, ..., r, in], [N, ..., out, r] and [N]"
         )
+    check_floating(A, B)
     if rank < 1 or rank > min(A.shape[-1], B.shape[-2]):
-        raise ValueError(f"rank must lie between 1 and {min(A.shape[-1], B.shape[-2])}, got {rank}")
+        raise InvalidValueError(f"rank must lie between 1 and {min(A.shape[-1], B.shape[-2])}, got {rank}")
     if not ((weights >= 0) & weights.isfinite()).all() or not weights.any():
-        raise ValueError(f"weights must be finite, not negative and not all zero, got {weights.tolist()}")
+        raise InvalidValueError(f"weights must be finite, not negative and not all zero, got {weights.tolist()}")
     check_finite(A, B)
     dtype = torch.promote_types(A.dtype, torch.float32)
     share = (weights.to(A.device, dtype) / weights.sum()).view(-1, *[1] * (A.dim() - 1))
@@ -51,7 +54,10 @@ def product_space_mean(A: Tensor, B: Tensor, weights: Tensor, rank: int) -> tupl
     tall_A = A.to(dtype).movedim(0, -3).flatten(-3, -2).mT  # [..., in, N r]
     Q_B, R_B = torch.linalg.qr(tall_B)
     Q_A, R_A = torch.linalg.qr(tall_A)
-    U, sigma, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    core = R_B @ R_A.mT
+    if not core.isfinite().all():
+        raise InvalidValueError(f"the products of the clients' updates overflow {dtype}: scale A or B down")
+    U, sigma, Vh = torch.linalg.svd(core, full_matrices=False)
     U, sigma, V = Q_B @ U[..., :rank], sigma[..., :rank], Q_A @ Vh[..., :rank, :].mT
     sign = U.gather(-2, U.abs().argmax(-2, keepdim=True)).sign()  # [..., 1, rank]
     U, V = U * sign, V * sign
@@ -60,11 +66,18 @@ def product_space_mean(A: Tensor, B: Tensor, weights: Tensor, rank: int) -> tupl
     return new_A.to(A.dtype), new_B.to(B.dtype)
 
 
+def check_floating(*tensors: Tensor) -> None:
+    """Raise an InvalidValueError unless tensors have a floating dtype."""
+    for tensor in tensors:
+        if not tensor.is_floating_point():
+            raise InvalidValueError(f"got a tensor of {tensor.dtype}, expected floating-point numbers")
+
+
 def check_finite(*stacked: Tensor) -> None:
-    """Raise a ValueError that names the clients with an update that is not finite, for tensors `[N, ...]`."""
+    """Raise an InvalidValueError that names the clients with an update that is not finite, for tensors `[N, ...]`."""
     good = torch.stack([value[:, None].isfinite().flatten(1).all(1) for value in stacked]).all(0)
     if not good.all():
-        raise ValueError(
+        raise InvalidValueError(
             f"the updates of clients {(~good).nonzero().flatten().tolist()} (positions in the batch) are not finite: "
             "lower the learning rate, or leave these clients out"
         )

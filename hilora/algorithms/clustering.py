@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from hilora import kernels
+from hilora.algorithms.aggregation import check_floating
+from hilora.errors import InvalidValueError
 
 Array = npt.NDArray[Any]
 ROUNDING = 64  # distances of so many times the epsilon of their dtype are noise
@@ -94,18 +96,19 @@ def cluster_clients(U: Tensor, k_min: int, k_max: int) -> Clustering:
         k_max: highest K; at most N are found.
 
     Raises:
-        ValueError: for bounds that do not fit, or bases that are not finite.
+        InvalidValueError: for bounds that do not fit, or bases that are not finite.
     """
     clients = len(U)
     if U.dim() != 4 or clients == 0:
-        raise ValueError(f"expected bases [N, P, out, r] of at least one client, got {tuple(U.shape)}")
+        raise InvalidValueError(f"expected bases [N, P, out, r] of at least one client, got {tuple(U.shape)}")
     if not 1 <= k_min <= k_max:
-        raise ValueError(f"need 1 <= k_min <= k_max, got {k_min} and {k_max}")
+        raise InvalidValueError(f"need 1 <= k_min <= k_max, got {k_min} and {k_max}")
     if k_min > clients:
-        raise ValueError(f"{clients} clients cannot form k_min = {k_min} clusters")
+        raise InvalidValueError(f"{clients} clients cannot form k_min = {k_min} clusters")
+    check_floating(U)
     if not U.isfinite().all():
         broken = [client for client, bases in enumerate(U) if not bases.isfinite().all()]
-        raise ValueError(f"the bases of clients {broken} (positions in U) are not finite")
+        raise InvalidValueError(f"the bases of clients {broken} (positions in U) are not finite")
     distances = kernels.subspace_distances(U)
     dense = distances.double().cpu().numpy()
     noise = ROUNDING * torch.finfo(distances.dtype).eps
@@ -136,13 +139,15 @@ def cluster_updates(updates: Tensor, k_min: int, k_max: int) -> Clustering:
         The groups, with Euclidean distances and without eigengaps.
 
     Raises:
-        ValueError: for bounds that do not fit, or updates that are not finite.
+        InvalidValueError: for bounds that do not fit, or updates that are not finite.
     """
     from sklearn.cluster import KMeans
 
     clients = len(updates)
     if not 1 <= k_min <= k_max or k_min > clients or not updates.isfinite().all():
-        raise ValueError(f"need finite updates and 1 <= k_min <= k_max, k_min <= {clients}; got {k_min} and {k_max}")
+        raise InvalidValueError(
+            f"need finite updates and 1 <= k_min <= k_max, k_min <= {clients}; got {k_min} and {k_max}"
+        )
     distances = torch.cdist(updates.double(), updates.double(), compute_mode="donot_use_mm_for_euclid_dist")
     sides = range(max(k_min, 2), min(k_max, clients - 1) + 1)
     found = [KMeans(k, n_init=10, random_state=0).fit_predict(updates.cpu().numpy()) for k in sides]
@@ -260,17 +265,17 @@ def route_client(U: Tensor, U_clusters: Tensor) -> tuple[int, Tensor]:
         The group, and all similarities `[K]`, 1 for the same subspace and 0 for orthogonal ones.
 
     Raises:
-        ValueError: for shapes that do not fit, bases that are not finite, or a client without any direction (all zero):
-            it has not trained.
+        InvalidValueError: for shapes that do not fit, bases that are not finite, or a client without any direction (all
+            zero): it has not trained.
     """
     if U.dim() != 3 or U_clusters.dim() != 4 or U_clusters.shape[1:-1] != U.shape[:-1]:
-        raise ValueError(
+        raise InvalidValueError(
             f"bases {tuple(U.shape)} and {tuple(U_clusters.shape)}: expected [P, out, r] and [K, P, out, r]"
         )
     if not (U.isfinite().all() and U_clusters.isfinite().all()):
-        raise ValueError("the bases are not finite")
+        raise InvalidValueError("the bases are not finite")
     if not U.any():
-        raise ValueError("the client's basis is zero: probe it by some local steps first")
+        raise InvalidValueError("the client's basis is zero: probe it by some local steps first")
     rank = min(U.shape[-1], U_clusters.shape[-1])
     similarities = (U_clusters.mT @ U).square().sum((-2, -1)).mean(-1) / rank
     return int(similarities.argmax()), similarities

@@ -1,7 +1,7 @@
 """Put runs side by side: their figures, in which settings they differ, and the differences of their clients to those of
 the first one, paired client by client and seed by seed, with a plot.
 
-    hilora compare runs/demo/hilora runs/demo/fedit --out runs/demo/comparison
+    hilora compare runs/demo/hilora runs/mine --out runs/comparison
 """
 
 from __future__ import annotations

@@ -27,6 +27,18 @@ def require(holds: bool, otherwise: str) -> None:
         raise SpecError(otherwise)
 
 
+def check_size(value: Any, place: str = "the file") -> None:
+    """No whole number of more than the 64 bits that TOML allows it."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            check_size(inner, name)
+    elif isinstance(value, list):
+        for inner in value:
+            check_size(inner, place)
+    elif isinstance(value, int):
+        require(-(2**63) <= value < 2**63, f"{place} has {value!r:.40}…, expected a number of at most 64 bits")
+
+
 def check_names(table: Any, known: Sequence[str], place: str, required: Sequence[str] = ()) -> None:
     """A table with none but known names in it, and all required ones."""
     require(isinstance(table, dict), f"{place} is {table!r}, expected a table")

@@ -13,6 +13,7 @@ from hilora.experiments.checks import (
     SpecError,
     Table,
     check_names,
+    check_size,
     inside,
     numbers,
     one_of,
@@ -41,9 +42,10 @@ def read_experiment(path: Path) -> Experiment:
         raise MissingFileError(f"there is no experiment {path}: give a TOML file")
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8").removeprefix(MARK))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SpecError(f"{path} is not TOML: {error}") from error
     try:
+        check_size(content)
         return _experiment(path, content)
     except SpecError as error:
         raise SpecError(f"{path}: {error}") from error

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hilora.errors import FileError
 from hilora.files import PathLike, Record, append_line, plain, read_lines, write_bytes
+
+log = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -17,7 +20,8 @@ class MetricsLog:
     Args:
         path: the file; its folder is created.
         keep: how many records of an earlier run to keep, counted from the first; what follows them is cut off. The last
-            line may be torn by a crash: then it is dropped, too. 0 begins an empty file.
+            line may be torn by a crash: then it is dropped, too. 0 begins an empty file; where there are fewer, a
+            warning says so.
 
     Raises:
         FileError: a line before the last one is not a record, so this is no file of ours.
@@ -33,6 +37,10 @@ class MetricsLog:
             if line.record is None:
                 raise FileError(f"line {number} of {path} is no JSON object: not a metrics file; choose another folder")
             self._records.append(line.record)
+        if len(self._records) < keep:
+            log.warning(
+                "%s has %d of %d rounds: the others are missing from it, and from what is drawn", path, len(lines), keep
+            )
         write_bytes(path, b"".join(line.text for line in lines[:keep]))
 
     @property

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from hilora.algorithms.aggregation import check_finite, product_space_mean, relative_change
+from hilora.algorithms.clustering import cluster_clients
+from hilora.errors import InvalidValueError
 from tests.helpers import random
 
 Shape = tuple[int, ...]
@@ -177,3 +179,13 @@ def test_relative_change_from_nothing_is_large() -> None:
     A, B = make(5, 3)
     assert relative_change([(A, B)], [(A, torch.zeros_like(B))]) > 1e9
     assert relative_change([(A, 0 * B)], [(A, 0 * B)]) == 0
+
+
+def test_whole_numbers_and_products_that_overflow_are_refused():
+    A, B, weights = random(3, 2, 4, 8), random(3, 2, 8, 4), torch.ones(3)
+    with pytest.raises(InvalidValueError, match=r"torch.int64, expected floating"):
+        product_space_mean((9 * A).long(), (9 * B).long(), weights, 4)
+    with pytest.raises(InvalidValueError, match=r"overflow torch.float32"):
+        product_space_mean(1e30 * A, 1e30 * B, weights, 4)
+    with pytest.raises(InvalidValueError, match=r"torch.int64, expected floating"):
+        cluster_clients(torch.ones(3, 1, 4, 2, dtype=torch.long), 1, 2)

@@ -111,6 +111,8 @@ def test_of_a_methods_own_settings_each_is_overridden_by_itself(write: Write) ->
         ('title = "Small"', 'title = "Small"\ncompare = "fedlit"', "compare is 'fedlit'.*hilora, fedit"),
         ('title = "Small"', "title = 3", "title is 3, expected text"),
         ("[model]", "[model", "is not TOML"),
+        ("[model]", f"deep = {'[' * 3000}{']' * 3000}\n[model]", "is not TOML"),
+        ("seeds = [0, 1]", f"seeds = [{'9' * 400}]", "seeds has 9999.*, expected a number of at most 64 bits"),
         ('title = "Small"', 'title = "Small"\ncompare = ["hilora"]', r"compare is \['hilora'\], expected text"),
         ('title = "Small"', 'title = "Sm\\u001ball"', "title is .*control characters"),
         ('label = "HiLoRA"', 'label = "Hi\\nLoRA"', "methods.hilora.label is .*line breaks"),

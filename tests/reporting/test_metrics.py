@@ -60,3 +60,12 @@ def test_a_foreign_file_is_refused_and_left_alone(tmp_path):
     with pytest.raises(ValueError, match=r"line 1 of .*metrics\.jsonl"):
         MetricsLog(path, keep=2)
     assert path.read_text() == "my notes\nof today\n"
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"round": 1}\n'])
+def test_rounds_that_are_lost_are_told(tmp_path, caplog, content):
+    path = tmp_path / "metrics.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    MetricsLog(path, keep=2)
+    assert f"{path} has {1 if content else 0} of 2 rounds" in caplog.text
