@@ -14,6 +14,7 @@ DEV = [
     "hypothesis>=6.100",
 ]
 CHECKS = ["ruff>=0.9", "mypy>=1.14"]
+SITE = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 
 setup(
     name="hilora",
@@ -26,5 +27,5 @@ setup(
     packages=find_packages(include=["hilora", "hilora.*"]),
     package_data={"hilora": ["py.typed", "**/*.safetensors", "**/*.json"]},
     install_requires=CORE,
-    extras_require={"federated": FEDERATED, "dev": FEDERATED + DEV + CHECKS},
+    extras_require={"federated": FEDERATED, "dev": FEDERATED + DEV + CHECKS + SITE},
 )

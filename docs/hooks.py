@@ -1,0 +1,83 @@
+"""What the site needs beyond Markdown: help texts by running the commands, and files of the repository outside of docs/.
+
+A page says `<!-- run: hilora --help -->` where the output of that command is to stand. A link to a file outside of docs/
+works as it does in the repository: the file is a page or a download of the site.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = "docs/"
+PAGES = ("CONTRIBUTING.md", "benchmarks/experiments/*.md", "benchmarks/results/*/README.md")
+"""Markdown outside of docs/ that is part of the site."""
+RUN = re.compile(r"^<!-- run: (?P<command>.+?) -->$", re.MULTILINE)
+LINK = re.compile(r"(?P<before>\]\()(?P<path>[^)#\s:]+)(?P<after>#[^)\s]*)?(?=\))")
+CODE = re.compile(r"^```.*?^```$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the pages that lie outside of docs/."""
+    for pattern in PAGES:
+        for path in sorted(ROOT.glob(pattern)):
+            files.append(_outside(path.relative_to(ROOT).as_posix(), config))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Puts the output of commands into a page, and lets its links find files outside of docs/."""
+
+    def link(match: re.Match[str]) -> str:
+        path = _in_site(match["path"], page.file, config, files)
+        return f"{match['before']}{path}{match['after'] or ''}"
+
+    code = [(match.start(), match.end()) for match in CODE.finditer(markdown)]
+
+    def outside_of_code(match: re.Match[str]) -> str:
+        return match[0] if any(start <= match.start() < end for start, end in code) else link(match)
+
+    markdown = LINK.sub(outside_of_code, markdown)
+    return RUN.sub(lambda match: f"```console\n$ {match['command']}\n{output(match['command'])}\n```", markdown)
+
+
+@cache
+def output(command: str) -> str:
+    """What a command prints: `hilora …` or `python …`, by this Python, in the root of the repository.
+
+    Raises:
+        PluginError: if it fails, which ends the build.
+    """
+    program, *arguments = shlex.split(command)
+    start = {"python": [sys.executable], "hilora": [sys.executable, "-m", "hilora"]}[program]
+    environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*start, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise PluginError(f"{command} ended with {done.returncode}:\n{done.stderr}")
+    return done.stdout.rstrip()
+
+
+def _outside(path: str, config: MkDocsConfig) -> File:
+    return File(path, str(ROOT), config.site_dir, config.use_directory_urls)
+
+
+def _in_site(link: str, file: File, config: MkDocsConfig, files: Files) -> str:
+    """A link of a page as the site has it, where docs/ is the root; a file outside of docs/ is added to the site."""
+    here = file.src_uri if file.src_dir == str(ROOT) else DOCS + file.src_uri
+    target = posixpath.normpath(posixpath.join(posixpath.dirname(here), link))
+    source = target.removeprefix(DOCS)
+    if files.get_file_from_path(source) is None and source == target and (ROOT / target).is_file():
+        files.append(_outside(target, config))
+    return posixpath.relpath(source, posixpath.dirname(file.src_uri) or ".")
