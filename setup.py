@@ -14,7 +14,7 @@ DEV = [
     "hypothesis>=6.100",
 ]
 CHECKS = ["ruff>=0.9", "mypy>=1.14"]
-SITE = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
+SITE = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0", "griffe-pydantic>=1.1"]
 
 setup(
     name="hilora",
