@@ -1,7 +1,7 @@
 """From the ledger to tables and charts: `python -m benchmarks.report`.
 
-Writes between two pairs of markers of docs/benchmarks.md, `<!-- headline -->` and `<!-- /headline -->` (the middle shape of
-each device) and `<!-- benchmarks -->` and `<!-- /benchmarks -->` (everything), and charts into docs/benchmarks/.
+Writes between two pairs of markers of docs/benchmarks.md, `<!-- headline -->` and `<!-- /headline -->` (of each device
+the shape in the middle) and `<!-- benchmarks -->` and `<!-- /benchmarks -->` (all), and charts into docs/benchmarks/.
 """
 
 from __future__ import annotations

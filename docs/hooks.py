@@ -1,7 +1,7 @@
-"""What the site needs beyond Markdown: help texts by running the commands, and files of the repository outside of docs/.
+"""What the site needs beyond Markdown: help texts by running the commands, and files that lie outside of docs/.
 
-A page says `<!-- run: hilora --help -->` where the output of that command is to stand. A link to a file outside of docs/
-works as it does in the repository: the file is a page or a download of the site.
+A page says `<!-- run: hilora --help -->` where the output of that command is to stand. A link to a file outside of
+docs/ works as it does in the repository: the file is a page or a download of the site.
 """
 
 from __future__ import annotations

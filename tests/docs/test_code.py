@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -31,7 +32,7 @@ INSIDE = ("hilora/", "kernels/")  # titles of files that a reader would put into
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working directory of one's own that looks like a clone; what a page registers or imports is forgotten after it."""
+    """A working directory that looks like a clone; what a page registers or imports is forgotten after it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("benchmarks", "examples"):
@@ -56,7 +57,8 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.random.fork_rng():
             if pretrained:
                 torch.manual_seed(0)
-            return create(name, **options)
+            model: torch.nn.Module = create(name, **options)
+            return model
 
     monkeypatch.setattr(timm, "create_model", create_model)
 
@@ -74,7 +76,9 @@ def test_pages_with_code_are_found() -> None:
     assert "hilora.inject(" in program("README.md")
 
 
-@pytest.mark.parametrize("page", [page for page in WITH_CODE if not any(b.title.startswith(INSIDE) for b in blocks(page))])
+@pytest.mark.parametrize(
+    "page", [page for page in WITH_CODE if not any(b.title.startswith(INSIDE) for b in blocks(page))]
+)
 def test_python_runs_and_prints_what_the_page_says(
     page: str, place: Path, offline: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,9 +135,6 @@ def test_commands_parse(page: str, command: str, place: Path, monkeypatch: pytes
     runs_module = arguments[0] == "-m"
     name, *rest = arguments[1:] if runs_module else arguments
     monkeypatch.setattr(sys, "argv", [name, *rest])
+    run = partial(runpy.run_module, name) if runs_module else partial(runpy.run_path, str(ROOT / name))
     with pytest.raises(Parsed):
-        if runs_module:
-            sys.modules.pop(f"{name}.__main__", None)
-            runpy.run_module(name, run_name="__main__", alter_sys=False)
-        else:
-            runpy.run_path(str(ROOT / name), run_name="__main__")
+        run(run_name="__main__")

@@ -1,0 +1,113 @@
+"""The site builds without a warning, needs nothing from elsewhere, and can be read by all."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tests.docs.pages import ROOT
+
+ASSETS = {"script": "src", "link": "href", "img": "src", "iframe": "src", "source": "src"}
+
+
+class Page(HTMLParser):
+    """What a page loads, its headings and pictures, and the anchors that it has."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.assets: list[str] = []
+        self.alts: list[str | None] = []
+        self.titles = 0
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        if tag in ASSETS:
+            self.assets.append(found.get(ASSETS[tag]) or "")
+        if tag == "img":
+            self.alts.append(found.get("alt"))
+        self.titles += tag == "h1"
+
+
+def build(folder: Path, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built strictly: a broken link, or a page that nobody finds, is an error."""
+    folder = tmp_path_factory.mktemp("site")
+    done = build(folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def pages(site: Path) -> dict[str, Page]:
+    return {path.relative_to(site).as_posix(): Page(path) for path in site.rglob("*.html") if path.name != "404.html"}
+
+
+def test_every_page_has_one_title_and_every_picture_a_description(site: Path) -> None:
+    found = pages(site)
+    assert len(found) > 30
+    assert {name: page.titles for name, page in found.items() if page.titles != 1} == {}
+    assert [name for name, page in found.items() if not all(page.alts)] == []
+    assert sum(len(page.alts) for page in found.values()) > 30
+
+
+def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
+    for name, page in pages(site).items():
+        assert page.assets, name
+        assert [asset for asset in page.assets if re.match(r"(https?:)?//", asset)] == [], name
+    for style in site.rglob("*.css"):
+        assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", style.read_text(encoding="utf-8")), style
+
+
+def test_help_stands_as_the_commands_print_it(site: Path) -> None:
+    text = (site / "reference/command-line/index.html").read_text(encoding="utf-8")
+    assert "<!-- run:" not in text
+    for part in ("--images-per-client", "--only", "usage:"):
+        assert part in re.sub(r"<[^>]+>", "", text)
+
+
+def test_files_of_the_repository_that_pages_link_are_there(site: Path) -> None:
+    for name in (
+        "examples/drop_in_layers.py",
+        "benchmarks/experiments/methods.toml",
+        "benchmarks/results/figures.jsonl",
+    ):
+        assert (site / name).read_bytes() == (ROOT / name).read_bytes()
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A site of one page with our hook and checks."""
+    (tmp_path / "docs").mkdir()
+    kept = re.sub(r"^nav:.*", "", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE | re.DOTALL)
+    hooks = ROOT / "docs" / "hooks.py"
+    (tmp_path / "mkdocs.yml").write_text(kept.replace("docs/hooks.py", str(hooks)))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[gone](gone.md)", "gone.md"),
+        ("[gone](../gone.md)", "gone.md"),
+        ("[no such heading](#nowhere)", "#nowhere"),
+        ("<!-- run: python -c 'raise SystemExit(3)' -->", "ended with 3"),
+        ("::: hilora.nothing", "hilora.nothing"),
+    ],
+)
+def test_a_page_that_is_wrong_ends_the_build(small: Path, text: str, said: str) -> None:
+    (small / "docs" / "index.md").write_text(f"# A page\n\n{text}\n")
+    done = build(small / "site", small)
+    assert done.returncode != 0
+    assert said in done.stdout + done.stderr
