@@ -22,7 +22,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = "docs/"
-PAGES = ("CONTRIBUTING.md", "benchmarks/experiments/*.md", "benchmarks/results/*/README.md")
+PAGES = ("CONTRIBUTING.md", "benchmarks/experiments/*.md", "benchmarks/results/*.md")
 """Markdown outside of docs/ that is part of the site."""
 RUN = re.compile(r"^<!-- run: (?P<command>.+?) -->$", re.MULTILINE)
 LINK = re.compile(r"(?P<before>\]\()(?P<path>[^)#\s:]+)(?P<after>#[^)\s]*)?(?=\))")

@@ -18,7 +18,7 @@ PAGES = sorted(
         "CONTRIBUTING.md",
         "docs/**/*.md",
         "benchmarks/experiments/*.md",
-        "benchmarks/results/*/*.md",
+        "benchmarks/results/*.md",
     )
     for path in ROOT.glob(pattern)
 )
