@@ -1,7 +1,8 @@
 """What the site needs beyond Markdown: help texts by running the commands, and files that lie outside of docs/.
 
-A page says `<!-- run: hilora --help -->` where the output of that command is to stand. A link to a file outside of
-docs/ works as it does in the repository: the file is a page or a download of the site.
+A page says `<!-- run: hilora --help -->` where the output of that command is to stand, and
+`<!-- settings of methods -->` where a table of these is. A link to a file outside of docs/ works as it does in the
+repository: the file is a page or a download of the site.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ DOCS = "docs/"
 PAGES = ("CONTRIBUTING.md", "benchmarks/experiments/*.md", "benchmarks/results/*.md")
 """Markdown outside of docs/ that is part of the site."""
 RUN = re.compile(r"^<!-- run: (?P<command>.+?) -->$", re.MULTILINE)
+SETTINGS = "<!-- settings of methods -->"
 LINK = re.compile(r"(?P<before>\]\()(?P<path>[^)#\s:]+)(?P<after>#[^)\s]*)?(?=\))")
 CODE = re.compile(r"^```.*?^```$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 
@@ -50,6 +52,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return match[0] if any(start <= match.start() < end for start, end in code) else link(match)
 
     markdown = LINK.sub(outside_of_code, markdown)
+    if SETTINGS in markdown:
+        markdown = markdown.replace(SETTINGS, settings())
     return RUN.sub(lambda match: f"```console\n$ {match['command']}\n{output(match['command'])}\n```", markdown)
 
 
@@ -67,6 +71,19 @@ def output(command: str) -> str:
     if done.returncode != 0:
         raise PluginError(f"{command} ended with {done.returncode}:\n{done.stderr}")
     return done.stdout.rstrip()
+
+
+def settings() -> str:
+    """What each method can be told, as a table."""
+    from hilora.cli.fields import described
+    from hilora.federated.strategies import STRATEGIES, own_fields
+
+    rows = [
+        f"| {method} | `{name}` | {described(field)} |"
+        for method, kind in STRATEGIES.items()
+        for name, field in own_fields(kind).items()
+    ]
+    return "\n".join(["| method | setting | what it is (default) |", "| :-- | :-- | :-- |", *rows])
 
 
 def _outside(path: str, config: MkDocsConfig) -> File:

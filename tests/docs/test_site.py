@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import hilora
+from hilora.federated.strategies import STRATEGIES, own_fields
 from tests.docs.pages import ROOT
 
 ASSETS = {"script": "src", "link": "href", "img": "src", "iframe": "src", "source": "src"}
@@ -75,6 +77,27 @@ def test_help_stands_as_the_commands_print_it(site: Path) -> None:
     assert "<!-- run:" not in text
     for part in ("--images-per-client", "--only", "usage:"):
         assert part in re.sub(r"<[^>]+>", "", text)
+
+
+def test_settings_of_methods_are_listed(site: Path) -> None:
+    text = (site / "reference/strategies/index.html").read_text(encoding="utf-8")
+    for kind in STRATEGIES.values():
+        for name in own_fields(kind):
+            assert f"<code>{name}</code>" in text
+
+
+def test_everything_public_has_its_place_in_the_reference(site: Path) -> None:
+    public = {f"hilora.{name}" for name in hilora.__all__} | {
+        f"hilora.kernels.{name}" for name in hilora.kernels.__all__
+    }
+    public -= {"hilora.aggregation", "hilora.clustering", "hilora.kernels"}  # modules, whose functions are there
+    for short in (hilora.aggregation, hilora.clustering):
+        public |= {f"{getattr(short, name).__module__}.{name}" for name in short.__all__}
+    ids = re.compile(r'id="([\w.]+)"')
+    found = {
+        name for path in site.glob("reference/*/index.html") for name in ids.findall(path.read_text(encoding="utf-8"))
+    }
+    assert public - found == set()
 
 
 def test_files_of_the_repository_that_pages_link_are_there(site: Path) -> None:
