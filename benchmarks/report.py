@@ -23,6 +23,11 @@ from hilora.reporting.tables import MISSING, Row, Table
 
 HEADLINE = "<!-- headline -->", "<!-- /headline -->"
 EVERYTHING = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+PICTURES = (
+    ("rivals", "Time of each rival over that of the frozen layer, at the shape in the middle"),
+    ("curves", "Time of each rival over that of the frozen layer, along rows, ranks, tiers and clients"),
+    ("memory", "Memory that a step of each rival allocates beyond weights and input"),
+)
 TO_COME = "**No figure has been measured on a GPU yet**: CUDA figures are to come, by `make gpu-report`."
 
 
@@ -79,7 +84,7 @@ def everything(devices: Sequence[Device]) -> str:
             + f", {device.conditions['gb_per_s']:.3g} GB/s."
         )
         if Drawn(device).whole:
-            for name, text in (("rivals", "All rivals"), ("curves", "Along the shape"), ("memory", "Memory")):
+            for name, text in PICTURES:
                 parts.append(f"![{text}]({chart(device, name)})")
         for name, operation in operations().items():
             for phase, title in operation.phases.items():
