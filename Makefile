@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(BIN)/python examples/federated_cifar100.py --out runs/demo
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .

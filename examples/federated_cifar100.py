@@ -1,67 +1,14 @@
-"""Train root, cluster and leaf adapters of a ViT across federated clients, and measure them as the HiLoRA paper does.
+"""Root, cluster and leaf adapters across federated clients with CIFAR-100, a folder of images, or generated glyphs.
 
-With no arguments this runs on what comes with the package: generated glyph images and a small ViT, about a minute on
-two cores, for 25 clients of 96 images, in 4,6,4 rounds, with three strategies. On real data, as in the paper:
-
-    python examples/federated_cifar100.py --data-dir DIR --download --partition sc-dir --device cuda --dtype bfloat16
+The same as `hilora train`, for a clone that is not installed; `--help` says the rest.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
-from hilora.cli.train import Command, divide, run
-from hilora.errors import MissingFileError
-from hilora.federated.data.images import ImageSet
-from hilora.federated.data.partitions import Population
-from hilora.federated.data.readers import download_cifar100, read_images
-from hilora.models.backbone import GLYPH_VIT
-
-# What suits glyphs and the small ViT, in place of what suits real images and a pretrained ViT.
-GLYPHS: dict[str, Any] = {
-    "strategy": ["hilora", "fedit", "local-lora"],
-    "backbone": GLYPH_VIT,
-    "clients": 25,
-    "images_per_client": 96,
-    "rounds": [4, 6, 4],
-}
-
-
-def add_data(data: argparse._ArgumentGroup) -> None:
-    images = "CIFAR-100 (binary or python), or a folder of images by class (generated glyphs)"
-    data.add_argument("--data-dir", type=Path, help=images)
-    data.add_argument("--download", action="store_true", help="fetch CIFAR-100 into --data-dir first")
-    schemes = ["sc-dir", "gl-dir", "patho"]
-    data.add_argument("--partition", choices=schemes, default="sc-dir", help="who has which images (%(default)s)")
-
-
-def check(args: argparse.Namespace) -> None:
-    if args.data_dir is not None and not args.download and not args.data_dir.is_dir():
-        raise MissingFileError(
-            f"--data-dir: there is no folder {args.data_dir}: give one with CIFAR-100 or images, or --download"
-        )
-
-
-def load(args: argparse.Namespace, size: int) -> tuple[ImageSet, ImageSet, Population]:
-    if args.download:
-        download_cifar100(args.data_dir)
-    train, test = read_images("glyphs" if args.data_dir is None else args.data_dir, size, args.seed)
-    return train, test, divide(args, train, test, args.partition)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    where = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    where.add_argument("--data-dir")
-    glyphs = where.parse_known_args(arguments)[0].data_dir is None
-    command = Command(__doc__, add_data, GLYPHS if glyphs else {"clients": 100})
-    args = command.parse(arguments)
-    if args.download and glyphs:
-        command.error("--download needs a --data-dir to put CIFAR-100 into")
-    return run(args, check, load)
-
+from hilora.cli.train import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog=f"python examples/{Path(__file__).name}"))

@@ -1,46 +1,14 @@
-"""Train root, cluster and leaf adapters of a ViT across federated clients whose images are of different domains.
+"""Root, cluster and leaf adapters across federated clients whose images are of different domains, as in PACS.
 
-The data are a folder per domain, with a folder per class inside it, such as PACS; DomainNet's lists of training and
-test images are followed where they lie beside the domains. Every client has images of one domain, and the domains are
-the true groups that the summary's clusters are compared with. With DomainNet in DIR, as in the paper:
-
-    python examples/federated_domains.py --data-dir DIR --classes 10 --device cuda --dtype bfloat16
+The same as `hilora domains`, for a clone that is not installed; `--help` says the rest.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from hilora.cli.train import Command, divide, run
-from hilora.errors import MissingFileError
-from hilora.federated.data.images import ImageSet
-from hilora.federated.data.partitions import Population
-from hilora.federated.data.readers import read_domains
-
-
-def add_data(data: argparse._ArgumentGroup) -> None:
-    data.add_argument("--data-dir", type=Path, required=True, help="a folder per domain, a folder per class inside it")
-    data.add_argument("--classes", type=int, help="the largest so many (all; for DomainNet, the paper takes 10)")
-    data.add_argument("--clients-per-domain", type=int, default=15, help="all of them (%(default)s)")
-
-
-def check(args: argparse.Namespace) -> None:
-    if not args.data_dir.is_dir():
-        raise MissingFileError(f"--data-dir: there is no folder {args.data_dir}: give one with a folder per domain")
-
-
-def load(args: argparse.Namespace, size: int) -> tuple[ImageSet, ImageSet, Population]:
-    train, test = read_domains(args.data_dir, size, args.seed, args.classes)
-    clients = args.clients_per_domain * len(train.domain_names)
-    return train, test, divide(args, train, test, "domains", clients=clients)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    command = Command(__doc__, add_data, {"local_epochs": 2}, without=["clients"])
-    return run(command.parse(arguments), check, load)
-
+from hilora.cli.domains import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog=f"python examples/{Path(__file__).name}"))

@@ -13,10 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hilora.errors import InvalidValueError
+from hilora.errors import FileError, InvalidValueError
 
 PathLike = str | os.PathLike[str]
 Record = dict[str, Any]
+TEMPORARY = ".tmp"
 
 
 @contextmanager
@@ -33,15 +34,14 @@ def atomic(path: PathLike) -> Iterator[Path]:
         The path to write to. An empty file is there already.
 
     Raises:
-        InvalidValueError: the path is that of a folder.
-        OSError: it cannot be written.
+        InvalidValueError: there can be no file at the path, since a folder or a device is there, or a file above it.
+        OSError: it cannot be written; the error names the file.
     """
     target = Path(path)
-    if target.is_dir() or os.fspath(path).endswith(("/", os.sep)):
-        raise InvalidValueError(f"{os.fspath(path)} is a folder, expected a file: add the name of a file in it")
+    _check_place(os.fspath(path), target)
     made = [folder for folder in target.parents if not folder.exists()]  # the innermost first
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
         temporary.touch(0o666, exist_ok=False)
         mode = (target if target.exists() else temporary).stat().st_mode
@@ -50,12 +50,32 @@ def atomic(path: PathLike) -> Iterator[Path]:
         temporary.chmod(stat.S_IMODE(mode))
         os.replace(temporary, target)
         _sync(target.parent)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
         for folder in made:
             with suppress(OSError):  # it is not empty, or was never made
                 folder.rmdir()
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         raise
+
+
+def _check_place(path: str, target: Path) -> None:
+    if target.is_dir() or path.endswith(("/", os.sep)):
+        raise InvalidValueError(f"{path} is a folder, expected a file: add the name of a file in it")
+    if target.exists() and not target.is_file():
+        raise InvalidValueError(
+            f"{path} is a device, a pipe or a socket, which a file would replace: give another path"
+        )
+    folder = next(folder for folder in target.absolute().parents if folder.exists())
+    if not folder.is_dir():
+        raise InvalidValueError(f"{path} cannot be a file: {folder}, which it would be in, is no folder")
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Take away what processes that were killed while they wrote have left in a folder; none may be writing there."""
+    for path in folder.glob(f".*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
 
 
 def write_bytes(path: PathLike, content: bytes) -> None:
@@ -72,6 +92,18 @@ def write_text(path: PathLike, text: str) -> None:
 def write_json(path: PathLike, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all. Tensors and arrays become lists, NaN and infinities null."""
     write_text(path, _dumps(value, indent=2) + "\n")
+
+
+def read_json(path: PathLike) -> Any:
+    """What a file of JSON holds.
+
+    Raises:
+        FileError: it is none, or nested beyond use.
+    """
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{os.fspath(path)} is not JSON: {error}") from error
 
 
 class Line(NamedTuple):

@@ -16,7 +16,7 @@ from hilora.federated.strategies import STRATEGIES
 ROOT = Path(hilora.__file__).resolve().parent.parent
 FLOORS = (
     ("kernels",),
-    ("errors", "discovery", "files"),
+    ("errors", "discovery", "files", "locks"),
     ("models",),
     ("adapters",),
     ("algorithms",),

@@ -1,4 +1,4 @@
-"""The wheel has all of the library, and works without the source tree."""
+"""The source distribution and the wheel made from it have all of the library, and work without the source tree."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import hilora
 
 ROOT = Path(__file__).parents[1]
 USE = """
@@ -29,7 +31,8 @@ assert load_backbone("glyph_vit").features == 96
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a source distribution, and of the wheel that is made from it."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
@@ -39,13 +42,19 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (source / name).symlink_to((ROOT / name).readlink())
         else:
             (source / name).write_bytes((ROOT / name).read_bytes())
-    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(source))
-    return next(folder.glob("hilora-*.whl"))
+    python("build", "--no-isolation", "--outdir", str(folder), str(source))
+    return folder
 
 
-def pip(*arguments: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "pip", *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    return next(built.glob("hilora-*.whl"))
+
+
+def python(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def test_the_wheel_has_every_module_and_no_more(wheel: Path) -> None:
@@ -53,15 +62,41 @@ def test_the_wheel_has_every_module_and_no_more(wheel: Path) -> None:
         packed = {name for name in archive.namelist() if name.startswith("hilora/")}
     modules = {f"hilora/{path.relative_to(ROOT / 'hilora')}" for path in (ROOT / "hilora").rglob("*.py")}
     modules |= {f"hilora/kernels/{path.relative_to(ROOT / 'kernels')}" for path in (ROOT / "kernels").rglob("*.py")}
-    extra = {"hilora/py.typed", "hilora/kernels/py.typed", "hilora/models/assets/glyph_vit.safetensors"}
+    extra = {
+        "hilora/__init__.pyi",
+        "hilora/py.typed",
+        "hilora/kernels/py.typed",
+        "hilora/models/assets/glyph_vit.safetensors",
+    }
     extra |= {"hilora/experiments/defaults.json"}
     assert packed == modules | extra
 
 
 def test_the_installed_wheel_runs_the_layer_without_the_source_tree(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
-    pip("install", "--no-deps", "--target", str(site), str(wheel))
+    python("pip", "install", "--no-deps", "--target", str(site), str(wheel))
     environment = {**os.environ, "PYTHONPATH": str(site)}
     code = USE.format(site=str(site))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    asked = [sys.executable, "-m", "hilora", "--version"]
+    done = subprocess.run(asked, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout == f"hilora {hilora.__version__}\n"
+
+
+def test_an_index_of_packages_takes_both(built: Path) -> None:
+    both = [str(path) for path in sorted(built.glob("hilora-*")) if path.is_file()]
+    assert [Path(path).suffix for path in both] == [".whl", ".gz"]
+    assert python("twine", "check", "--strict", *both).count("PASSED") == 2
+
+
+def test_there_is_one_version() -> None:
+    assert f"version: {hilora.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {hilora.__version__}" in (ROOT / "CHANGELOG.md").read_text() or hilora.__version__.endswith("dev")
+
+
+def test_a_command_whose_package_is_missing_says_so(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['tqdm'] = None; from hilora.cli.main import main; sys.exit(main(['env']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "hilora env needs tqdm: pip install 'hilora[federated]'\n"

@@ -41,12 +41,22 @@ class Composition(Stack):
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What it is but for its tensors: two compositions with one key and the same shapes differ in these alone."""
-        return (type(self), *((name, tensor.shape) for name, tensor in self.tensors().items()))
+        """What it is, with the shapes of its tensors in their place: two compositions with one key differ in the values
+        of these alone."""
+        return (type(self), _static(vars(self)))
 
     def seeing(self, sight: Sight) -> Callable[[Tensor], Composition]:
         """The composition that a prediction of the images `[G, b, 3, h, w]` takes; here the same for all."""
         return lambda pixels: self
+
+
+def _static(value: object) -> object:
+    """A value with the shapes of tensors in their place, such that it can be a key."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    if isinstance(value, Mapping):
+        return tuple((name, _static(inner)) for name, inner in value.items())
+    return tuple(map(_static, value)) if isinstance(value, list | tuple) else value
 
 
 class Weights(Composition):
@@ -64,11 +74,6 @@ class Weights(Composition):
 
     def like(self, tensors: dict[str, Tensor]) -> Weights:
         return Weights({**self.weights, **tensors})
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        numbers = ((tier, weight) for tier, weight in self.weights.items() if not isinstance(weight, Tensor))
-        return (*super().key, *numbers)
 
     def gains(self, bank: int) -> Gains:
         def weigh(position: int, x: Tensor) -> Mapping[str, float | Tensor]:
@@ -103,10 +108,6 @@ class Gate(Composition):
 
     def like(self, tensors: dict[str, Tensor]) -> Gate:
         return Gate(self.one, self.other, list(tensors.values()))
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        return (*super().key, self.one, self.other)
 
     def gains(self, bank: int) -> Gains:
         weight = self.weight[bank].transpose(0, 1)  # [P, G, 2, in]

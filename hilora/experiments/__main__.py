@@ -1,8 +1,8 @@
 """Experiments as data: what a TOML file asks for is trained, what came out goes into a ledger, and a report is made.
 
-    python -m hilora.experiments run FILE.toml --data-dir ROOT      trains what the ledger does not have
-    python -m hilora.experiments report FILE.toml                   tables, plots and a page, from the ledger alone
-    python -m hilora.experiments migrate FILE.toml                  an older ledger, written as it is written now
+    hilora experiment run FILE.toml --data-dir ROOT      trains what the ledger does not have
+    hilora experiment report FILE.toml                   tables, plots and a page, from the ledger alone
+    hilora experiment migrate FILE.toml                  an older ledger, written as it is written now
 
 The ledger is FILE.ledger.jsonl beside FILE.toml, a line for each finished run. A run is found again by what decides its
 result, so that a changed FILE.toml trains only what changed, and an interrupted command goes on where it stopped. The
@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from hilora.errors import InvalidValueError, MissingFileError, told
+from hilora.errors import InvalidValueError, MissingFileError
 from hilora.experiments.experiment import Experiment
 from hilora.experiments.inputs import Inputs, check_files
 from hilora.experiments.ledger import Ledger, migrate
@@ -26,6 +27,7 @@ from hilora.experiments.runner import Pair, Runner, shard
 from hilora.experiments.spec import read_experiment
 from hilora.federated.engine.device import find_device
 from hilora.models.backbone import tune_for_cpu
+from hilora.reporting.progress import ending, stopped
 
 
 def part(text: str) -> tuple[int, int]:
@@ -36,10 +38,10 @@ def part(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parser(prog: str) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m hilora.experiments", description=__doc__, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,report,migrate}")
+    found = argparse.ArgumentParser(prog, description=__doc__, formatter_class=raw)
+    commands = found.add_subparsers(dest="command", required=True, metavar="{run,report,migrate}")
     run = commands.add_parser("run", help="train what is missing", description="Train what the ledger does not have.")
     run.add_argument("file", type=Path, metavar="FILE.toml", help="the experiment")
     run.add_argument(
@@ -60,7 +62,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     words = "Rewrite the ledger in the newest schema. Older ones are read as well; no result changes."
     rewrite = commands.add_parser("migrate", help="rewrite an older ledger", description=words)
     rewrite.add_argument("file", type=Path, metavar="FILE.toml", help="the experiment")
-    return parser.parse_args(arguments)
+    return found
 
 
 def selected(experiment: Experiment, only: list[str]) -> list[Pair]:
@@ -93,9 +95,8 @@ def run(args: argparse.Namespace) -> int:
     runner = Runner(experiment, ledger, Inputs(experiment.model, args.data_dir, device), work, say)
     try:
         runner.run(pairs)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        return stopped(error, "; the same command goes on from here")
     for title in runner.failed:
         print(f"failed: {title}", file=sys.stderr)
     return 1 if runner.failed else 0
@@ -132,16 +133,9 @@ def ledger_path(file: Path) -> Path:
     return file.with_suffix(".ledger.jsonl")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    args = parse(arguments)
-    try:
-        return {"run": run, "report": report, "migrate": rewrite}[args.command](args)
-    except Exception as error:
-        said = told(error)
-        if said is None:
-            raise
-        print(f"error: {said}", file=sys.stderr)
-        return 2
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m hilora.experiments") -> int:
+    args = parser(prog).parse_args(arguments)
+    return ending(lambda: {"run": run, "report": report, "migrate": rewrite}[args.command](args))
 
 
 if __name__ == "__main__":

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hilora.experiments.cells import Cell
-from hilora.reporting.statistics import Interval
-from hilora.reporting.style import BLUE, GREY, ORANGE, VERMILION, grid, new_figure, open_frame, save
-
-MOST_POINTS = 400  # of a row's clients in a plot; more would be a blot
+from hilora.reporting.row_plot import bar, draw_differences, rows_figure
+from hilora.reporting.style import BLUE, GREY, ORANGE, VERMILION, new_figure, open_frame, save
 
 
 def plot_accuracies(cells: Sequence[Cell], path: Path) -> bool:
@@ -25,13 +22,13 @@ def plot_accuracies(cells: Sequence[Cell], path: Path) -> bool:
     shown = [cell for cell in cells if cell.accuracy() is not None or cell.setting.name in cell.method.paper]
     if not any(cell.trained for cell in shown):
         return False
-    figure, axes = _rows(shown, "personalised accuracy, %")
+    figure, axes = rows_figure([cell.method.label for cell in shown], "personalised accuracy, %")
     for place, cell in enumerate(shown):
         found = cell.accuracy()
         if found is not None:
             seeds = [100 * value for value in cell.by_seed("final", "mean").values()]
             axes.scatter(seeds, [place] * len(seeds), s=34, color=_colour(cell), edgecolors="white", zorder=4)
-            _bar(axes, found, place, _colour(cell))
+            bar(axes, found, place, _colour(cell))
         if cell.setting.name in cell.method.paper:
             paper = cell.method.paper[cell.setting.name]
             axes.scatter(paper, place, marker="D", s=36, facecolors="none", edgecolors=ORANGE, zorder=4)
@@ -46,17 +43,16 @@ def plot_differences(cells: Sequence[Cell], compare: Cell, path: Path) -> bool:
     shown = [cell for cell in cells if cell is not compare and cell.less(compare)[1] is not None]
     if not shown:
         return False
-    figure, axes = _rows(shown, f"accuracy minus that of {compare.method.label}, points")
-    draws = np.random.default_rng(0)
-    for place, cell in enumerate(shown):
+    figure, axes = rows_figure(
+        [cell.method.label for cell in shown], f"accuracy minus that of {compare.method.label}, points"
+    )
+    rows, means = [], []
+    for cell in shown:
         by_seed, found = cell.less(compare)
-        values = 100 * np.concatenate([np.asarray(values) for values in by_seed.values()])
-        values = draws.permutation(values)[:MOST_POINTS]
-        heights = place + draws.uniform(-0.28, 0.28, len(values))
-        axes.scatter(values, heights, s=9, color=_colour(cell), alpha=0.35, linewidths=0, zorder=2)
         assert found is not None
-        _bar(axes, found, place, "black")
-    axes.axvline(0, color=GREY, linewidth=1)
+        rows.append([value for values in by_seed.values() for value in values])
+        means.append(found)
+    draw_differences(axes, rows, means, [_colour(cell) for cell in shown])
     return _save(figure, axes, f"{shown[0].setting.name}: a dot a client; bar: mean and 95 % interval", shown, path)
 
 
@@ -104,23 +100,6 @@ def _apart(heights: Sequence[float]) -> list[float]:
         places.append(max(height, places[-1] + gap) if places else height)
     shift = (sum(places) - sum(heights)) / len(heights)
     return [place - shift for place in places]
-
-
-def _rows(cells: Sequence[Cell], label: str) -> tuple[Figure, Axes]:
-    """Axes with a row for each cell, the first on top."""
-    figure = new_figure(7, 1.3 + 0.38 * len(cells))
-    axes = figure.add_subplot()
-    axes.set_yticks(range(len(cells)), [cell.method.label for cell in cells])
-    axes.set_ylim(len(cells) - 0.5, -0.5)
-    axes.set_xlabel(label)
-    grid(axes, "x")
-    return figure, axes
-
-
-def _bar(axes: Axes, found: Interval, place: int, colour: str) -> None:
-    if found.low is not None and found.high is not None:
-        axes.plot([100 * found.low, 100 * found.high], [place, place], color=colour, linewidth=2, zorder=3)
-    axes.plot(100 * found.mean, place, marker="|", markersize=13, markeredgewidth=2.2, color=colour, zorder=3)
 
 
 def _colour(cell: Cell) -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -26,10 +25,10 @@ from hilora.federated.data.partitions import partition
 from hilora.federated.engine.device import DTYPES
 from hilora.federated.engine.trainer import Diverged
 from hilora.federated.simulation import Simulation
+from hilora.locks import claimed
 from hilora.reporting.machine import device_name, revision, today
 
 Pair = tuple[Setting, Method]
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # of file systems without them
 HEAVY = (CHECKPOINT, PREVIOUS, "adapters.safetensors", "heads.safetensors")  # not kept of a finished run
 
 
@@ -60,7 +59,6 @@ class Runner:
         self.experiment, self.ledger, self.inputs, self.work, self.say = experiment, ledger, inputs, work, say
         self.failed: list[str] = []
         self._elsewhere: set[str] = set()  # titles of the runs that another process was seen to be at
-        self._warned: set[str] = set()
         self._seconds: dict[tuple[str, str], list[float]] = {}  # (setting, purpose): of the runs of this process
         self._here = {
             "revision": revision(),
@@ -91,7 +89,7 @@ class Runner:
         name = f"{job.setting.name}.{job.method.name}.{job.purpose}{job.seed}.{job.fingerprint}"
         out = self.work / name
         try:
-            with claimed(out, self._warn) as ours:
+            with claimed(out) as ours:
                 if not ours:
                     if job.title not in self._elsewhere:
                         self.say(f"{job.title}: another process is at it")
@@ -197,12 +195,6 @@ class Runner:
         name = begun or (known[-1] if known else None)
         return DTYPES.get(name or "", self.inputs.dtype)
 
-    def _warn(self, text: str) -> None:
-        """Say something once."""
-        if text not in self._warned:
-            self.say(text)
-        self._warned.add(text)
-
     def _missing(self, pairs: Sequence[Pair]) -> list[tuple[str, str]]:
         """Setting and purpose of every run that is not done."""
         missing = []
@@ -223,37 +215,6 @@ class Runner:
             return f"{_runs(len(missing))} left"
         total = sum(_mean(self._seconds.get(kind, every)) for kind in missing)
         return f"{_runs(len(missing))} left, about {_duration(total)}"
-
-
-@contextmanager
-def claimed(folder: Path, warn: Callable[[str], object] | None = None) -> Iterator[bool]:
-    """Have a folder for oneself, which is made if it is not there: whether no other process has it.
-
-    Where the system or the file system knows no locks, it is had in any case, and `warn` is told.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
-        ours = _lock(file)
-        if ours is None and warn is not None:
-            warn(f"{folder.parent} knows no locks: let no second process work there, or choose another place by --work")
-        yield ours is not False
-
-
-def _lock(file: IO[str]) -> bool | None:
-    """Take the lock of a file: whether no other process has it, or None where there are no locks."""
-    try:
-        import fcntl
-    except ImportError:  # not a Unix
-        return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        return None
-    return True
 
 
 def shard(pairs: Sequence[Pair], number: int, count: int) -> list[Pair]:

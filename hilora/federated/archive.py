@@ -32,7 +32,7 @@ def packed(tree: Mapping[str, Any]) -> bytes:
     has.
 
     Raises:
-        InvalidTypeError: for a stack of a kind that the library does not know.
+        InvalidTypeError: for anything else, or a stack of a kind that the library does not know.
     """
     tensors: dict[str, Tensor] = {}
     described = json.dumps(_plain(tree, tensors), allow_nan=True)
@@ -75,7 +75,14 @@ def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
         return {STACK: NAMES[type(value)], "tensors": _plain(value.tensors(), tensors)}
     if isinstance(value, Mapping):
         return {str(key): _plain(inner, tensors) for key, inner in value.items()}
-    return [_plain(inner, tensors) for inner in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [_plain(inner, tensors) for inner in value]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise InvalidTypeError(
+        f"a {type(value).__name__} cannot be saved in a checkpoint: keep tensors, numbers, texts, and dicts and lists "
+        "of these; an attribute that is no state has a name that begins with an underscore"
+    )
 
 
 def _built(value: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hilora.federated.archive import digest
 from hilora.federated.callbacks.base import Callback, Round
-from hilora.federated.callbacks.checkpoint import Checkpoint, restore, uninterrupted
+from hilora.federated.callbacks.checkpoint import Checkpoint, restore
 from hilora.federated.callbacks.diagnostics import Diagnostics
 from hilora.federated.callbacks.metrics import Metrics
 from hilora.federated.callbacks.progress import ProgressBar
@@ -26,11 +26,12 @@ from hilora.federated.protocol import Stage
 from hilora.federated.settings import TrainingSettings
 from hilora.federated.strategies import Strategy
 from hilora.federated.streams import stream
+from hilora.locks import uninterrupted
 from hilora.models.backbone import Backbone
 from hilora.reporting.summary import SCHEMA
 
 log = logging.getLogger(__name__)
-PROGRESS = ("round", "stage", "round_in_stage", "seconds", "images", "trained_parameters", "finished")
+PROGRESS = ("round", "stage", "round_in_stage", "trained", "seconds", "images", "trained_parameters", "finished")
 
 
 class Simulation(Federation):
@@ -71,7 +72,7 @@ class Simulation(Federation):
     ) -> None:
         super().__init__(strategy, settings, backbone, train, test, population, device, dtype)
         self.out, self.arguments = out, dict(arguments or {})
-        self.round = 0
+        self.round, self.trained = 0, list[int]()  # rounds so far; in each stage that is over
         self.seconds, self.images, self.trained_parameters, self.finished = 0.0, 0, 0, False
         self.callbacks = [Metrics(), Diagnostics(), UnseenClients(), *callbacks, ProgressBar(), Report(), Checkpoint()]
         self._weights = digest(backbone.model.state_dict())
@@ -104,17 +105,28 @@ class Simulation(Federation):
             try:
                 with uninterrupted():
                     restore(self)  # back to the last round that counts
-                    self._tell("end")
+                    self._end()
             except Exception as error:  # what ended the run is what is raised
                 ended.add_note(f"what was reached could not be written: {error}")
             raise
         with uninterrupted():
-            self._tell("end")
+            self._end()
         return self.summary()
 
     def _tell(self, hook: str, *what: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, hook)(self, *what)
+
+    def _end(self) -> None:
+        """Every callback has its end, whatever happens in another's; the first error is raised afterwards."""
+        errors = []
+        for callback in self.callbacks:
+            try:
+                callback.end(self)
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def _stage(self, stage: Stage) -> None:
         """The rounds of a stage, or what is left of them."""
@@ -125,7 +137,7 @@ class Simulation(Federation):
             self.seconds += time.perf_counter() - started
             self._tell("stage_begun", stage)
         if stage.rounds == 0:
-            self.stage += 1
+            self.stage, self.trained = self.stage + 1, [*self.trained, 0]
             self._tell("saved")
         while self.stage == number:
             self._round(stage)
@@ -155,6 +167,7 @@ class Simulation(Federation):
             self.images, self.seconds = self.images + trainer.images, self.seconds + record["seconds"]
             self.trained_parameters = max(self.trained_parameters, trainer.parameters)
             if round.last:
+                self.trained = [*self.trained, self.round_in_stage]
                 self.stage, self.round_in_stage = self.stage + 1, 0
             self._tell("commit", round)
             self._tell("saved")
@@ -202,7 +215,7 @@ class Simulation(Federation):
         clients = self.population.clients
         return {
             **settings,
-            **self.server.settings.plain(),
+            **{f"{self.name}.{name}": value for name, value in self.server.settings.plain().items()},
             "strategy": self.name,
             "data": [self.train_images.name, self._data],
             "backbone": [self.backbone.name, self.backbone.size, self._weights],
@@ -215,6 +228,7 @@ class Simulation(Federation):
         """Where the run stands."""
         return {
             **{name: getattr(self, name) for name in PROGRESS},
+            "asked": [stage.rounds for stage in self.stages],
             "strategy": self.server.state_dict(),
             "store": self.store.state_dict(),
             "post": self.post.state_dict(),

@@ -1,26 +1,77 @@
-"""What is seen of the library on a terminal: what it logs, and a bar of the rounds."""
+"""What is seen of the library on a terminal: what it says and logs, a bar of the rounds, how a command ends."""
 
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
+from hilora.errors import told
+from hilora.locks import Stopped, stoppable
+
 log = logging.getLogger("hilora")
 Item = TypeVar("Item")
+_SILENT = ContextVar("silent", default=False)
+WRONG, CLOSED = 2, 141  # exit codes: something given cannot be used; nobody reads the output
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Inside of the block nothing is said on stdout and no bar is drawn; what goes wrong is still said on stderr."""
+    token = _SILENT.set(True)
+    try:
+        yield
+    finally:
+        _SILENT.reset(token)
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a line, to stdout unless told otherwise, without breaking a bar. Signs that it cannot show become `?`."""
+    """Print a line, to stdout unless told otherwise, without breaking a bar. Signs that it cannot show become `?`, and
+    where nobody listens any more nothing is said: no run ends because of it."""
     stream = stream or sys.stdout
-    encoding = stream.encoding or "utf-8"
-    tqdm.write(text.encode(encoding, "replace").decode(encoding), file=stream)
-    stream.flush()
+    if stream is None or (_SILENT.get() and stream is sys.stdout):
+        return
+    with suppress(OSError, ValueError):  # closed, by the other side or by this one
+        encoding = stream.encoding or "utf-8"
+        tqdm.write(text.encode(encoding, "replace").decode(encoding), file=stream)
+        stream.flush()
+
+
+def stopped(error: KeyboardInterrupt, more: str = "") -> int:
+    """Says that a command was interrupted, and more; returns its exit code, as shells have it: 130 after Ctrl-C."""
+    by = f" by {error}" if isinstance(error, Stopped) else ""
+    say(f"\ninterrupted{by}{more}", sys.stderr)
+    return 128 + (error.signal if isinstance(error, Stopped) else signal.SIGINT)
+
+
+def ending(work: Callable[[], int]) -> int:
+    """What a command ends with: the exit code of its work; or of what stopped that, which is said in one line, unless
+    it is a bug."""
+    try:
+        with stoppable():
+            code = work()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except KeyboardInterrupt as error:
+        return stopped(error)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        return CLOSED
+    except Exception as error:
+        said = told(error)
+        if said is None:
+            raise
+        say(f"error: {said}", sys.stderr)
+        return WRONG
 
 
 def counted(items: Iterable[Item], total: int, what: str, done: int = 0) -> Iterator[Item]:
@@ -31,8 +82,14 @@ def counted(items: Iterable[Item], total: int, what: str, done: int = 0) -> Iter
         total: how many there are in all, `done` of them before.
         what: they are.
     """
-    quiet = sys.stderr is None or sys.stderr.closed or not sys.stderr.isatty()
-    yield from tqdm(items, what, total, initial=done, unit="", delay=2, leave=False, dynamic_ncols=True, disable=quiet)
+    yield from tqdm(
+        items, what, total, initial=done, unit="", delay=2, leave=False, dynamic_ncols=True, disable=not _bars()
+    )
+
+
+def _bars() -> bool:
+    """Whether there is a terminal to draw bars on."""
+    return not (_SILENT.get() or sys.stderr is None or sys.stderr.closed) and sys.stderr.isatty()
 
 
 class Terminal(logging.Handler):
@@ -74,7 +131,7 @@ class Progress:
     def __init__(self, total_rounds: int, label: str, enabled: bool | None = None) -> None:
         self.label = label
         self._total = total_rounds
-        self._enabled = sys.stderr.isatty() if enabled is None else enabled
+        self._enabled = _bars() if enabled is None else enabled
         self._bar: tqdm[Any] | None = None
         self._last: Mapping[str, Any] | None = None
         self._terminal = ExitStack()

@@ -5,7 +5,6 @@ Accuracies are fractions of 1; a figure that was not measured is None.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from functools import cache
@@ -20,7 +19,7 @@ from pydantic import FiniteFloat, Strict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from hilora.errors import FileError, InvalidValueError, MissingFileError
-from hilora.files import PathLike, plain, write_json
+from hilora.files import PathLike, plain, read_json, write_json
 
 SCHEMA = 2
 """1 had no key `schema`, no bytes of each client, and in its first files only some of the figures."""
@@ -163,10 +162,7 @@ def read_summary(path: PathLike) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise MissingFileError(f"there is no summary {path}: give the summary.json in the folder of a run")
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise FileError(f"{path} is no summary of a run: {error}") from error
+    found = read_json(path)
     version = found.get("schema", 1) if isinstance(found, dict) else 1
     if isinstance(version, int) and version > SCHEMA:
         raise FileError(f"{path} has schema {version}, expected at most {SCHEMA}: update hilora, which wrote it")

@@ -10,7 +10,7 @@ import pytest
 
 from hilora.cli.fields import add_field, described, made
 from hilora.cli.methods import chosen, load
-from hilora.cli.train import Command
+from hilora.cli.training import Command
 from hilora.errors import InvalidTypeError, InvalidValueError
 from hilora.federated.data.partitions import settings
 from hilora.federated.settings import Settings, TrainingSettings
@@ -30,14 +30,14 @@ class Mine(FedIT):
 
 
 def command() -> Command:
-    return Command("words", lambda data: None, {"rounds": [1, 2, 3]})
+    return Command("words", "words", lambda data: None, {"rounds": [1, 2, 3]})
 
 
 def test_every_shared_setting_every_partition_and_every_method_can_be_reached() -> None:
     arguments = ["--strategy", "pf2lora", "--pf2lora.alpha", "0.5", "--alpha", "2", "--rank", "4,2,1", "--augment"]
     args = command().parse(arguments)
     assert (args.rank, args.augment, args.alpha, getattr(args, "pf2lora.alpha")) == ([4, 2, 1], True, 2.0, 0.5)
-    parser = command()._parser()
+    parser = command().parser()
     known = {action.dest for action in parser._actions}
     assert set(TrainingSettings.model_fields) <= known
     assert set(settings()) <= known

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from hilora.locks import claimed
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "federated_cifar100.py"
 SMALL = ["--clients", "5", "--images-per-client", "8", "--rounds", "1,1,1", "--rank", "2", "--dtype", "float32"]
 
@@ -121,8 +123,8 @@ def test_a_second_run_in_the_same_folder_loses_nothing(example: ModuleType, tmp_
     assert summary(tmp_path)["seed"] == 2
 
 
-def interrupt(arguments: list[str], log: Path, rounds: int) -> tuple[str, str]:
-    """Press Ctrl-C when the log has so many rounds; returns what was printed."""
+def interrupt(arguments: list[str], log: Path, rounds: int, number: signal.Signals) -> tuple[str, str]:
+    """Send a signal, as Ctrl-C does, when the log has so many rounds; returns what was printed."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background suite inherits that it is ignored
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *arguments],
@@ -135,19 +137,19 @@ def interrupt(arguments: list[str], log: Path, rounds: int) -> tuple[str, str]:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") >= rounds):
         time.sleep(0.05)  # no event tells a test that a file has grown
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     printed, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
+    assert process.returncode == 128 + number, errors
     return printed, errors
 
 
-@pytest.mark.parametrize("rounds", [0, 2])
-def test_ctrl_c_ends_cleanly_with_what_was_reached_and_resume_goes_on(
-    example: ModuleType, tmp_path: Path, rounds: int
+@pytest.mark.parametrize(("number", "rounds"), [(signal.SIGINT, 0), (signal.SIGTERM, 2), (signal.SIGHUP, 1)])
+def test_a_signal_ends_cleanly_with_what_was_reached_and_resume_goes_on(
+    example: ModuleType, tmp_path: Path, number: signal.Signals, rounds: int
 ) -> None:
-    arguments = [*SMALL, "--strategy", "hilora", "--rounds", "40,1,1"]
+    arguments = [*SMALL, "--strategy", "hilora", "--rounds", "15,1,1"]
     out = tmp_path / "stopped"
-    printed, errors = interrupt([*arguments, "--out", str(out)], out / "metrics.jsonl", rounds)
+    printed, errors = interrupt([*arguments, "--out", str(out)], out / "metrics.jsonl", rounds, number)
     assert "Traceback" not in errors
     assert "--resume goes on from here" in errors
     assert "hilora" in printed.lower()
@@ -162,6 +164,15 @@ def test_ctrl_c_ends_cleanly_with_what_was_reached_and_resume_goes_on(
     assert resumed["interrupted"] is False
     for key in ("tiers", "final", "unseen", "clusters", "rounds"):
         assert resumed[key] == whole[key], key
+
+
+def test_a_folder_that_another_process_writes_to_is_refused(
+    example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with claimed(tmp_path / "out"):
+        assert example.main([*SMALL, "--out", str(tmp_path / "out")]) == 2
+    assert f"another process is writing to --out {tmp_path / 'out'}" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["lock"]
 
 
 def test_real_images_and_a_pretrained_vit(example: ModuleType, tmp_path: Path) -> None:

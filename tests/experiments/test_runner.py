@@ -17,11 +17,12 @@ from hilora.experiments.ledger import Ledger
 from hilora.experiments.plan import FINAL, choose, job, tuning_jobs
 from hilora.experiments.records import DIVERGED
 from hilora.experiments.results import KEPT
-from hilora.experiments.runner import Runner, claimed, shard
+from hilora.experiments.runner import Runner, shard
 from hilora.federated.archive import packed, unpacked
 from hilora.federated.callbacks.checkpoint import CHECKPOINT
 from hilora.federated.protocol import Stage
 from hilora.federated.simulation import Simulation
+from hilora.locks import claimed
 from hilora.reporting.progress import Progress
 from tests.experiments.conftest import GRID, GRIDS, Write, line
 

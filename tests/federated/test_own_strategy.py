@@ -21,7 +21,7 @@ from torch import Tensor
 import hilora
 from hilora.adapters.composition import Composition, Gains
 from hilora.adapters.table import Values
-from hilora.errors import InvalidValueError
+from hilora.errors import InvalidTypeError, InvalidValueError
 from hilora.federated.client import ClientState, Models
 from hilora.federated.engine.bench import Bench, LocalAlgorithm, Training
 from hilora.federated.engine.trainer import Trainer
@@ -81,6 +81,7 @@ class Loud(Strategy):
     """One adapter for all, whose volume is each client's own; a stage ends when the server has had enough of it."""
 
     class Settings(Settings):
+        data: Whole = Field(1, description="has the name of something else in a run's identity")
         shrink: Number = Field(0.1, gt=0, description="of the steps")
         enough: Whole = Field(2, ge=1, description="rounds after which a stage stops")
 
@@ -88,9 +89,14 @@ class Loud(Strategy):
     own_tier = "root"
     settings: Settings
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.count = 0
+        self._told = print  # no state: the checkpoint leaves it out
+
     def start(self) -> None:
         self.root = self.problem.fresh("root", 1, stream(self.training.seed, "fresh adapters"))
-        self.head, self.count = self.problem.head, 0
+        self.head = self.problem.head
 
     def stages(self) -> list[Stage]:
         return [Stage("root", 5, "root", "first"), Stage("root", 5, "leaf", "second")]
@@ -148,8 +154,28 @@ def test_it_is_stopped_and_resumed(simulate: Simulate, tmp_path: Path) -> None:
     resumed = simulate(Loud, resume=True)
     assert figures(resumed.run()) == expected
     assert untimed(resumed) == untimed(whole)
-    with pytest.raises(ValueError, match=r"shrink was 0.1, now 0.3"):
-        simulate(Loud, shrink=0.3, resume=True)
+    for name, before, now in (("shrink", 0.1, 0.3), ("data", 1, 2)):
+        with pytest.raises(ValueError, match=rf"Loud.{name} was {before}, now {now}"):
+            simulate(Loud, resume=True, **{name: now})
+
+
+def test_a_setting_with_the_name_of_one_that_all_share_is_refused(simulate: Simulate) -> None:
+    class Twice(Loud):
+        class Settings(Loud.Settings):
+            batch_size: Whole = Field(3, description="of its own")
+
+    with pytest.raises(InvalidValueError, match=r"batch_size is what all methods share"):
+        simulate(Twice)
+
+
+def test_what_cannot_be_in_a_checkpoint_is_said(simulate: Simulate) -> None:
+    class Open(Loud):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+            self.tell = print
+
+    with pytest.raises(InvalidTypeError, match=r"a builtin_function_or_method .* begins with an underscore"):
+        simulate(Open)
 
 
 def test_its_algorithm_and_composition_take_part_in_the_result(simulate: Simulate, tmp_path: Path) -> None:

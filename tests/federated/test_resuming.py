@@ -13,6 +13,7 @@ import torch
 from hilora.errors import FileError, MissingFileError
 from hilora.federated.callbacks.checkpoint import CHECKPOINT, PREVIOUS
 from hilora.federated.data.images import ImageSet
+from hilora.federated.grouping import GROUPINGS
 from hilora.federated.simulation import Simulation
 from hilora.federated.strategies import STRATEGIES
 from hilora.models.backbone import Backbone
@@ -87,6 +88,18 @@ def test_every_strategy_resumes_to_the_bit(simulate: Simulate, tmp_path: Path, s
     assert all(same(table, resumed.store.tables[name]) for name, table in whole.store.tables.items())
 
 
+@pytest.mark.parametrize("groups", list(GROUPINGS))
+@pytest.mark.parametrize("strategy", ["hilora", "head-only"])
+def test_every_grouping_resumes_to_the_bit(simulate: Simulate, tmp_path: Path, strategy: str, groups: str) -> None:
+    expected = figures(simulate(strategy, out=tmp_path / "whole", groups=groups, participation=0.8).run())
+    for rounds in (1, 3):
+        stopped = simulate(strategy, groups=groups, participation=0.8, resume=rounds > 1)
+        stop_after(stopped, rounds)
+        with pytest.raises(Stop):
+            stopped.run()
+    assert figures(simulate(strategy, groups=groups, participation=0.8, resume=True).run()) == expected
+
+
 def test_what_ended_a_run_is_raised_even_where_its_checkpoint_is_gone(simulate: Simulate, tmp_path: Path) -> None:
     stopped = simulate()
     stop_after(stopped, 1)
@@ -106,6 +119,33 @@ def test_what_ended_a_run_is_raised_even_where_its_checkpoint_is_gone(simulate: 
 def test_resuming_a_finished_run_changes_nothing(simulate: Simulate) -> None:
     first = figures(simulate().run())
     assert figures(simulate(resume=True).run()) == first
+
+
+@pytest.mark.parametrize("strategy", ["hilora", "fedit", "feddpa-f", "fedalt", "ifca"])
+def test_a_finished_run_goes_on_as_if_it_had_been_asked_for_more_rounds(
+    simulate: Simulate, tmp_path: Path, strategy: str
+) -> None:
+    asked: dict[str, Any] = {"participation": 0.8, "evaluate_every": 1}
+    whole = simulate(strategy, out=tmp_path / "whole", rounds=[2, 2, 4], **asked)
+    expected = figures(whole.run())
+    simulate(strategy, rounds=[2, 2, 1], **asked).run()
+    stopped = simulate(strategy, rounds=[2, 2, 3], resume=True, **asked)
+    stop_after(stopped, 6)
+    with pytest.raises(Stop):
+        stopped.run()
+    resumed = simulate(strategy, rounds=[2, 2, 4], resume=True, **asked)
+    assert figures(resumed.run()) == expected
+    assert untimed(resumed) == untimed(whole)
+
+
+def test_rounds_that_are_over_cannot_become_more_or_fewer(simulate: Simulate) -> None:
+    simulate(rounds=[2, 1, 2]).run()
+    for rounds in ([3, 1, 2], [2, 2, 2], [2, 1, 1], [2, 1, 0]):
+        with pytest.raises(FileError, match="rounds was"):
+            simulate(rounds=rounds, resume=True)
+    (simulate(rounds=[2, 1, 2], resume=True).out / PREVIOUS).unlink()
+    with pytest.raises(FileError, match="rounds was"):
+        simulate(rounds=[2, 1, 3], resume=True)
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(simulate: Simulate, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_files_that_do_not_serve(tmp_path):
         read_summary(tmp_path / "none.json")
     for text in ("{", "[]", "null", "\xff"):
         (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
-        with pytest.raises(FileError, match="is no summary of a run"):
+        with pytest.raises(FileError, match=r"is no(t JSON| summary of a run)"):
             read_summary(tmp_path / "a.json")
     (tmp_path / "a.json").write_text(json.dumps({"schema": SCHEMA + 1}))
     with pytest.raises(FileError, match="update hilora"):

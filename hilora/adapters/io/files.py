@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hilora.errors import FileError, MissingFileError
+from hilora.files import atomic
 
 FORMAT = "hilora-1"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -35,36 +37,9 @@ def write_files(contents: Mapping[str | os.PathLike[str], bytes]) -> None:
     Raises:
         ValueError: if there cannot be a file at a path.
     """
-    missing: list[Path] = []
-    partials: dict[Path, Path] = {}
-    try:
+    with ExitStack() as stack:
         for path, content in contents.items():
-            target = Path(path)
-            _check_place(path, target)
-            new = [folder for folder in target.parents if not folder.exists()]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            missing = new + missing
-            partials[target] = Path(f"{path}.part")
-            partials[target].write_bytes(content)
-        for target, partial in partials.items():
-            os.replace(partial, target)
-    except BaseException:
-        for partial in partials.values():
-            partial.unlink(missing_ok=True)
-        for folder in missing:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-        raise
-
-
-def _check_place(path: str | os.PathLike[str], target: Path) -> None:
-    if target.is_dir() or os.fspath(path).endswith(os.sep):
-        raise FileError(f"{path} is a folder: give the path of a file, such as {target / 'adapters.safetensors'}")
-    if target.exists() and not target.is_file():
-        raise FileError(f"{path} is a device, a pipe or a socket, which a file would replace: give another path")
-    folder = next(folder for folder in target.parents if folder.exists())
-    if not folder.is_dir():
-        raise FileError(f"{path} cannot be a file: what it would be in is no folder")
+            stack.enter_context(atomic(path)).write_bytes(content)
 
 
 def serialised(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:

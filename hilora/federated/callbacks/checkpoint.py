@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +34,8 @@ class Checkpoint(Callback):
 
 
 def restore(simulation: Simulation) -> None:
-    """Put a simulation where the checkpoint in its folder says.
+    """Put a simulation where the checkpoint in its folder says. The simulation may have more rounds than the run had,
+    in the stage that it was in or in later ones; of a finished run, in its last stage.
 
     Raises:
         MissingFileError: if there is no checkpoint.
@@ -47,13 +44,31 @@ def restore(simulation: Simulation) -> None:
     state = load_checkpoint(simulation.out)
     own, known = simulation.identity(), state["identity"]
     differing = [name for name in {**own, **known} if known.get(name) != own.get(name)]
-    if differing:
+    longer = _before_more_rounds(simulation, state) if differing == ["rounds"] else None
+    if longer is not None:
+        state = longer
+    elif differing:
         said = "; ".join(f"{name} was {_short(known.get(name))}, now {_short(own.get(name))}" for name in differing)
         raise FileError(
             f"the checkpoint in {simulation.out} is of another run: {said}. Resume with the same settings, or choose "
             "another folder"
         )
     simulation.load_state_dict(state)
+
+
+def _before_more_rounds(simulation: Simulation, state: dict[str, Any]) -> dict[str, Any] | None:
+    """What a run with more rounds goes on from; None where those that are over would have been others."""
+    rounds = [stage.rounds for stage in simulation.stages]
+    place, done = state["stage"], state["round_in_stage"]
+    if place == len(state["asked"]):  # all is over: the last stage goes on, from before the unseen clients arrived
+        path = simulation.out / (PREVIOUS if state["finished"] else CHECKPOINT)
+        state = unpacked(path) if path.is_file() else state
+        place, done = place - 1, state["trained"][-1] if state["trained"] else 0
+        if state["finished"] or done < state["asked"][-1]:  # a strategy that ended the stage itself would do so again
+            return None
+        state = {**state, "stage": place, "round_in_stage": done, "trained": state["trained"][:-1]}
+    same = len(rounds) == len(state["asked"]) and rounds[:place] == state["asked"][:place]
+    return state if same and 0 < done < rounds[place] else None
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -100,19 +115,3 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until the block is done, so that what belongs together is written together."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt

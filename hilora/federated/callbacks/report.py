@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,6 +11,7 @@ from hilora.adapters.io.native import save_adapters
 from hilora.federated.callbacks.base import Callback
 from hilora.federated.callbacks.checkpoint import CHECKPOINT, PREVIOUS
 from hilora.federated.callbacks.metrics import Metrics
+from hilora.federated.client import Models
 from hilora.reporting.summary import write_summary
 
 if TYPE_CHECKING:
@@ -42,13 +43,24 @@ class Report(Callback):
         out = simulation.out
         write_summary(out / "summary.json", summary)
         everyone = torch.arange(len(population.clients))
-        adapters, heads = simulation.server.tables(simulation.models(everyone))
+        models = simulation.models(everyone)
+        adapters, heads = simulation.server.tables(models)
         simulation.engine.keep(adapters)
         save_adapters(simulation.engine.model, out / "adapters.safetensors")
         named = {f"{tier}.{name}": value for tier, head in heads.items() for name, value in head.items()}
-        write_tensors(out / "heads.safetensors", named, {"classes": images.classes})
+        write_tensors(out / "heads.safetensors", named, {"classes": images.classes, "models": described(models)})
         counts = population.class_counts(images.labels, len(images.classes))
         seen = torch.tensor([client.seen for client in population.clients])
         records = next((one.log.records for one in simulation.callbacks if isinstance(one, Metrics)), [])
         truth, names = population.true_groups, population.groups
         draw_run(out, summary, records, counts, seen, truth, names, simulation.server.clustering())
+
+
+def described(models: Models) -> dict[str, Any]:
+    """Which of the saved adapters and heads each client has, by its id; and what else its predictions need, if it is
+    more than these: the name of a composition."""
+    return {
+        "slots": {tier: rows.slot.tolist() for tier, rows in models.tiers.items()},
+        "head": models.head.slot.tolist(),
+        "composition": None if models.composition is None else type(models.composition).__name__,
+    }

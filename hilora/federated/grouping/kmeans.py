@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,11 @@ class KMeansGrouping(SubspaceGrouping):
     measure: every aggregation turns their basis."""
 
     kept: ClassVar[tuple[str, ...]] = (*SubspaceGrouping.kept, "left", "right")
-    left: list[Tensor]  # left @ right is what a client's last round changed of B A,
-    right: list[Tensor]  # for each shape [N, P, out, 2r] and [N, P, 2r, in]
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.left: list[Tensor] = []  # left @ right is what a client's last round changed of B A,
+        self.right: list[Tensor] = []  # for each shape [N, P, out, 2r] and [N, P, 2r, in]
 
     def remember(self, clients: Tensor, trained: AdapterTable, server: AdapterTable) -> None:
         pairs = list(zip(trained.factors, server.factors, strict=True))

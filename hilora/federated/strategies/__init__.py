@@ -29,13 +29,15 @@ def resolve(strategy: str | type[Strategy] | Strategy) -> Strategy:
     """A strategy from its name, its class, or itself.
 
     Raises:
-        InvalidValueError: if there is no such name.
+        InvalidValueError: if there is no such name, or a setting of its own has the name of one that all share.
     """
     if isinstance(strategy, str):
         if strategy not in STRATEGIES:
             raise InvalidValueError(f"unknown strategy {strategy!r}: there are {', '.join(STRATEGIES)}")
         strategy = STRATEGIES[strategy]
-    return strategy() if isinstance(strategy, type) else strategy
+    found = strategy() if isinstance(strategy, type) else strategy
+    own_fields(type(found))
+    return found
 
 
 def own_fields(kind: type[Strategy]) -> dict[str, FieldInfo]:

@@ -20,6 +20,9 @@ from hilora.federated.settings import Settings, TrainingSettings
 Fresh = Callable[[str, int, torch.Generator], AdapterTable]
 """New adapters, without effect as yet: (tier, how many, random stream) → `[how many, ...]`."""
 
+GIVEN = frozenset({"settings", "problem", "training"})
+"""Attributes of a strategy that it is made with, and that are no state of its own."""
+
 Ask = Callable[[Tensor, Download], Upload]
 """Sends clients `[n]` a download and gives what they send back."""
 
@@ -47,9 +50,9 @@ class Strategy(ABC):
 
     The simulation has two instances of it, one for each half, and only the messages pass between them. The server's
     half keeps its state in attributes, which make up its checkpoint: tensors, stacks, numbers, texts, and dicts and
-    lists of these. It starts in `start`, gives in `configure` what it has for clients and takes in by `aggregate` what
-    they send. The client's half has nothing but the private states of its clients: it trains in `local` and says in
-    `models` what they predict with.
+    lists of these; those whose names begin with an underscore are left out. It starts in `start`, gives in
+    `configure` what it has for clients and takes in by `aggregate` what they send. The client's half has nothing but
+    the private states of its clients: it trains in `local` and says in `models` what they predict with.
 
     Attributes:
         name: what the method is called on the command line and in files; the class's by default.
@@ -82,7 +85,6 @@ class Strategy(ABC):
     def join(self, problem: Problem) -> Self:
         """Take up a problem; both halves do."""
         self.problem, self.training = problem, problem.training
-        self._known = {*vars(self), "_known"}
         return self
 
     def adapters(self, training: TrainingSettings) -> HiLoRAConfig:
@@ -163,8 +165,8 @@ class Strategy(ABC):
         return sum(self.training.rounds.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """The server's state: the attributes that `start` and what follows it have set."""
-        return {name: value for name, value in vars(self).items() if name not in self._known}
+        """The server's state: its attributes, but for what it was made with and those that begin with an underscore."""
+        return {name: value for name, value in vars(self).items() if name not in GIVEN and not name.startswith("_")}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`."""

@@ -16,7 +16,7 @@ from hilora.federated.protocol import Stage
 from hilora.federated.simulation import Simulation
 from tests.federated.conftest import Simulate
 from tests.federated.test_resuming import Stop, stop_after
-from tests.federated.test_simulation import figures
+from tests.federated.test_simulation import FILES, figures
 
 
 class Diary(Callback):
@@ -122,3 +122,11 @@ def test_what_it_raises_keeps_its_traceback_and_results_so_far_are_written(
     assert (summary["interrupted"], summary["rounds"]) == (True, rounds)
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == rounds
     assert figures(simulate(callbacks=[Diary()], resume=True, **FEW).run()) == expected
+
+
+def test_an_error_in_its_end_keeps_no_other_from_writing(simulate: Simulate, tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError, match="a bug of the callback"):
+        simulate(callbacks=[Diary("end 3")], **FEW).run()
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} >= FILES
+    assert json.loads((out / "summary.json").read_text())["interrupted"] is False

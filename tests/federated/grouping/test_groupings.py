@@ -33,7 +33,7 @@ def test_groups_may_come_from_elsewhere(groups: str) -> None:
 
 
 def test_kmeans_compares_what_clients_change_of_the_product() -> None:
-    grouping = KMeansGrouping(GroupingSettings(groups="kmeans"), TrainingSettings(), clients=3)
+    grouping = KMeansGrouping(GroupingSettings(groups="kmeans"), TrainingSettings(), 3)
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> Tensor:

@@ -1,0 +1,31 @@
+from . import aggregation as aggregation
+from . import clustering as clustering
+from . import kernels as kernels
+from .adapters.bank import AdapterBank as AdapterBank
+from .adapters.callcheck import MixedRowsError as MixedRowsError
+from .adapters.callcheck import UncalledLayerError as UncalledLayerError
+from .adapters.config import HiLoRAConfig as HiLoRAConfig
+from .adapters.counting import ParameterCount as ParameterCount
+from .adapters.counting import count_parameters as count_parameters
+from .adapters.counting import print_trainable_parameters as print_trainable_parameters
+from .adapters.injection import inject as inject
+from .adapters.injection import set_active_tier as set_active_tier
+from .adapters.injection import set_slots as set_slots
+from .adapters.io.from_peft import import_peft as import_peft
+from .adapters.io.native import load_adapters as load_adapters
+from .adapters.io.native import save_adapters as save_adapters
+from .adapters.io.peft import export_peft as export_peft
+from .adapters.io.state import get_adapters as get_adapters
+from .adapters.io.state import set_adapters as set_adapters
+from .adapters.layers import TieredLoRALinear as TieredLoRALinear
+from .adapters.merging import disable_adapters as disable_adapters
+from .adapters.merging import merge as merge
+from .adapters.merging import merge_and_unload as merge_and_unload
+from .adapters.merging import unload as unload
+from .adapters.merging import unmerge as unmerge
+from .adapters.orthogonality import orthogonality_penalty as orthogonality_penalty
+from .adapters.table import AdapterTable as AdapterTable
+from .errors import HiLoRAError as HiLoRAError
+from .models.targets import find_targets as find_targets
+
+__version__: str

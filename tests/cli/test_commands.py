@@ -1,0 +1,219 @@
+"""The command `hilora`, and what it says of files and runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import hilora
+from hilora.cli.contents import READERS
+from hilora.cli.main import COMMANDS, main
+from hilora.cli.train import command as train
+from hilora.cli.train import load
+from hilora.federated.data.images import prepare
+from hilora.models.backbone import load_backbone
+from hilora.models.glyph_vit import new_glyph_vit
+
+SMALL = ["--clients", "6", "--images-per-client", "16", "--rounds", "1,1,1", "--rank", "2", "--dtype", "float32"]
+
+
+def command(*arguments: object, **how: object) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "hilora", *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, **how)  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of HiLoRA beside one of FedIT and one of FedALT, on glyphs."""
+    out = tmp_path_factory.mktemp("runs")
+    assert main(["train", *SMALL, "--strategy", "hilora", "fedit", "fedalt", "--quiet", "--out", str(out)]) == 0
+    return out
+
+
+def test_help_and_version_load_next_to_nothing() -> None:
+    loaded = "import sys; from hilora.cli.main import main\ntry: main({0})\nexcept SystemExit: pass\n"
+    for words in (["--help"], ["--version"], []):
+        code = loaded.format(words) + "assert not {'torch', 'numpy', 'timm', 'pydantic'} & set(sys.modules)"
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert "hilora" in found.stdout
+    assert command("--version").stdout == f"hilora {hilora.__version__}\n"
+
+
+def test_every_command_has_a_help_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as ended:
+            main([name, "--help"])
+        assert ended.value.code == 0
+        assert capsys.readouterr().out.startswith(f"usage: hilora {name}")
+
+
+def test_an_unknown_command_or_flag_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, said in ((["trian"], "'trian' (choose from"), (["train", "--lrr", "1"], "--lrr")):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 2
+        assert said in capsys.readouterr().err
+
+
+def test_wrong_settings_are_found_before_any_data_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("hilora.cli.train.read_images", lambda *given: pytest.fail("data were read"))
+    wrong = {
+        "--classes-per-client 3": "--classes-per-client is for patho",
+        "--unseen 3": "--unseen is 3",
+        "--lr -1": "--lr.root=-1",
+    }
+    for words, said in wrong.items():
+        assert main(["train", *SMALL, *words.split(), "--out", str(tmp_path)]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_json_is_all_that_is_printed_and_quiet_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *SMALL, "--strategy", "fedit", "--json", "--out", str(tmp_path / "a")]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert main(["train", *SMALL, "--strategy", "fedit", "--quiet", "--out", str(tmp_path / "b")]) == 0
+    quiet = capsys.readouterr()
+    assert (quiet.out, printed.err, quiet.err) == ("", "", "")
+    assert main(["train", "--quiet", "--data-dir", str(tmp_path / "none")]) == 2
+    assert "--data-dir" in capsys.readouterr().err
+
+
+def test_what_a_run_leaves_is_inspected(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = runs / "hilora"
+    expected = {
+        runs: "a comparison of 3 runs",
+        run: "a run",
+        run / "summary.json": "a run",
+        run / "metrics.jsonl": "the rounds of a run",
+        run / "adapters.safetensors": "adapters",
+        run / "heads.safetensors": "the heads of a run's clients",
+        run / "checkpoint.safetensors": "the checkpoint of a run",
+    }
+    model = hilora.inject(new_glyph_vit(3), hilora.HiLoRAConfig(r=2))
+    hilora.export_peft(model, tmp_path / "peft")
+    shutil.copy(Path(hilora.__file__).parent / "models/assets/glyph_vit.safetensors", tmp_path)
+    expected |= {
+        tmp_path / "peft": "an adapter of PEFT",
+        tmp_path / "peft" / "adapter_model.safetensors": "adapters of another library",
+        tmp_path / "glyph_vit.safetensors": "weights of a model",
+    }
+    for path, kind in expected.items():
+        assert main(["inspect", str(path), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["kind"] == kind
+        assert main(["inspect", str(path)]) == 0
+        assert f"{path}: {kind}" in capsys.readouterr().out
+    assert main(["inspect", str(run / "adapters.safetensors"), "--json"]) == 0
+    tiers = json.loads(capsys.readouterr().out)["parts"]
+    assert [(tier["tier"], tier["r"], tier["slots"]) for tier in tiers][::2] == [("root", 2, 1), ("leaf", 2, 6)]
+
+
+def test_experiments_and_their_ledgers_are_inspected(capsys: pytest.CaptureFixture[str]) -> None:
+    experiments = sorted(Path(hilora.__file__).resolve().parents[1].glob("benchmarks/experiments/**/*.toml"))
+    assert experiments
+    for path in experiments:
+        assert main(["inspect", str(path), str(path.with_suffix(".ledger.jsonl"))]) == 0
+        printed = capsys.readouterr().out
+        assert f"{path}: an experiment" in printed
+        assert "lines that are no records: –" in printed
+
+
+@pytest.mark.parametrize("name", [name for name in READERS if name != ".toml"])
+def test_damaged_and_foreign_files_are_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / (f"x{name}" if name.startswith(".") else name)
+    for content in (b"", b"\xff\x00{", b"[" * 100_000, b'{"a": 1}\n'):
+        path.write_bytes(content)
+        code = main(["inspect", str(path)])
+        printed = capsys.readouterr()
+        assert code in (0, 2), content
+        assert (str(path) in printed.err) if code else (str(path) in printed.out)
+    for other in (tmp_path / "none", tmp_path.parent / "conftest.py", tmp_path / ".."):
+        assert main(["inspect", str(other)]) == 2
+
+
+def test_runs_are_compared_client_by_client(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [str(runs / name) for name in ("fedit", "hilora", "fedalt")]
+    assert main(["compare", *folders, "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "minus fedit" in printed
+    assert {path.name for path in tmp_path.iterdir()} == {"comparison.md", "comparison.json", "differences.png"}
+    assert main(["compare", *folders, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    first, second = ({**run["per_client"]} for run in found["runs"][:2])
+    mean = sum(b - a for a, b in zip(first["test"], second["test"], strict=True)) / len(first["test"])
+    assert found["differences"]["hilora"]["mean"] == pytest.approx(mean)
+    assert found["differences"]["hilora"]["low"] <= mean <= found["differences"]["hilora"]["high"]
+
+
+def test_runs_of_other_clients_are_not_paired_and_settings_that_differ_are_named(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = ["--strategy", "hilora", "--out", str(tmp_path / "other"), "--quiet"]
+    assert main(["train", *SMALL, *other, "--images-per-client", "20"]) == 0
+    assert main(["compare", str(runs / "hilora"), str(tmp_path / "other")]) == 0
+    printed = capsys.readouterr().out
+    assert "minus" not in printed
+    assert any(line.split() == ["images_per_client", "16", "20"] for line in printed.splitlines())
+    assert main(["compare", str(runs / "hilora"), str(runs / "hilora")]) == 2
+    assert "the same run" in capsys.readouterr().err
+
+
+def test_a_merged_client_predicts_as_in_its_run(runs: Path, tmp_path: Path) -> None:
+    summary = json.loads((runs / "hilora" / "summary.json").read_text())
+    args = train("hilora train").parse(SMALL)
+    _, test, population = load(args, 32)
+    backbone = load_backbone("glyph_vit")
+    places = {client: place for place, client in enumerate(summary["per_client"]["ids"])}
+    for client in list(places)[:2]:
+        path = tmp_path / f"{client}.safetensors"
+        assert main(["merge", str(runs / "hilora"), "--client", str(client), "--out", str(path)]) == 0
+        model = new_glyph_vit(50)
+        model.load_state_dict(load_file(path))
+        own = population.clients[client].test
+        pixels = prepare(test.images[own], 32, backbone.mean, backbone.std, torch.float32)
+        with torch.no_grad():
+            right = (model.eval()(pixels).argmax(1) == test.labels[own]).float().mean()
+        assert float(right) == pytest.approx(summary["per_client"]["test"][places[client]], abs=1.01 / len(own))
+
+
+def test_what_cannot_be_merged_is_said(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path / "x.safetensors")]
+    for run, client, said in (("hilora", "6", "clients 0 to 5"), ("fedalt", "0", "Gate"), ("none", "0", "none")):
+        assert main(["merge", str(runs / run), "--client", client, *out]) == 2
+        assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_env_names_versions_devices_and_who_serves(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env"]) == 0
+    said = capsys.readouterr().out
+    for word in (f"torch {torch.__version__}", "cpu: ", "stacked_lora_linear: ", "gram_penalty: ", "not fused: "):
+        assert word in said
+    assert main(["env", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["serving"]) >= {"cpu"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_knows_every_command_and_its_flags(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for word in (*COMMANDS, "--rounds", "--clients-per-domain", "--client"):
+        assert word.removeprefix("--") in script
+    if shell == "bash":
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_a_reader_that_goes_away_ends_a_command_quietly() -> None:
+    words = f"{sys.executable} -m hilora inspect benchmarks/experiments/*/methods*.jsonl benchmarks/experiments/*.jsonl"
+    root = Path(hilora.__file__).resolve().parents[1]
+    done = subprocess.run(["bash", "-c", f"{words} | head -n 1"], cwd=root, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
