@@ -13,6 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -54,6 +55,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = LINK.sub(outside_of_code, markdown)
     if SETTINGS in markdown:
         markdown = markdown.replace(SETTINGS, settings())
+    with ThreadPoolExecutor() as pool:  # they take seconds each
+        list(pool.map(output, RUN.findall(markdown)))
     return RUN.sub(lambda match: f"```console\n$ {match['command']}\n{output(match['command'])}\n```", markdown)
 
 
