@@ -21,6 +21,7 @@ import timm
 import torch
 
 import hilora
+from hilora.experiments.spec import read_experiment
 from hilora.federated.data.partitions import PARTITIONS
 from hilora.federated.data.readers import READERS
 from hilora.federated.strategies import STRATEGIES
@@ -106,6 +107,17 @@ def test_files_for_the_library_run_in_a_copy_of_it(page: str, tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
 
 
+def test_experiments_can_be_read(tmp_path: Path) -> None:
+    (block,) = (block for block in blocks("docs/experiments.md") if block.language == "toml")
+    (tmp_path / "page.toml").write_text(block.text)
+    experiment = read_experiment(tmp_path / "page.toml")
+    assert [(setting.name, method.name) for setting, method in experiment.pairs] == [
+        ("sc-dir", "hilora"),
+        ("sc-dir", "fedit"),
+        ("sc-dir", "ifca"),
+    ]
+
+
 class Parsed(Exception):
     """The arguments of a command are right."""
 
@@ -113,6 +125,7 @@ class Parsed(Exception):
 COMMANDS = [(page, command) for page in PAGES for command in dict.fromkeys(commands(page)) if "PART " not in command]
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[command for _, command in COMMANDS])
 def test_commands_parse(page: str, command: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_files(page, place)

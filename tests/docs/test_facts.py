@@ -5,16 +5,23 @@ from __future__ import annotations
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from markdown.extensions.toc import slugify
 
+from benchmarks import report
+from benchmarks.figures import by_device
+from benchmarks.ledger import read
+from hilora.experiments import figures
 from hilora.experiments.cells import Cell, collect
 from hilora.experiments.ledger import Ledger
+from hilora.experiments.report import write_report
 from hilora.experiments.spec import read_experiment
 from tests.docs.pages import FENCE, PAGES, ROOT, prose
 
 LINK = re.compile(r"\]\((?P<path>[^)#\s]*)(?:#(?P<anchor>[^)\s]+))?\)")
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "benchmarks" / "experiments").glob("*.toml"))
 TABLES = {"sc-dir": "sc-dir", "PACS": "pacs", "patho": "patho", "gl-dir": "gl-dir"}
 """What a column is called, and the setting that it is of."""
 WITHOUT = {
@@ -56,6 +63,27 @@ def cells(name: str) -> dict[tuple[str, str], Cell]:
         (cell.setting.name, ""): cell for row in found for cell in row if cell.method.name == experiment.compare
     }
     return named | compared
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_full_tables_are_those_of_the_ledger(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(*given: Any) -> bool:
+        (path,) = (one for one in given if isinstance(one, Path))
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        return True
+
+    for plot in ("plot_accuracies", "plot_differences", "plot_traffic"):
+        monkeypatch.setattr(figures, plot, draw)
+    monkeypatch.chdir(ROOT)
+    file = Path("benchmarks/experiments") / f"{name}.toml"
+    committed = file.with_suffix(".md").read_text(encoding="utf-8")
+    (tmp_path / f"{name}.md").write_text(committed, encoding="utf-8")
+    ledger = Ledger(file.with_suffix(".ledger.jsonl"))
+    write_report(read_experiment(file), ledger, tmp_path / "out", tmp_path / f"{name}.md")
+    assert (tmp_path / f"{name}.md").read_text(encoding="utf-8") == committed
+    drawn = {path.name for path in (tmp_path / name).iterdir()}
+    assert drawn == {path.name for path in file.with_suffix("").iterdir()}
 
 
 def accuracy(cell: Cell) -> str:
@@ -151,3 +179,15 @@ def test_every_variable_stands_in_the_table_once_and_no_other_does() -> None:
     (table,) = tables("docs/reference/environment.md")
     listed = [row[0].strip("`") for row in table[1:]]
     assert sorted(found) == sorted(listed)
+
+
+def test_the_benchmarks_are_those_of_the_ledger() -> None:
+    page, devices = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8"), by_device(read())
+    written = ((report.HEADLINE, report.headline(devices)), (report.EVERYTHING, report.everything(devices)))
+    for (begin, end), text in written:
+        assert f"{begin}\n{text}\n{end}" in page
+    times_of_peft = re.search(r"^\| PEFT \| [\d.]+ \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert times_of_peft is not None
+    share = f"about {1 / float(times_of_peft[1]):.1f} times"
+    assert share in page
+    assert share in (ROOT / "README.md").read_text(encoding="utf-8")
