@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types docs bench gpu-report install
+.PHONY: demo test lint types docs bench gpu-report install fuzz soak
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed
@@ -23,6 +23,16 @@ docs: .venv/installed  # the site, into site/
 
 bench: .venv/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+FILES ?= 2000
+KILLS ?= 1000
+SEED ?= 0
+
+fuzz: .venv/installed
+	$(BIN)/python -m tests.fuzz.run --files $(FILES) --seed $(SEED)
+
+soak: .venv/installed
+	$(BIN)/python -m tests.soak.run --kills $(KILLS) --seed $(SEED)
 
 # With the environment of the machine where there is no .venv, since a machine with a GPU may have no network.
 GPU_PYTHON := $(if $(wildcard .venv/installed),$(BIN)/python,$(PYTHON))

@@ -26,6 +26,8 @@ DEV = [
     "pytest-benchmark>=5",
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
+    "nbclient>=0.10",
+    "ipykernel>=6.29",
 ]
 CHECKS = ["ruff>=0.9", "mypy>=1.14"]
 SITE = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0", "griffe-pydantic>=1.1"]
@@ -55,7 +57,7 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["hilora", "hilora.*"]),
-    package_data={"hilora": ["py.typed", "*.pyi", "**/*.safetensors", "**/*.json"]},
+    package_data={"hilora": ["py.typed", "*.pyi", "**/*.safetensors", "**/*.json", "**/*.css", "**/*.js"]},
     install_requires=CORE,
     extras_require={"federated": FEDERATED, "dev": FEDERATED + DEV + CHECKS + SITE},
     entry_points={"console_scripts": ["hilora = hilora.cli.main:main"]},

@@ -14,7 +14,7 @@ from types import FrameType
 
 from hilora.files import clear_leftovers
 
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # of file systems without them
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF)  # of file systems without them
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -78,27 +78,28 @@ def claimed(folder: Path) -> Iterator[bool]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        ours = _lock(folder / "lock", stack)
+        ours = _lock(folder, stack)
         if ours:
             clear_leftovers(folder)
         yield ours
 
 
-def _lock(path: Path, stack: ExitStack) -> bool:
-    """Take a lock until the stack ends: whether no other process has it."""
+def _lock(folder: Path, stack: ExitStack) -> bool:
+    """Take a folder's lock until the stack ends: whether no other process has it."""
     try:
         import fcntl
     except ImportError:  # not a Unix
-        return _mark(path.with_name("lock.pid"), stack)
-    file = stack.enter_context(path.open("w"))
+        return _mark(folder / "lock", stack)
+    descriptor = os.open(folder, os.O_RDONLY)
+    stack.callback(os.close, descriptor)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        return _mark(path.with_name("lock.pid"), stack)
+        return _mark(folder / "lock", stack)
     return True
 
 

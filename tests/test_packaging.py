@@ -69,6 +69,7 @@ def test_the_wheel_has_every_module_and_no_more(wheel: Path) -> None:
         "hilora/models/assets/glyph_vit.safetensors",
     }
     extra |= {"hilora/experiments/defaults.json"}
+    extra |= {"hilora/reporting/assets/report.css", "hilora/reporting/assets/report.js"}
     assert packed == modules | extra
 
 

@@ -204,7 +204,7 @@ def _checkpoint(path: Path, content: Mapping[str, Any]) -> Contents:
     try:
         tree = json.loads(content["tree"])
         identity = tree["identity"]
-        facts = {name: tree.get(name) for name in ("round", "seconds", "finished")}
+        facts = {name: tree.get(name) for name in ("round", "seconds_by_phase", "finished")}
         facts |= {"strategy": identity["strategy"], "dtype": identity["dtype"], "partition": identity["partition"]}
     except (KeyError, TypeError, ValueError) as error:
         raise FileError(f"{path} does not describe a checkpoint: {error!r}") from error

@@ -36,7 +36,7 @@ Load = Callable[[argparse.Namespace, int], tuple[ImageSet, ImageSet, Population]
 
 AUTO = "auto"
 PER_TIER = "per tier: one value, or one for each of root, cluster, leaf, as in --rank 8 or --rank 16,8,4"
-COMPARISON = ("comparison.md", "comparison.json")
+COMPARISON = ("comparison.md", "comparison.html", "comparison.json")
 VIT = "vit_base_patch16_224.augreg_in21k"
 SHARED = TrainingSettings.model_fields
 
@@ -142,8 +142,8 @@ def partition_asked(args: argparse.Namespace, scheme: str, **given: Any) -> Part
         having = [other for other, kind in PARTITIONS.items() if name in kind.model_fields]
         if name not in fields:
             raise InvalidValueError(f"{flag(name)} is for {', '.join(having)}: the partition is {scheme}")
-    if "min_images" in fields:
-        asked.setdefault("min_images", min(2, asked.get("images_per_client") or 2))
+    if "min_images" in fields and asked.get("images_per_client") == 1:
+        asked.setdefault("min_images", 1)
     return made(PARTITIONS[scheme], asked)
 
 

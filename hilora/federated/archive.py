@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from hilora.adapters.io.files import checksum
 from hilora.adapters.table import AdapterTable, Stack, Values
 from hilora.errors import FileError, InvalidTypeError
 from hilora.federated.protocol import Head
@@ -36,8 +36,8 @@ def packed(tree: Mapping[str, Any]) -> bytes:
     """
     tensors: dict[str, Tensor] = {}
     described = json.dumps(_plain(tree, tensors), allow_nan=True)
-    checksum = _checksum(described, tensors)
-    return save(tensors, {"hilora": json.dumps({"format": FORMAT, "checksum": checksum, "tree": described})})
+    about = {"format": FORMAT, "checksum": checksum(described, tensors), "tree": described}
+    return save(tensors, {"hilora": json.dumps(about)})
 
 
 def unpacked(path: Path) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def unpacked(path: Path) -> dict[str, Any]:
             if about.get("format") != FORMAT:
                 raise FileError(f"{path} is no file of a run: its format is {about.get('format')!r}, not {FORMAT!r}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if _checksum(about["tree"], tensors) != about["checksum"]:
+        if checksum(about["tree"], tensors) != about["checksum"]:
             raise FileError(f"{path} is damaged: its checksum does not agree with its contents")
         tree: dict[str, Any] = _built(json.loads(about["tree"]), tensors)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -96,24 +96,3 @@ def _built(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if STACK in value:
         return KINDS[value[STACK]](_built(value["tensors"], tensors))
     return {key: _built(inner, tensors) for key, inner in value.items()}
-
-
-def _checksum(described: str, tensors: Mapping[str, Tensor]) -> str:
-    state = hashlib.blake2b(described.encode(), digest_size=16)
-    for name in sorted(tensors):
-        absorb(state, name, tensors[name])
-    return state.hexdigest()
-
-
-def absorb(state: Any, name: str, tensor: Tensor) -> None:
-    """Let a hash depend on a tensor: its name, shape, dtype and bytes."""
-    state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-    state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of named tensors, to the bit, whatever their order."""
-    state = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        absorb(state, name, tensors[name])
-    return state.hexdigest()

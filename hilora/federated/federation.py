@@ -113,10 +113,13 @@ class Federation:
 
     def communication(self, rounds: int) -> dict[str, Any]:
         """Bytes that a seen client sent and was sent, on the mean of so many rounds, and each client in all."""
-        seen, rounds = self.population.seen, max(rounds, 1)
-        ways = {"up": self.post.up, "down": self.post.down}
-        mean = {way: float(moved[seen].double().mean()) / rounds for way, moved in ways.items()}
-        return {**mean, "per_client": {way: moved.tolist() for way, moved in ways.items()}}
+        mean = {way: moved / max(rounds, 1) for way, moved in self.moved().items()}
+        return {**mean, "per_client": {"up": self.post.up.tolist(), "down": self.post.down.tolist()}}
+
+    def moved(self) -> dict[str, float]:
+        """Bytes that a seen client has sent and been sent so far, on the mean."""
+        seen = self.population.seen
+        return {"up": float(self.post.up[seen].double().mean()), "down": float(self.post.down[seen].double().mean())}
 
     def clusters(self) -> dict[str, Any] | None:
         """The groups that the method formed, as the summary has them."""

@@ -37,6 +37,13 @@ class Settings(BaseModel):
         """Values as JSON has them."""
         return self.model_dump(mode="json")
 
+    def unusual(self) -> dict[str, Any]:
+        """Values as JSON has them that are not the defaults, and those of fields that have none."""
+        fields = type(self).model_fields
+        required = {name: getattr(self, name) for name, field in fields.items() if field.is_required()}
+        usual = type(self)(**required).plain()
+        return {name: value for name, value in self.plain().items() if name in required or value != usual[name]}
+
 
 def _told(error: Any, kind: type[Settings]) -> str:
     """An error of pydantic in a few words."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hilora.federated.archive import digest
+from hilora.adapters.io.files import checksum
 from hilora.federated.callbacks.base import Callback, Round
 from hilora.federated.callbacks.checkpoint import Checkpoint, restore
 from hilora.federated.callbacks.diagnostics import Diagnostics
@@ -28,10 +29,10 @@ from hilora.federated.strategies import Strategy
 from hilora.federated.streams import stream
 from hilora.locks import uninterrupted
 from hilora.models.backbone import Backbone
-from hilora.reporting.summary import SCHEMA
+from hilora.reporting.summary import PHASES, SCHEMA
 
 log = logging.getLogger(__name__)
-PROGRESS = ("round", "stage", "round_in_stage", "trained", "seconds", "images", "trained_parameters", "finished")
+PROGRESS = ("round", "stage", "round_in_stage", "trained", "images", "trained_parameters", "finished")
 
 
 class Simulation(Federation):
@@ -73,17 +74,30 @@ class Simulation(Federation):
         super().__init__(strategy, settings, backbone, train, test, population, device, dtype)
         self.out, self.arguments = out, dict(arguments or {})
         self.round, self.trained = 0, list[int]()  # rounds so far; in each stage that is over
-        self.seconds, self.images, self.trained_parameters, self.finished = 0.0, 0, 0, False
+        self.images, self.trained_parameters, self.finished = 0, 0, False
+        self.phases = dict.fromkeys(PHASES, 0.0)  # seconds
         self.callbacks = [Metrics(), Diagnostics(), UnseenClients(), *callbacks, ProgressBar(), Report(), Checkpoint()]
-        self._weights = digest(backbone.model.state_dict())
+        self._weights = checksum("", backbone.model.state_dict())
         images = {"train": train.checksums(), "test": test.checksums()}
-        self._data = digest({**images, "train labels": train.labels, "test labels": test.labels})
-        self._shares = digest(_shares(population))
+        self._data = checksum("", {**images, "train labels": train.labels, "test labels": test.labels})
+        self._shares = checksum("", _shares(population))
         out.mkdir(parents=True, exist_ok=True)
         if resume:
             restore(self)
         else:
-            self._tell("saved")
+            self._save()
+
+    @property
+    def seconds(self) -> float:
+        """What the run has taken, but for its writing."""
+        return sum(self.phases.values()) - self.phases["write"]
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        """What is done inside of the block belongs to a phase."""
+        started = time.perf_counter()
+        yield
+        self.phases[phase] += time.perf_counter() - started
 
     def run(self) -> dict[str, Any]:
         """Train to the end; returns the summary. What was reached is on disk also when this is interrupted.
@@ -96,11 +110,10 @@ class Simulation(Federation):
             while self.stage < len(self.stages):
                 self._stage(self.stages[self.stage])
             if not self.finished:
-                started = time.perf_counter()
-                self._tell("trained")
-                self.seconds += time.perf_counter() - started
+                with self._timed("evaluate"):
+                    self._tell("trained")
                 self.finished = True
-                self._tell("saved")
+                self._save()
         except BaseException as ended:
             try:
                 with uninterrupted():
@@ -128,26 +141,30 @@ class Simulation(Federation):
         if errors:
             raise errors[0]
 
+    def _save(self) -> None:
+        with self._timed("write"):
+            self._tell("saved")
+
     def _stage(self, stage: Stage) -> None:
         """The rounds of a stage, or what is left of them."""
         number = self.stage
         if self.round_in_stage == 0:
-            started = time.perf_counter()
-            self.server.begin(stage, self.population.seen, self.asks("probe"))
-            self.seconds += time.perf_counter() - started
+            with self._timed("group"):
+                self.server.begin(stage, self.population.seen, self.asks("probe"))
             self._tell("stage_begun", stage)
         if stage.rounds == 0:
             self.stage, self.trained = self.stage + 1, [*self.trained, 0]
-            self._tell("saved")
+            self._save()
         while self.stage == number:
             self._round(stage)
 
     def _round(self, stage: Stage) -> None:
-        started = time.perf_counter()
-        clients = self._sample(self.population.seen, stage)
-        trainer = self.trainer(clients, "training", self.round + 1)
-        upload = self.exchange(trainer, self.server.configure(stage, clients).at(self.round_in_stage + 1))
-        noted = self.server.aggregate(stage, upload)
+        before = self.seconds
+        with self._timed("train"):
+            clients = self._sample(self.population.seen, stage)
+            trainer = self.trainer(clients, "training", self.round + 1)
+            upload = self.exchange(trainer, self.server.configure(stage, clients).at(self.round_in_stage + 1))
+            noted = self.server.aggregate(stage, upload)
         stops = bool(noted.pop("stop", False))
         self.round_in_stage += 1
         record = {
@@ -157,20 +174,23 @@ class Simulation(Federation):
             "loss": _mean(trainer.losses),
             "clients": len(clients),
             "images": trainer.images,
+            **self.moved(),
             **noted,
         }
         round = Round(stage, stops or self.round_in_stage >= stage.rounds, record)
-        self._tell("measure", round)
-        record["seconds"] = time.perf_counter() - started
+        with self._timed("evaluate"):
+            self._tell("measure", round)
+        record["seconds"] = self.seconds - before
         with uninterrupted():
             self.round += 1
-            self.images, self.seconds = self.images + trainer.images, self.seconds + record["seconds"]
+            self.images += trainer.images
             self.trained_parameters = max(self.trained_parameters, trainer.parameters)
             if round.last:
                 self.trained = [*self.trained, self.round_in_stage]
                 self.stage, self.round_in_stage = self.stage + 1, 0
-            self._tell("commit", round)
-            self._tell("saved")
+            with self._timed("write"):
+                self._tell("commit", round)
+            self._save()
         if stops:
             log.info("%s: %s stops early, %s", self.name, stage.tier, noted)
 
@@ -197,7 +217,8 @@ class Simulation(Federation):
             "images": self.images,
             "clusters": self.clusters(),
             "seconds": self.seconds,
-            "images_per_second": self.images / self.seconds if self.seconds else None,
+            "seconds_by_phase": dict(self.phases),
+            "images_per_second": self.images / self.phases["train"] if self.phases["train"] else None,
             "interrupted": not self.finished,
             "rounds": self.round,
             "config": {**self.settings.plain(), **self.server.settings.plain()},
@@ -229,6 +250,7 @@ class Simulation(Federation):
         return {
             **{name: getattr(self, name) for name in PROGRESS},
             "asked": [stage.rounds for stage in self.stages],
+            "seconds_by_phase": self.phases,
             "strategy": self.server.state_dict(),
             "store": self.store.state_dict(),
             "post": self.post.state_dict(),
@@ -236,9 +258,16 @@ class Simulation(Federation):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Go on from a `state_dict`.
+
+        Raises:
+            KeyError, TypeError: it lacks something, or has something else in its place.
+        """
         for name in PROGRESS:
+            if type(state[name]) is not type(getattr(self, name)):
+                raise TypeError(f"{name} is {state[name]!r}")
             setattr(self, name, state[name])
+        self.phases = {phase: state["seconds_by_phase"][phase] for phase in PHASES}
         self.server.load_state_dict(state["strategy"])
         self.store.load_state_dict(state["store"])
         self.post.load_state_dict(state["post"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hilora.files import PathLike, write_json, write_text
-from hilora.reporting.document import Paragraph, markdown
+from hilora.reporting.document import Block, Heading, Link, Paragraph, markdown, page
 from hilora.reporting.tables import MISSING, Row, Table
 
 Summary = Mapping[str, Any]
@@ -35,18 +35,22 @@ def comparison_text(summaries: Sequence[Summary]) -> str:
 
 def comparison_markdown(summaries: Sequence[Summary]) -> str:
     """Runs in Markdown, with their partitions and seeds; each data set and backbone forms a table."""
-    setting = {"partition": _value("partition"), "seed": _value("seed")}
-    return "\n\n".join(markdown(blocks, "") for blocks in _comparison(summaries, ("data", "backbone"), setting))
+    return "\n\n".join(markdown(blocks, "") for blocks in _comparison(summaries, ("data", "backbone"), SETTING))
 
 
 def write_comparison(out: PathLike, summaries: Sequence[Summary]) -> None:
-    """Leave a table of several runs in `comparison.md`, and their summaries as a list in `comparison.json`.
+    """Leave a table of several runs in `comparison.md` and `comparison.html`, and their summaries as a list in
+    `comparison.json`.
 
     Args:
-        out: the folder beside or above those of the runs.
+        out: the folder with those of the runs, each of which has the name of its strategy.
         summaries: contents of `summary.json` files, in the order of the rows.
     """
-    write_text(Path(out) / "comparison.md", comparison_markdown(summaries) + "\n")
+    links = [Link(f"{run['strategy']}/report.html", f"{run['strategy']}: its report") for run in summaries]
+    tables = [block for blocks in _comparison(summaries, ("data", "backbone"), SETTING) for block in blocks]
+    write_text(Path(out) / "comparison.md", markdown([*tables, *links], "") + "\n")
+    heading: list[Block] = [Heading(1, "Strategies side by side")]
+    write_text(Path(out) / "comparison.html", page("Strategies side by side", [*heading, *tables, *links]))
     write_json(Path(out) / "comparison.json", list(summaries))
 
 
@@ -101,6 +105,7 @@ def _percent(*keys: str) -> Cell:
     return _value(*keys, form="{:.1f}", scale=100)
 
 
+SETTING = {"partition": _value("partition"), "seed": _value("seed")}
 RESULTS = {
     "root": _percent("tiers", "root", "mean"),
     "+ cluster": _percent("tiers", "cluster", "mean"),

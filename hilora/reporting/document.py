@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 from hilora.errors import FileError
+from hilora.files import plain
 from hilora.reporting.tables import Table, escaped
+
+ASSETS = Path(__file__).with_name("assets")
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,22 @@ class Picture:
     text: str
 
 
-Block = Heading | Paragraph | Code | Table | Picture
+@dataclass(frozen=True)
+class Link:
+    """To a file, from the folder of the report."""
+
+    path: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Html:
+    """What only a page can show; Markdown leaves it out."""
+
+    text: str
+
+
+Block = Heading | Paragraph | Code | Table | Picture | Link | Html
 
 
 def markdown(blocks: Iterable[Block], pictures: str, level: int = 1) -> str:
@@ -47,10 +68,10 @@ def markdown(blocks: Iterable[Block], pictures: str, level: int = 1) -> str:
         pictures: what stands before a picture's file name in its link.
         level: of the title.
     """
-    return "\n\n".join(_markdown(block, pictures, level) for block in blocks)
+    return "\n\n".join(_markdown(block, pictures, level) for block in blocks if not isinstance(block, Html))
 
 
-def _markdown(block: Block, pictures: str, level: int) -> str:
+def _markdown(block: Heading | Paragraph | Code | Table | Picture | Link, pictures: str, level: int) -> str:
     match block:
         case Heading():
             return f"{'#' * (block.level + level - 1)} {escaped(block.text)}"
@@ -60,6 +81,8 @@ def _markdown(block: Block, pictures: str, level: int) -> str:
             return f"```\n{block.text}\n```"
         case Picture():
             return f"![{escaped(block.text)}]({pictures}{block.path.name})"
+        case Link():
+            return f"[{escaped(block.text)}]({quote(block.path)})"
         case Table():
             return block.markdown()
 
@@ -77,14 +100,32 @@ def between(path: Path, begin: str, end: str, text: str) -> str:
     return f"{before}{begin}\n{text}\n{end}{after}"
 
 
-def page(title: str, blocks: Iterable[Block]) -> str:
-    """The blocks as an HTML page, pictures and all in one file."""
+def page(title: str, blocks: Iterable[Block], data: Mapping[str, Any] | None = None) -> str:
+    """The blocks as an HTML page, pictures and all in one file.
+
+    Args:
+        title: of the window.
+        blocks: in their order.
+        data: what charts and tables say when they are pointed at or sorted; None for a page without a script.
+    """
+    style = (ASSETS / "report.css").read_text(encoding="utf-8")
     body = "\n".join(map(_html, blocks))
+    script = "" if data is None else _script(data)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n"
+        f"<body>\n<main>\n{body}\n</main>\n{script}</body>\n</html>\n"
     )
+
+
+def _script(data: Mapping[str, Any]) -> str:
+    """The data as JSON in plain ASCII, in which no sign can end the element that it stands in; and what reads them."""
+    text = json.dumps(plain(data), allow_nan=False)
+    for sign in "<>&":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    code = (ASSETS / "report.js").read_text(encoding="utf-8")
+    return f'<script type="application/json" id="data">{text}</script>\n<script>\n{code}</script>\n'
 
 
 def _html(block: Block) -> str:
@@ -98,25 +139,9 @@ def _html(block: Block) -> str:
         case Picture():
             data = base64.b64encode(block.path.read_bytes()).decode()
             return f'<img src="data:image/png;base64,{data}" alt="{escape(block.text)}">'
+        case Link():
+            return f'<p><a href="{escape(quote(block.path))}">{escape(block.text)}</a></p>'
+        case Html():
+            return block.text
         case Table():
             return block.html()
-
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --line: #d5dbe1; --paper: #fff; --fill: #f5f7f9; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e8ec; --soft: #9aa5b1; --line: #39424c; --paper: #14181d; --fill: #1c2229; }
-}
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 68rem; margin: 0 auto; padding: 1rem; }
-h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
-p { max-width: 46rem; } pre, .scroll { overflow-x: auto; }
-pre { background: var(--fill); padding: .7rem; border-radius: 6px; font-size: .85rem; }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; margin: .5rem 0; }
-th, td { padding: .3rem .6rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }
-th { color: var(--soft); vertical-align: bottom; } td { white-space: nowrap; }
-.left { text-align: left; } td.left:not(:first-child) { white-space: normal; min-width: 6rem; }
-td:first-child, th:first-child { position: sticky; left: 0; background: var(--paper); }
-tr.rule td { border-top: 3px double var(--soft); }
-img { display: block; max-width: 100%; height: auto; margin: 1rem 0; background: #fff; border-radius: 6px; }
-"""

@@ -73,6 +73,19 @@ class Communication(TypedDict):
     per_client: NotRequired[EachWay]
 
 
+class Phases(TypedDict):
+    """Seconds of training; of evaluating, and of serving unseen clients; of forming groups; of writing checkpoints and
+    metrics."""
+
+    train: Figure
+    evaluate: Figure
+    group: Figure
+    write: Figure
+
+
+PHASES = tuple(Phases.__annotations__)
+
+
 class Diagnosis(TypedDict, total=False):
     """The terms of the paper's Theorem 1 after a tier."""
 
@@ -88,7 +101,10 @@ class Summary(TypedDict):
         schema: of a file; absent in the first ones.
         tiers: after each tier, in the order in which these were trained; `final` is the last of them.
         val: on validation images, at the end.
+        seconds: what the run took, but for its writing.
+        images_per_second: of the training alone; where there is no `seconds_by_phase`, of all `seconds`.
         per_client: lists of `ids` and `unseen_ids`, and of accuracies in their order.
+        per_client_by_tier: test accuracies after each tier, in the order of `ids`.
         communication: absent, like all below, where it was not measured.
     """
 
@@ -104,9 +120,11 @@ class Summary(TypedDict):
     clusters: Clusters | None
     seconds: Figure
     images_per_second: Figure
+    seconds_by_phase: NotRequired[Phases]
     dtype: NotRequired[Text]
     val: NotRequired[Accuracy]
     per_client: NotRequired[dict[Text, list[Figure]]]
+    per_client_by_tier: NotRequired[dict[Text, list[Figure]]]
     diagnostics: NotRequired[dict[Text, Diagnosis]]
     communication: NotRequired[Communication]
     trained_parameters: NotRequired[Count]

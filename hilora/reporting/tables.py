@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -26,10 +26,12 @@ class Table:
     Attributes:
         header: a name for each column; in plain text, it may have several lines.
         rows: as many cells each.
+        caption: stands above it on a page.
     """
 
     header: tuple[str, ...]
     rows: tuple[Row, ...]
+    caption: str = ""
 
     @property
     def left(self) -> list[bool]:
@@ -66,11 +68,14 @@ class Table:
     def html(self) -> str:
         """For a page."""
         rows = [
-            f"<tr{' class=rule' if first else ''}>{_cells('td', row.cells, self.left)}</tr>"
+            f"<tr{' class=rule' if first else ''}>{_cells(_cell, row.cells, self.left)}</tr>"
             for row, first in zip(self.rows, self._first_references(), strict=True)
         ]
-        head = _cells("th", self.header, self.left)
-        table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody>\n</table>"
+        head = _cells(lambda place: "th scope=col", self.header, self.left)
+        caption = f"<caption>{escape(self.caption)}</caption>\n" if self.caption else ""
+        table = (
+            f"<table>\n{caption}<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody>\n</table>"
+        )
         return f"<div class=scroll>{table}</div>"
 
     def _first_references(self) -> list[bool]:
@@ -91,8 +96,13 @@ def _aligned(cells: Sequence[str], widths: Sequence[int], left: Sequence[bool]) 
     return "  ".join(cell.ljust(width) if to_left else cell.rjust(width) for cell, width, to_left in parts).rstrip()
 
 
-def _cells(tag: str, texts: Sequence[str], left: Sequence[bool]) -> str:
+def _cell(place: int) -> str:
+    """The cell of a row: the first one names it."""
+    return "td" if place else "th scope=row"
+
+
+def _cells(opens: Callable[[int], str], texts: Sequence[str], left: Sequence[bool]) -> str:
     return "".join(
-        f"<{tag}{' class=left' if to_left else ''}>{escape(text)}</{tag}>"
-        for text, to_left in zip(texts, left, strict=True)
+        f"<{opens(place)}{' class=left' if to_left else ''}>{escape(text)}</{opens(place)[:2]}>"
+        for place, (text, to_left) in enumerate(zip(texts, left, strict=True))
     )

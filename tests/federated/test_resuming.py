@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hilora.errors import FileError, MissingFileError
+from hilora.federated.archive import packed, unpacked
 from hilora.federated.callbacks.checkpoint import CHECKPOINT, PREVIOUS
 from hilora.federated.data.images import ImageSet
 from hilora.federated.grouping import GROUPINGS
@@ -146,6 +147,19 @@ def test_rounds_that_are_over_cannot_become_more_or_fewer(simulate: Simulate) ->
     (simulate(rounds=[2, 1, 2], resume=True).out / PREVIOUS).unlink()
     with pytest.raises(FileError, match="rounds was"):
         simulate(rounds=[2, 1, 3], resume=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seconds_by_phase": None}, {"stage": "x"}, {"strategy": None}, {"store": {}}, {"callbacks": []}, {"identity": 3}],
+)
+def test_a_checkpoint_with_other_parts_is_no_bug(simulate: Simulate, tmp_path: Path, change: dict[str, Any]) -> None:
+    simulate(rounds=[1, 0, 0]).run()
+    path = tmp_path / "out" / CHECKPOINT
+    path.write_bytes(packed({**unpacked(path), **change}))
+    path.with_name(PREVIOUS).unlink()
+    with pytest.raises(FileError, match=CHECKPOINT):
+        simulate(rounds=[1, 0, 0], resume=True)
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(simulate: Simulate, tmp_path: Path) -> None:

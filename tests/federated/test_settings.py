@@ -9,7 +9,7 @@ import pytest
 from pydantic import Field
 
 from hilora.errors import InvalidValueError
-from hilora.federated.settings import Number, Settings, TrainingSettings, Whole
+from hilora.federated.settings import TIERS, Number, Settings, TrainingSettings, Whole
 from hilora.federated.strategies import STRATEGIES
 
 ALL = [TrainingSettings, *(kind.Settings for kind in STRATEGIES.values())]
@@ -64,6 +64,18 @@ def test_settings_do_not_change_but_can_be_changed_into_others() -> None:
     assert (other.seed, other.batch_size, settings.batch_size) == (3, 2, 16)
     with pytest.raises(InvalidValueError, match="batch_size=0"):
         settings.changed(batch_size=0)
+
+
+def test_what_is_not_the_default_is_known() -> None:
+    assert TrainingSettings(rounds=[15, 20, 15], lora_alpha=16.0).unusual() == {}
+    found = TrainingSettings(rounds=[1, 20, 15], rank=4, seed=0).unusual()
+    assert found == {"rounds": {"root": 1, "cluster": 20, "leaf": 15}, "rank": dict.fromkeys(TIERS, 4)}
+
+    class Mine(Settings):
+        needed: Whole
+        count: Whole = 1
+
+    assert Mine(needed=2, count=1).unusual() == {"needed": 2}
 
 
 def test_settings_of_ones_own() -> None:

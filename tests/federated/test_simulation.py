@@ -17,12 +17,14 @@ from hilora.federated.strategies.fedit import FedIT
 from hilora.models.backbone import Backbone
 from tests.federated.conftest import Simulate, records, same, squares
 
-FILES = {"summary.json", "metrics.jsonl", "accuracy.png", "clusters.png", "classes.png", "adapters.safetensors"}
+FILES = {"summary.json", "metrics.jsonl", "adapters.safetensors", "heads.safetensors", "report.html"}
+FILES |= {"accuracy.png", "clusters.png", "classes.png"}
 
 
 def figures(summary: dict[str, Any]) -> dict[str, Any]:
     """A summary without its timings."""
-    return {key: value for key, value in summary.items() if key not in ("seconds", "images_per_second", "config")}
+    timed = ("seconds", "seconds_by_phase", "images_per_second")
+    return {key: value for key, value in summary.items() if key not in (*timed, "config")}
 
 
 TIERS = {

@@ -94,7 +94,12 @@ def test_markdown_has_partition_and_seed_and_equal_cells():
 
 def test_a_table_of_all_beside_their_folders(tmp_path):
     write_comparison(tmp_path, [make_summary(), FEDIT])
-    assert (tmp_path / "comparison.md").read_text() == comparison_markdown([make_summary(), FEDIT]) + "\n"
+    text = (tmp_path / "comparison.md").read_text()
+    assert text.startswith(comparison_markdown([make_summary(), FEDIT]))
+    assert text.endswith("[fedit: its report](fedit/report.html)\n")
+    page = (tmp_path / "comparison.html").read_text()
+    assert '<a href="hilora/report.html">' in page
+    assert page.count("<td>93.4</td>") == 2  # after the leaf, which is the last tier
     first, second = json.loads((tmp_path / "comparison.json").read_text())
     assert first == make_summary()
     assert second["final"]["std"] is None

@@ -54,6 +54,8 @@ def test_there_are_summaries_of_earlier_versions():
         ({"communication": {"up": 1}}, "communication.down is"),
         ({"communication": {"up": 1, "down": 1, "per_client": [1]}}, "communication.per_client is"),
         ({"strategy": None}, "strategy is None"),
+        ({"seconds_by_phase": {"train": 1.0}}, "seconds_by_phase.evaluate is"),
+        ({"per_client_by_tier": {"root": ["0.5"]}}, "per_client_by_tier.root.0 is '0.5'"),
     ],
 )
 def test_what_departs_from_the_schema_is_named(tmp_path, change, said):

@@ -35,8 +35,11 @@ def test_markdown() -> None:
 
 def test_html() -> None:
     text = TABLE.html()
-    assert "<tr><td class=left>a|b</td><td>−1.0</td><td class=left>x &lt; y</td><td>–</td></tr>" in text
-    assert text.count("<tr class=rule><td class=left>other") == text.count("class=rule") == 1
+    assert "<tr><th scope=row class=left>a|b</th><td>−1.0</td><td class=left>x &lt; y</td><td>–</td></tr>" in text
+    assert "<thead><tr><th scope=col class=left>name</th><th scope=col>time\n(s)</th>" in text
+    assert "<caption>" not in text
+    assert "<caption>A &lt; B</caption>" in Table(("a",), (), "A < B").html()
+    assert text.count("<tr class=rule><th scope=row class=left>other") == text.count("class=rule") == 1
 
 
 def test_the_first_column_is_to_the_left_whatever_it_says() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -28,7 +29,9 @@ def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], desc
         ValueError: if a tensor is not finite, or there cannot be a file at the path.
     """
     check_finite(tensors, f"nothing is saved to {path}")
-    write_files({path: serialised(tensors, {"format": FORMAT, "hilora": json.dumps(described)})})
+    text = json.dumps(described)
+    metadata = {"format": FORMAT, "checksum": checksum(text, tensors), "hilora": text}
+    write_files({path: serialised(tensors, metadata)})
 
 
 def write_files(contents: Mapping[str | os.PathLike[str], bytes]) -> None:
@@ -53,7 +56,7 @@ def serialised(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_tensors` wrote.
+    """What `write_tensors` wrote, now or before there were checksums.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -62,6 +65,8 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     tensors, metadata = open_tensors(path)
     if metadata.get("format") != FORMAT:
         raise FileError(f"{path} is no file of hilora's: its format is {metadata.get('format')!r}, not {FORMAT!r}")
+    if metadata.get("checksum", "") not in ("", checksum(metadata.get("hilora", ""), tensors)):
+        raise FileError(f"{path} is damaged: its checksum does not agree with its contents; get the file once more")
     return tensors, parsed(metadata.get("hilora", ""), path)
 
 
@@ -97,6 +102,16 @@ def parsed(text: str, path: Any) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise FileError(f"{path} cannot be read: its description is {type(found).__name__}, expected an object")
     return found
+
+
+def checksum(described: str, tensors: Mapping[str, Tensor]) -> str:
+    """Of a description and named tensors, to the bit, whatever their order."""
+    state = hashlib.blake2b(described.encode(), digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        state.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return state.hexdigest()
 
 
 def check_floating(tensors: Mapping[str, Tensor], path: Any) -> None:

@@ -42,18 +42,32 @@ def restore(simulation: Simulation) -> None:
         FileError: if it is damaged, or of another run; names what differs.
     """
     state = load_checkpoint(simulation.out)
+    try:
+        simulation.load_state_dict(_agreed(simulation, state))
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise FileError(
+            f"{simulation.out / CHECKPOINT} lacks parts of a checkpoint, or has others: {error!r}"
+        ) from error
+
+
+def _agreed(simulation: Simulation, state: dict[str, Any]) -> dict[str, Any]:
+    """The state that a simulation goes on from.
+
+    Raises:
+        FileError: if it is of another run; names what differs.
+    """
     own, known = simulation.identity(), state["identity"]
     differing = [name for name in {**own, **known} if known.get(name) != own.get(name)]
     longer = _before_more_rounds(simulation, state) if differing == ["rounds"] else None
     if longer is not None:
-        state = longer
-    elif differing:
+        return longer
+    if differing:
         said = "; ".join(f"{name} was {_short(known.get(name))}, now {_short(own.get(name))}" for name in differing)
         raise FileError(
             f"the checkpoint in {simulation.out} is of another run: {said}. Resume with the same settings, or choose "
             "another folder"
         )
-    simulation.load_state_dict(state)
+    return state
 
 
 def _before_more_rounds(simulation: Simulation, state: dict[str, Any]) -> dict[str, Any] | None:
@@ -100,7 +114,8 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     for path in there:
         try:
             state = unpacked(path)
-            if not {"identity", "strategy", "round"} <= set(state):
+            known = state.get("identity")
+            if not (isinstance(known, dict) and "dtype" in known and {"strategy", "round"} <= set(state)):
                 raise FileError(f"{path} is no checkpoint of a run")
         except FileError as error:
             damaged = damaged or error

@@ -31,6 +31,7 @@ class Metrics(Callback):
         self.tiers: dict[str, dict[str, float | None]] = {}
         self.val = NOT_MEASURED
         self.per_client: dict[str, list[Any]] = {}
+        self.by_tier: dict[str, list[Any]] = {}
         self._measured: dict[str, Any] = {}
 
     def begin(self, simulation: Simulation) -> None:
@@ -51,6 +52,7 @@ class Metrics(Callback):
             self.tiers[round.stage.tier], self.val = round.record["test"], round.record["val"]
             self.per_client = {"ids": simulation.population.seen.tolist()}
             self.per_client |= {split: correct.tolist() for split, correct in self._measured.items()}
+            self.by_tier[round.stage.tier] = self.per_client["test"]
         self.log.append(round.record)
 
     def end(self, simulation: Simulation) -> None:
@@ -59,10 +61,15 @@ class Metrics(Callback):
 
     def summary(self, simulation: Simulation) -> Mapping[str, Any]:
         last = list(self.tiers.values())[-1] if self.tiers else NOT_MEASURED
-        return {"tiers": self.tiers, "final": last, "val": self.val, "per_client": self.per_client}
+        found = {"tiers": self.tiers, "final": last, "val": self.val, "per_client": self.per_client}
+        return {
+            **found,
+            "per_client_by_tier": {tier: self.by_tier[tier] for tier in self.tiers if tier in self.by_tier},
+        }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tiers": self.tiers, "val": self.val, "per_client": self.per_client}
+        return {"tiers": self.tiers, "val": self.val, "per_client": self.per_client, "by_tier": self.by_tier}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.tiers, self.val, self.per_client = state["tiers"], state["val"], state["per_client"]
+        self.tiers, self.val = state["tiers"], state["val"]
+        self.per_client, self.by_tier = state["per_client"], state.get("by_tier", {})
