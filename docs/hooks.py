@@ -1,12 +1,14 @@
-"""What the site needs beyond Markdown: help texts by running the commands, and files that lie outside of docs/.
+"""What the site needs beyond Markdown: help texts by running the commands, notebooks, and files outside of docs/.
 
 A page says `<!-- run: hilora --help -->` where the output of that command is to stand, and
 `<!-- settings of methods -->` where a table of these is. A link to a file outside of docs/ works as it does in the
-repository: the file is a page or a download of the site.
+repository: the file is a page or a download of the site. A notebook is a page, with the outputs that are in it.
 """
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import posixpath
 import re
@@ -33,10 +35,14 @@ CODE = re.compile(r"^```.*?^```$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages that lie outside of docs/."""
+    """Adds the pages that lie outside of docs/, and those made of notebooks."""
     for pattern in PAGES:
         for path in sorted(ROOT.glob(pattern)):
             files.append(_outside(path.relative_to(ROOT).as_posix(), config))
+    for file in list(files):
+        if file.src_uri.endswith(".ipynb"):
+            for name, content in notebook(file).items():
+                files.append(File.generated(config, name, content=content))
     return files
 
 
@@ -74,6 +80,30 @@ def output(command: str) -> str:
     if done.returncode != 0:
         raise PluginError(f"{command} ended with {done.returncode}:\n{done.stderr}")
     return done.stdout.rstrip()
+
+
+def notebook(file: File) -> dict[str, str | bytes]:
+    """A notebook as Markdown, and the pictures in its outputs, by their paths in the site."""
+    stem = file.src_uri.removesuffix(".ipynb")
+    parts: list[str] = []
+    pictures: dict[str, str | bytes] = {}
+    about = ""  # the last heading, which says what a picture is of
+    for cell in json.loads(file.content_string)["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(text)
+            about = (re.findall(r"^#+ (.+)$", text, re.MULTILINE) or [about])[-1]
+            continue
+        parts.append(f"```python\n{text}\n```")
+        printed = "".join("".join(one["text"]) for one in cell["outputs"] if one["output_type"] == "stream")
+        if printed:
+            parts.append(f"```text\n{printed.rstrip()}\n```")
+        for data in (one["data"] for one in cell["outputs"] if "image/png" in one.get("data", {})):
+            name = f"{stem}-{len(pictures)}.png"
+            pictures[name] = base64.b64decode("".join(data["image/png"]))
+            parts.append(f"![{about}: what the code above draws]({posixpath.basename(name)})")
+    parts.insert(1, f"This page is a notebook: [download it]({posixpath.basename(file.src_uri)}).")
+    return {f"{stem}.md": "\n\n".join(parts), **pictures}
 
 
 def settings() -> str:

@@ -6,9 +6,11 @@ import os
 import re
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
+import nbformat
 import pytest
 
 import hilora
@@ -87,6 +89,20 @@ def test_settings_of_methods_are_listed(site: Path) -> None:
     for kind in STRATEGIES.values():
         for name in own_fields(kind):
             assert f"<code>{name}</code>" in text
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("docs/tutorials/*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_is_a_page_with_its_outputs(site: Path, path: Path) -> None:
+    folder = site / "tutorials" / path.stem
+    cells = nbformat.read(path, as_version=4).cells
+    outputs = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
+    text = unescape(re.sub(r"<[^>]+>", "", (folder / "index.html").read_text(encoding="utf-8")))
+    for output in outputs:
+        if output.output_type == "stream":
+            assert output.text.rstrip() in text
+    pictures = [output for output in outputs if output.output_type == "display_data"]
+    assert len(list(folder.parent.glob(f"{path.stem}-*.png"))) == len(pictures) > 0
+    assert (folder.parent / path.name).read_bytes() == path.read_bytes()
 
 
 def test_everything_public_has_its_place_in_the_reference(site: Path) -> None:
