@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types bench gpu-report install fuzz soak
+.PHONY: demo test lint types docs bench gpu-report install fuzz soak
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed
@@ -17,6 +17,9 @@ lint: .venv/installed
 
 types: .venv/installed
 	$(BIN)/mypy
+
+docs: .venv/installed  # the site, into site/
+	$(BIN)/mkdocs build --strict
 
 bench: .venv/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only

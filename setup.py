@@ -30,6 +30,7 @@ DEV = [
     "ipykernel>=6.29",
 ]
 CHECKS = ["ruff>=0.9", "mypy>=1.14"]
+SITE = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0", "griffe-pydantic>=1.1"]
 
 setup(
     name="hilora",
@@ -58,6 +59,6 @@ setup(
     packages=find_packages(include=["hilora", "hilora.*"]),
     package_data={"hilora": ["py.typed", "*.pyi", "**/*.safetensors", "**/*.json", "**/*.css", "**/*.js"]},
     install_requires=CORE,
-    extras_require={"federated": FEDERATED, "dev": FEDERATED + DEV + CHECKS},
+    extras_require={"federated": FEDERATED, "dev": FEDERATED + DEV + CHECKS + SITE},
     entry_points={"console_scripts": ["hilora = hilora.cli.main:main"]},
 )

@@ -30,7 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scale", choices=SCALES, default="cuda", help="which shapes (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=510, help="for all together (default: %(default)s)")
     parser.add_argument("--figures", type=Path, default=RESULTS, help="the ledger to append to")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     given = parser.parse_args(arguments)
     if given.scale == "cuda" and DEVICE != "cuda":
@@ -51,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = ["--scale", given.scale, f"--figures={given.figures}", "--budget", max(left - LAST_BENCHMARK, 0)]
     statuses.append(run("the benchmarks", left, "pytest", "-q", "benchmarks", "--benchmark-only", *options))
 
-    options = ["--figures", given.figures, "--readme", given.readme, "--docs", given.docs]
+    options = ["--figures", given.figures, "--docs", given.docs]
     statuses.append(run("the report", end - monotonic(), "benchmarks.report", *options))
     raise SystemExit(next((status for status in statuses if status), 0))
 

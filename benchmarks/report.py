@@ -1,7 +1,7 @@
 """From the ledger to tables and charts: `python -m benchmarks.report`.
 
-Writes between the markers `<!-- benchmarks -->` and `<!-- /benchmarks -->` of the README (the headline of each device)
-and of docs/benchmarks.md (everything), and charts into docs/benchmarks/.
+Writes between two pairs of markers of docs/benchmarks.md, `<!-- headline -->` and `<!-- /headline -->` (of each device
+the shape in the middle) and `<!-- benchmarks -->` and `<!-- /benchmarks -->` (all), and charts into docs/benchmarks/.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from hilora.files import write_text
 from hilora.reporting.document import between
 from hilora.reporting.tables import MISSING, Row, Table
 
-START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+HEADLINE = "<!-- headline -->", "<!-- /headline -->"
+EVERYTHING = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+PICTURES = (
+    ("rivals", "Time of each rival over that of the frozen layer, at the shape in the middle"),
+    ("curves", "Time of each rival over that of the frozen layer, along rows, ranks, tiers and clients"),
+    ("memory", "Memory that a step of each rival allocates beyond weights and input"),
+)
 TO_COME = "**No figure has been measured on a GPU yet**: CUDA figures are to come, by `make gpu-report`."
 
 
@@ -29,19 +35,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     root = Path(__file__).parents[1]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--figures", type=Path, default=RESULTS, help="the ledger")
-    parser.add_argument("--readme", type=Path, default=root / "README.md")
     parser.add_argument(
         "--docs", type=Path, default=root / "docs", help="the folder of benchmarks.md and of the charts"
     )
     given = parser.parse_args(arguments)
+    page = given.docs / "benchmarks.md"
     try:
         devices = by_device(read(given.figures))
         if not devices:
             raise ValueError(f"{given.figures} holds no figures: run pytest benchmarks/ --benchmark-only")
-        written = {
-            given.readme: between(given.readme, START, END, headline(devices)),
-            given.docs / "benchmarks.md": between(given.docs / "benchmarks.md", START, END, everything(devices)),
-        }
+        for markers in (HEADLINE, EVERYTHING):  # fails before anything is written
+            between(page, *markers, "")
     except (OSError, ValueError) as error:
         sys.exit(f"report: {error}")
     for device in devices:
@@ -50,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             drawn.rival_bars(given.docs / chart(device, "rivals"))
             drawn.curves(given.docs / chart(device, "curves"))
             drawn.memory_bars(given.docs / chart(device, "memory"))
-    for path, text in written.items():
-        write_text(path, text)
+    for markers, text in ((HEADLINE, headline(devices)), (EVERYTHING, everything(devices))):
+        write_text(page, between(page, *markers, text))
 
 
 def headline(devices: Sequence[Device]) -> str:
@@ -64,15 +68,14 @@ def headline(devices: Sequence[Device]) -> str:
         ratios = [(name, [drawn.at_centre(phase).ratio(name) for phase in phases]) for name in names]
         rows = [[name, *found] for name, found in ratios if found[-1]]
         parts += [
-            f"![Rivals](docs/{chart(device, 'rivals')})",
             f"*Time of the rivals over ours, {conditions(device)}; {drawn.charts.describe(drawn.centre)}.*",
             table(["rival", *phases.values()], rows),
         ]
-    return "\n\n".join([*parts, *to_come(devices)])
+    return "\n\n".join([*to_come(devices), *parts])
 
 
 def everything(devices: Sequence[Device]) -> str:
-    parts = to_come(devices)
+    parts = []
     for device in devices:
         parts += [f"## {device.conditions['device']}", f"{conditions(device)}."]
         parts.append(
@@ -81,7 +84,7 @@ def everything(devices: Sequence[Device]) -> str:
             + f", {device.conditions['gb_per_s']:.3g} GB/s."
         )
         if Drawn(device).whole:
-            for name, text in (("rivals", "All rivals"), ("curves", "Along the shape"), ("memory", "Memory")):
+            for name, text in PICTURES:
                 parts.append(f"![{text}]({chart(device, name)})")
         for name, operation in operations().items():
             for phase, title in operation.phases.items():

@@ -207,7 +207,8 @@ class AdapterBank:
 
         Args:
             tier: which one.
-            A, B: the adapters.
+            A: `[P, S, r, in]`.
+            B: `[P, S, out, r]`.
             rank: integers `[S]`, how much of the tier's rank each of them has; all of it by default.
 
         Raises:

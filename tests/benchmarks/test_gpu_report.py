@@ -20,10 +20,9 @@ FIVE = {"PEFT", "PEFT, compiled", "stacked addmm", "merged + 1 LoRA", "frozen la
 
 
 def test_a_toy_run(tmp_path: Path) -> None:
-    for name in ("README.md", "docs/benchmarks.md"):
-        (tmp_path / Path(name).name).write_text((ROOT / name).read_text())
+    (tmp_path / "benchmarks.md").write_text((ROOT / "docs" / "benchmarks.md").read_text())
     ledger = tmp_path / "figures.jsonl"
-    where = ["--figures", str(ledger), "--readme", str(tmp_path / "README.md"), "--docs", str(tmp_path)]
+    where = ["--figures", str(ledger), "--docs", str(tmp_path)]
     command = [sys.executable, "-m", "benchmarks.gpu_report", "--scale", "toy", *where]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

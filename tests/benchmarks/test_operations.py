@@ -61,8 +61,7 @@ def test_a_new_file_is_timed_and_stands_in_the_report(tmp_path: Path) -> None:
         ("twice", 5, "hilora"),
         ("twice", 5, "a sum"),
     ]
-    for name in ("README.md", "benchmarks.md"):
-        (tmp_path / name).write_text(TEXT)
-    report.main(["--figures", str(ledger.path), "--readme", f"{tmp_path}/README.md", "--docs", str(tmp_path)])
+    (tmp_path / "benchmarks.md").write_text(TEXT)
+    report.main(["--figures", str(ledger.path), "--docs", str(tmp_path)])
     text = (tmp_path / "benchmarks.md").read_text()
     assert "### Twice as much\n\n| length | ours, ms | floor / ours | a sum |" in text

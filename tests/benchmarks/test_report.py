@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from benchmarks.figures import Comparison, by_device
 from benchmarks.ledger import read
 from benchmarks.operations.layer import OPERATION, shapes
 
-TEXT = f"before\n{report.START}\nold\n{report.END}\nafter\n"
+TEXT = "before\n{}\nold\n{}\nbetween\n{}\nold\n{}\nafter\n".format(*report.HEADLINE, *report.EVERYTHING)
 
 
 def figure(rival: str, ms: float, **more: Any) -> dict[str, Any]:
@@ -27,9 +28,8 @@ def figure(rival: str, ms: float, **more: Any) -> dict[str, Any]:
 def write(folder: Path, figures: list[dict[str, Any]]) -> list[str]:
     """The files that a report needs, and its arguments."""
     (folder / "figures.jsonl").write_text("".join(json.dumps(one) + "\n" for one in figures))
-    for name in ("README.md", "benchmarks.md"):
-        (folder / name).write_text(TEXT)
-    return ["--figures", f"{folder}/figures.jsonl", "--readme", f"{folder}/README.md", "--docs", str(folder)]
+    (folder / "benchmarks.md").write_text(TEXT)
+    return ["--figures", f"{folder}/figures.jsonl", "--docs", str(folder)]
 
 
 def test_ratios_are_of_one_run() -> None:
@@ -62,18 +62,17 @@ def test_report_exchanges_what_is_between_the_markers(tmp_path: Path) -> None:
     rivals = {"hilora": 2.0, "PEFT": 5.0, "frozen layer": 1.0}
     figures = [figure(rival, ms, phase=phase) for rival, ms in rivals.items() for phase in OPERATION.phases]
     report.main(write(tmp_path, figures))
-    readme, docs = (tmp_path / "README.md").read_text(), (tmp_path / "benchmarks.md").read_text()
-    for text in (readme, docs):
-        assert text.startswith("before\n")
-        assert text.endswith("\nafter\n")
-        assert "old" not in text
-        assert report.TO_COME in text
-    assert "| PEFT | 2.50 | 2.50 |" in readme
-    assert "| frozen layer | 0.50 | 0.50 |" in readme
-    assert "| 2 | 25% | – | 2.50 |" in docs
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert "old" not in text
+    before, headline, between, everything, after = re.split(r"<!-- /?(?:headline|benchmarks) -->", text)
+    assert (before, between, after) == ("before\n", "\nbetween\n", "\nafter\n")
+    assert report.TO_COME in headline
+    assert "| PEFT | 2.50 | 2.50 |" in headline
+    assert "| frozen layer | 0.50 | 0.50 |" in headline
+    assert "| 2 | 25% | – | 2.50 |" in everything
     for name in ("rivals", "curves", "memory"):
         assert (tmp_path / f"benchmarks/a-cpu-{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert f"benchmarks/a-cpu-{name}.png" in docs
+        assert f"benchmarks/a-cpu-{name}.png" in everything
 
 
 def test_a_run_that_was_cut_short_has_tables_without_charts(tmp_path: Path) -> None:
@@ -85,7 +84,7 @@ def test_a_run_that_was_cut_short_has_tables_without_charts(tmp_path: Path) -> N
 def test_nothing_is_to_come_once_a_gpu_has_spoken(tmp_path: Path) -> None:
     figures = [figure("hilora", 1.0, phase=phase, scale="cuda", device="a GPU") for phase in OPERATION.phases]
     report.main(write(tmp_path, figures))
-    assert report.TO_COME not in (tmp_path / "README.md").read_text()
+    assert report.TO_COME not in (tmp_path / "benchmarks.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -93,8 +92,9 @@ def test_nothing_is_to_come_once_a_gpu_has_spoken(tmp_path: Path) -> None:
     [
         ("figures.jsonl", '{"run": "1"}\n{"ru', "line 2: not a figure"),
         ("figures.jsonl", "", "holds no figures"),
-        ("README.md", "no markers", "needs a line"),
-        ("benchmarks.md", f"{report.START} only", "needs a line"),
+        ("benchmarks.md", "no markers", "needs a line"),
+        ("benchmarks.md", TEXT.replace(report.HEADLINE[1], ""), "needs a line"),
+        ("benchmarks.md", TEXT.replace(report.EVERYTHING[1], ""), "needs a line"),
     ],
 )
 def test_files_that_do_not_serve(tmp_path: Path, file: str, content: str, message: str) -> None:
@@ -102,8 +102,7 @@ def test_files_that_do_not_serve(tmp_path: Path, file: str, content: str, messag
     (tmp_path / file).write_text(content)
     with pytest.raises(SystemExit, match=message):
         report.main(arguments)
-    if file != "README.md":
-        assert (tmp_path / "README.md").read_text() == TEXT
+    assert (tmp_path / file).read_text() == content
 
 
 def test_no_ledger(tmp_path: Path) -> None:
