@@ -12,6 +12,8 @@ import pytest
 
 import hilora
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 USE = """
 import torch, hilora, hilora.kernels

@@ -15,6 +15,8 @@ from benchmarks.contest import Contestant, Lineup, WrongResult, contest
 from benchmarks.cost import Cost
 from benchmarks.ledger import Ledger, read
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 x = torch.arange(1.0, 101)
 

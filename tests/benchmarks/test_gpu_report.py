@@ -15,6 +15,8 @@ from benchmarks.operations import operations
 from benchmarks.operations.layer import WIDTHS, shapes
 from benchmarks.timing import SCALES
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 FIVE = {"PEFT", "PEFT, compiled", "stacked addmm", "merged + 1 LoRA", "frozen layer"}
 

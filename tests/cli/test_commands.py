@@ -21,6 +21,8 @@ from hilora.federated.data.images import prepare
 from hilora.models.backbone import load_backbone
 from hilora.models.glyph_vit import new_glyph_vit
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--clients", "6", "--images-per-client", "16", "--rounds", "1,1,1", "--rank", "2", "--dtype", "float32"]
 
 

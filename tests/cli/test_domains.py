@@ -12,6 +12,8 @@ from PIL import Image
 
 from tests.cli.test_train import SCRIPT, load_example, summary
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--clients-per-domain", "2", "--unseen", "0.34", "--rounds", "1,1,1", "--rank", "2", "--dtype", "float32"]
 GLYPH_VIT = ["--backbone", "glyph_vit"]
 

@@ -17,6 +17,8 @@ import pytest
 
 from hilora.locks import claimed
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "federated_cifar100.py"
 SMALL = ["--clients", "5", "--images-per-client", "8", "--rounds", "1,1,1", "--rank", "2", "--dtype", "float32"]
 

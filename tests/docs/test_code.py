@@ -27,6 +27,8 @@ from hilora.federated.data.readers import READERS
 from hilora.federated.strategies import STRATEGIES
 from tests.docs.pages import PAGES, ROOT, blocks, commands, program
 
+pytestmark = pytest.mark.slow
+
 WITH_CODE = [page for page in PAGES if program(page)]
 INSIDE = ("hilora/", "kernels/")  # titles of files that a reader would put into the library
 

@@ -20,6 +20,8 @@ from hilora.experiments.report import write_report
 from hilora.experiments.spec import read_experiment
 from tests.docs.pages import FENCE, PAGES, ROOT, prose
 
+pytestmark = pytest.mark.slow
+
 LINK = re.compile(r"\]\((?P<path>[^)#\s]*)(?:#(?P<anchor>[^)\s]+))?\)")
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "benchmarks" / "experiments").glob("*.toml"))
 TABLES = {"sc-dir": "sc-dir", "PACS": "pacs", "patho": "patho", "gl-dir": "gl-dir"}

@@ -18,6 +18,8 @@ from hilora.cli.main import COMMANDS
 from hilora.federated.strategies import STRATEGIES, own_fields
 from tests.docs.pages import ROOT
 
+pytestmark = pytest.mark.slow
+
 ASSETS = {"script": "src", "link": "href", "img": "src", "iframe": "src", "source": "src"}
 
 

@@ -16,6 +16,8 @@ from hilora.experiments.schema import SCHEMA
 from hilora.reporting.progress import Progress
 from tests.experiments.conftest import SMALL
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -21,6 +21,8 @@ from hilora.experiments.tables import accuracy_table, cost_table, tier_table, tu
 from hilora.reporting.tables import Table
 from tests.experiments.conftest import GRID, GRIDS, Write, line
 
+pytestmark = pytest.mark.slow
+
 TIERS = {
     "root": {"mean": 0.25, "tail": None, "std": 0.125},
     "leaf": {"mean": 0.5, "tail": None, "std": 0.0625},

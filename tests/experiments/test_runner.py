@@ -26,6 +26,8 @@ from hilora.locks import claimed
 from hilora.reporting.progress import Progress
 from tests.experiments.conftest import GRID, GRIDS, Write, line
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def inputs() -> Inputs:

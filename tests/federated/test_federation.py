@@ -15,6 +15,8 @@ from hilora.federated.protocol import Upload
 from hilora.federated.strategies import STRATEGIES
 from tests.federated.conftest import Simulate, copied, records, same
 
+pytestmark = pytest.mark.slow
+
 METHODS = list(STRATEGIES)
 PRIVATE = {  # what the clients of a method keep, and its server never has
     "hilora": {"leaf", "head"},

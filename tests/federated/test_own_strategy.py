@@ -34,6 +34,8 @@ from tests.federated.conftest import Simulate, records
 from tests.federated.test_resuming import Stop, stop_after, untimed
 from tests.federated.test_simulation import FILES, figures
 
+pytestmark = pytest.mark.slow
+
 
 class Volume(Composition):
     """The root as loud as a number of each client says, which is trained."""

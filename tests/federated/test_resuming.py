@@ -21,6 +21,8 @@ from hilora.models.backbone import Backbone
 from tests.federated.conftest import Simulate, records, same, squares
 from tests.federated.test_simulation import FILES, figures
 
+pytestmark = pytest.mark.slow
+
 
 class Stop(KeyboardInterrupt):
     pass

@@ -17,6 +17,8 @@ from hilora.federated.strategies.fedit import FedIT
 from hilora.models.backbone import Backbone
 from tests.federated.conftest import Simulate, records, same, squares
 
+pytestmark = pytest.mark.slow
+
 FILES = {"summary.json", "metrics.jsonl", "adapters.safetensors", "heads.safetensors", "report.html"}
 FILES |= {"accuracy.png", "clusters.png", "classes.png"}
 

@@ -17,6 +17,8 @@ from tests.fuzz.mutation import mutated
 from tests.fuzz.run import confined
 from tests.fuzz.targets import MARK, TARGETS, Target
 
+pytestmark = pytest.mark.slow
+
 FILES = 25  # of each kind
 
 

@@ -18,6 +18,8 @@ pytest.importorskip("triton")
 from hilora.kernels.overlaps import operator as overlaps
 from hilora.kernels.stacked_linear import operator as stacked_linear
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(params=["reference", "folded", "fused", "split"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:

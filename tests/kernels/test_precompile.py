@@ -17,6 +17,8 @@ from hilora.kernels.overlaps import triton as overlaps
 from hilora.kernels.stacked_linear import slots
 from hilora.kernels.stacked_linear import triton as stacked_linear
 
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 HELPERS = {"dot", "cast"}  # of kernels, not launched themselves
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from hilora.kernels import Tier, stacked_lora_linear, use_backend
 from tests.kernels.cases import CASES, Adapters, Case, Q, V, dense, error, gradients, make, moved, random
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 LARGER = {

@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 
 from hilora.models import glyph_vit
 
+pytestmark = pytest.mark.slow
+
 
 def test_weights_fit_and_say_where_they_come_from():
     model = glyph_vit.glyph_vit(7)

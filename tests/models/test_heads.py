@@ -20,6 +20,8 @@ from hilora.models.wrappers import plain_path, unwrapped
 from tests.helpers import CONFIG, images, injected, output, same, values, vit
 from tests.vits import lively, mlp, transformers_vit
 
+pytestmark = pytest.mark.slow
+
 
 class Around(nn.Module):
     """A user's own module with a ViT inside."""

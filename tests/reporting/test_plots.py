@@ -15,6 +15,8 @@ from hilora.reporting.cluster_plot import plot_clusters
 from hilora.reporting.plots import draw_run
 from tests.reporting.test_comparison import make_summary
 
+pytestmark = pytest.mark.slow
+
 
 def make_record(
     number: int, stage: str = "root", number_in_stage: int | None = None, mean: float = 0.5

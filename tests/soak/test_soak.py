@@ -9,6 +9,8 @@ import pytest
 
 from tests.soak.run import COMMANDS, soak
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_what_is_killed_goes_on_to_the_same_end(name: str, tmp_path: Path) -> None:

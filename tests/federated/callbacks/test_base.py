@@ -18,6 +18,8 @@ from tests.federated.conftest import Simulate
 from tests.federated.test_resuming import Stop, stop_after
 from tests.federated.test_simulation import FILES, figures
 
+pytestmark = pytest.mark.slow
+
 
 class Diary(Callback):
     """Notes all that it sees, and how many images were trained on."""

@@ -16,6 +16,8 @@ from hilora.reporting.summary import PHASES, read_summary
 from tests.federated.conftest import Simulate, records
 from tests.federated.test_resuming import Stop, stop_after
 
+pytestmark = pytest.mark.slow
+
 FEW: dict[str, Any] = {"rounds": [2, 1, 1]}
 
 

@@ -19,6 +19,8 @@ from hilora.federated.data import pixels
 from hilora.federated.data.pixels import load_images
 from hilora.federated.data.readers import read_images
 
+pytestmark = pytest.mark.slow
+
 
 def save(path: Path, size: int = 40) -> bytes:
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,8 @@ from hilora.federated.data.partitions import PartitionError, Population, partiti
 from hilora.federated.data.readers import read_domains
 from tests.federated.data.test_partition import check, image_set
 
+pytestmark = pytest.mark.slow
+
 
 def domain_set(counts: list[list[int]], seed: int = 0) -> ImageSet:
     """Images of one pixel, `counts[d][c]` of class c in domain d."""

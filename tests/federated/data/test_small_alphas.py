@@ -11,6 +11,8 @@ import torch
 from hilora.federated.data.partitions import partition
 from tests.federated.data.test_partition import image_set
 
+pytestmark = pytest.mark.slow
+
 
 def classes_and_overlap(alpha: float, number: int, per_class: int, **options: Any) -> tuple[float, float]:
     """Effective classes of a client (the exponential of their entropy), and what two clients have in common; means."""

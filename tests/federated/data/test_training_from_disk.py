@@ -12,6 +12,8 @@ from hilora.federated.data.images import ImageSet
 from hilora.federated.data.stored import StoredImages, stored
 from tests.federated.conftest import Simulate, records, same, squares
 
+pytestmark = pytest.mark.slow
+
 
 def on_disk(images: ImageSet, name: str) -> ImageSet:
     tensor = images.images[:]
