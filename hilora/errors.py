@@ -17,6 +17,10 @@ __all__ = [
 ]
 
 
+OUT_OF_MEMORY = ("OutOfMemoryError", "DefaultCPUAllocator: can't allocate memory", "not enough memory: you tried")
+"""Marks of errors that torch raises on a GPU and on a CPU, where there is no class for them."""
+
+
 class InvalidTypeError(HiLoRAError, TypeError):
     """An object of a kind that cannot be used there."""
 
@@ -43,7 +47,10 @@ class ResourceError(HiLoRAError, RuntimeError):
 
 def told(error: BaseException) -> str | None:
     """What a command says of an error, in one line and without a traceback: where it was given something that it cannot
-    use, a file or device that does not work, or a package is missing. None where the error is a bug."""
+    use, a file or device that does not work, a package is missing, or memory is full. None where the error is a bug."""
     if isinstance(error, ImportError) and (error.name or "hilora").split(".")[0] != "hilora":
         return f"{error}: install it, as by pip install {(error.name or '').split('.')[0]}"
-    return " ".join(str(error).split()) if isinstance(error, HiLoRAError | OSError) else None
+    said = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or any(sign in f"{type(error).__name__} {said}" for sign in OUT_OF_MEMORY):
+        return f"out of memory: lower clients_at_once, batch_size or the size of the images ({said:.200})"
+    return said if isinstance(error, HiLoRAError | OSError) else None

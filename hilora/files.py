@@ -85,8 +85,8 @@ def write_bytes(path: PathLike, content: bytes) -> None:
 
 
 def write_text(path: PathLike, text: str) -> None:
-    """Write a text in UTF-8, whole or not at all."""
-    write_bytes(path, text.encode())
+    """Write a text in UTF-8, whole or not at all; parts of paths that are no text stand as escapes, `\\udce9`."""
+    write_bytes(path, _encoded(text))
 
 
 def write_json(path: PathLike, value: Any) -> None:
@@ -134,7 +134,7 @@ def append_line(path: PathLike, record: Mapping[str, Any]) -> None:
     Raises:
         OSError: it could not be written.
     """
-    text = _dumps(record).encode() + b"\n"
+    text = _encoded(_dumps(record)) + b"\n"
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+", buffering=0) as file:
         if file.seek(0, os.SEEK_END):
@@ -171,6 +171,10 @@ def plain(value: Any) -> Any:
 
 def _dumps(value: Any, indent: int | None = None) -> str:
     return json.dumps(plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _record(text: bytes) -> Record | None:

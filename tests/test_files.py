@@ -140,3 +140,21 @@ def test_only_what_is_named_is_set_aside(tmp_path):
         "mine",
     ]
     assert Path(tmp_path, "earlier-2", "a").read_text() == "2"
+
+
+def test_what_is_no_text_in_a_path_is_escaped(tmp_path):
+    odd = os.fsdecode(b"r\xe9sultats")
+    for name in ("summary.json", "lines.jsonl"):
+        path = tmp_path / odd / name
+        (write_json if name == "summary.json" else append_line)(path, {"out": path})
+        assert json.loads(path.read_bytes()) == {"out": str(path)}
+
+
+def test_an_error_of_the_system_names_the_file(tmp_path, monkeypatch):
+    def full(self, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/summary\.json'"):
+        write_json(tmp_path / "summary.json", {})
+    assert not list(tmp_path.iterdir())

@@ -176,6 +176,11 @@ def adopt(layer: nn.Linear, base: nn.Linear) -> None:
 def _check_base(base: nn.Module) -> None:
     if not isinstance(base, nn.Linear) or isinstance(base, TieredLoRALinear):
         raise InvalidTypeError(f"expected a plain nn.Linear to adapt, got {type(base).__name__}")
+    if hasattr(base, "_hf_hook"):
+        raise InvalidTypeError(
+            f"{type(base).__name__} has a hook of accelerate, as device_map leaves it: inject the adapters first, or "
+            "take the hooks off by accelerate.hooks.remove_hook_from_module(model, recurse=True) and dispatch it afterwards"
+        )
     if getattr(base.forward, "__func__", None) is not nn.Linear.forward or not owns_weight(base):
         raise InvalidTypeError(
             f"{type(base).__name__} computes its output or its weight in its own way, which adapters would bypass: "

@@ -57,10 +57,10 @@ class Timm(Family):
         if weights is not None and not weights.is_file():
             raise MissingFileError(f"there is no file of weights at {weights}")
         extra = {} if size is None else {"img_size": size}
-        overlay = {} if weights is None else {"pretrained_cfg_overlay": {"state_dict": _read_weights(weights)}}
-        timm.create_model(
-            name, num_classes=0, **extra
-        )  # whatever is wrong with the name or the size is not the weights
+        fresh = _fresh(name, extra)  # whatever is wrong with the name or the size is not the weights
+        overlay = {}
+        if weights is not None:
+            overlay = {"pretrained_cfg_overlay": {"state_dict": _with_classifier(_read_weights(weights), fresh)}}
         try:
             # With its own classifier, since timm would otherwise load whatever fits and leave the rest random.
             model = timm.create_model(name, pretrained=True, **extra, **overlay)
@@ -83,6 +83,29 @@ def described(model: Any, name: str) -> Backbone:
     assert size is not None
     mean, std = (torch.tensor(expected[of]) for of in ("mean", "std"))
     return Backbone(model, name, size[0], mean, std, model.num_features)
+
+
+def _fresh(name: str, extra: Mapping[str, Any]) -> Any:
+    """A model with random weights.
+
+    Raises:
+        InvalidValueError: it has no size of images to choose.
+    """
+    import timm
+
+    try:
+        return timm.create_model(name, **extra)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        raise InvalidValueError(f"{name} takes images of any size and no img_size: leave it out") from error
+
+
+def _with_classifier(weights: dict[str, Tensor], fresh: Any) -> dict[str, Tensor]:
+    """Weights with a classifier, random where a file has none: it is taken off in any case."""
+    heads = [f"{path}." for path, module in fresh.named_modules() if module in Timm().heads(fresh)]
+    own = {key: value for key, value in fresh.state_dict().items() if key.startswith(tuple(heads))}
+    return weights if own.keys() & weights.keys() else {**weights, **own}
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

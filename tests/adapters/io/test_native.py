@@ -18,7 +18,8 @@ from torch import nn
 import hilora
 from hilora import HiLoRAConfig
 from hilora.adapters.injection import banks
-from hilora.adapters.io.files import read_tensors, write_tensors
+from hilora.adapters.io.files import checksum, read_tensors, write_tensors
+from hilora.errors import FileError
 from tests.helpers import CONFIG, TIERS, images, injected, random, randomise, same, snapshot, values, vit
 
 SEVERAL = HiLoRAConfig(
@@ -207,13 +208,15 @@ def without_metadata(path: Path) -> None:
 
 
 def rewrite(change: Callable[[dict[str, torch.Tensor], dict[str, str]], object]) -> Callable[[Path], None]:
-    """Change the tensors and the metadata of a file."""
+    """Change the tensors and the metadata of a file, with a checksum that agrees."""
 
     def break_(path: Path) -> None:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
         tensors = load_file(path)
         change(tensors, metadata)
+        if "checksum" in metadata:
+            metadata["checksum"] = checksum(metadata.get("hilora", ""), tensors)
         save_file(tensors, path, metadata)
 
     return break_
@@ -484,3 +487,19 @@ def test_only_regular_files_are_replaced_and_the_umask_counts(tmp_path: Path) ->
     finally:
         os.umask(before)
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_flipped_bit_and_a_file_without_a_checksum(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    hilora.save_adapters(injected(), path)
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(FileError, match=r"a\.safetensors is damaged: its checksum"):
+        hilora.load_adapters(vit(), path)
+    hilora.save_adapters(injected(), path)
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        earlier = {name: text for name, text in file.metadata().items() if name != "checksum"}
+    save_file(tensors, path, earlier)  # as it was written before there were any
+    assert all(map(torch.equal, values(hilora.load_adapters(vit(), path)), values(injected())))

@@ -1,0 +1,50 @@
+"""Weights and sizes as people have them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from hilora.errors import FileError, InvalidValueError
+from hilora.models.backbone import load_backbone
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, Any]:
+    torch.manual_seed(0)
+    return dict(timm.create_model("test_vit").state_dict())
+
+
+def test_a_file_without_a_classifier_is_as_good_as_one_with_it(state: dict[str, Any], tmp_path: Path) -> None:
+    bare = {name: value for name, value in state.items() if not name.startswith("head.")}
+    assert len(bare) < len(state)
+    torch.save(state, tmp_path / "whole.pth")
+    torch.save(bare, tmp_path / "bare.pth")
+    models = [load_backbone("test_vit", tmp_path / f"{name}.pth").model for name in ("whole", "bare")]
+    first, second = (model.state_dict() for model in models)
+    assert first.keys() == second.keys() == bare.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_other_weights_that_are_missing_are_named(state: dict[str, Any], tmp_path: Path) -> None:
+    torch.save({name: value for name, value in state.items() if "blocks.1." not in name}, tmp_path / "w.pth")
+    with pytest.raises(InvalidValueError, match=r"blocks\.1\."):
+        load_backbone("test_vit", tmp_path / "w.pth")
+
+
+def test_no_error_tells_to_load_unsafely(state: dict[str, Any], tmp_path: Path) -> None:
+    torch.save({"state_dict": state, "args": argparse.Namespace(lr=1.0)}, tmp_path / "w.pth")
+    with pytest.raises(FileError, match="Namespace") as caught:
+        load_backbone("test_vit", tmp_path / "w.pth")
+    assert "weights_only" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_model_without_a_size_of_images_says_so() -> None:
+    with pytest.raises(InvalidValueError, match="resnet18 takes images of any size and no img_size"):
+        load_backbone("resnet18", size=96)
