@@ -37,12 +37,24 @@ def test_other_weights_that_are_missing_are_named(state: dict[str, Any], tmp_pat
         load_backbone("test_vit", tmp_path / "w.pth")
 
 
-def test_no_error_tells_to_load_unsafely(state: dict[str, Any], tmp_path: Path) -> None:
-    torch.save({"state_dict": state, "args": argparse.Namespace(lr=1.0)}, tmp_path / "w.pth")
-    with pytest.raises(FileError, match="Namespace") as caught:
-        load_backbone("test_vit", tmp_path / "w.pth")
+class Call:
+    """Pickled, it is a call."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("code of the file has run",)
+
+
+def test_a_call_in_a_file_is_refused_in_words_of_our_own(
+    state: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"state_dict": state, "args": argparse.Namespace(lr=1.0)}, tmp_path / "plain.pth")
+    assert load_backbone("test_vit", tmp_path / "plain.pth").features == 64
+    torch.save({"state_dict": state, "args": Call()}, tmp_path / "call.pth")
+    with pytest.raises(FileError, match=r"call\.pth") as caught:
+        load_backbone("test_vit", tmp_path / "call.pth")
     assert "weights_only" not in str(caught.value)
-    assert len(str(caught.value)) < 500
+    assert "\x1b" not in str(caught.value)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_model_without_a_size_of_images_says_so() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -115,4 +116,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_state_dict(str(path), use_ema=False, weights_only=True))
     except Exception as error:  # a damaged file makes the readers raise nearly anything
-        raise FileError(f"the weights in {path} cannot be read: {error}") from error
+        said = str(error)
+        if "weights_only" in said:  # torch's advice is to read the file as code
+            named = re.search(r"(?:globals?:|GLOBAL) ([\w.]+)", said)
+            said = f"the file names {named[1] if named else 'code'}, which is refused; save its tensors alone"
+        raise FileError(f"the weights in {path} cannot be read: {said}") from error
