@@ -178,8 +178,8 @@ def _check_base(base: nn.Module) -> None:
         raise InvalidTypeError(f"expected a plain nn.Linear to adapt, got {type(base).__name__}")
     if hasattr(base, "_hf_hook"):
         raise InvalidTypeError(
-            f"{type(base).__name__} has a hook of accelerate, as device_map leaves it: inject the adapters first, or take "
-            "it off by accelerate.hooks.remove_hook_from_module(model, recurse=True), inject, and dispatch again"
+            f"{type(base).__name__} has a hook of accelerate, as device_map leaves it: inject the adapters first, or "
+            "take it off by accelerate.hooks.remove_hook_from_module(model, recurse=True), inject, and dispatch again"
         )
     if getattr(base.forward, "__func__", None) is not nn.Linear.forward or not owns_weight(base):
         raise InvalidTypeError(

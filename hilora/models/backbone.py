@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from hilora.errors import InvalidValueError
+from hilora.errors import FileError, InvalidValueError
 from hilora.models.registry import families
 
 GLYPH_VIT = "glyph_vit"
@@ -46,13 +46,19 @@ def load_backbone(name: str, weights: Path | None = None, size: int | None = Non
 
     Raises:
         FileNotFoundError: if there is no file of weights.
-        ValueError: if there is no such model, or the weights do not fit it.
+        ValueError: if there is no such model, or the weights do not fit it, or are not finite.
         RuntimeError: if the weights cannot be fetched.
     """
     family = next((family for family in families() if family.knows(name)), None)
     if family is None:
         raise InvalidValueError(f"there is no model {name!r}; there are {GLYPH_VIT} and {_like(name)}")
-    return family.load(name, weights, size)
+    backbone = family.load(name, weights, size)
+    broken = [key for key, value in backbone.model.state_dict().items() if not value.isfinite().all()]
+    if broken:
+        raise FileError(
+            f"the weights of {name if weights is None else weights} are not finite: {', '.join(broken):.200}"
+        )
+    return backbone
 
 
 def _like(name: str) -> str:

@@ -60,3 +60,10 @@ def test_a_call_in_a_file_is_refused_in_words_of_our_own(
 def test_a_model_without_a_size_of_images_says_so() -> None:
     with pytest.raises(InvalidValueError, match="resnet18 takes images of any size and no img_size"):
         load_backbone("resnet18", size=96)
+
+
+def test_weights_that_are_not_finite_are_named(state: dict[str, Any], tmp_path: Path) -> None:
+    broken = {**state, "blocks.0.attn.qkv.weight": state["blocks.0.attn.qkv.weight"] / 0}
+    torch.save(broken, tmp_path / "w.pth")
+    with pytest.raises(FileError, match=r"w\.pth are not finite: blocks\.0\.attn\.qkv\.weight"):
+        load_backbone("test_vit", tmp_path / "w.pth")
