@@ -9,6 +9,7 @@ that has loaded the library.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -20,9 +21,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import torch
 
 from hilora.cli.main import main as hilora
 from hilora.federated.callbacks.checkpoint import has_checkpoint
+from hilora.federated.data import glyphs
 
 TIMES = ("seconds", "seconds_by_phase", "images_per_second", "date")
 SMALL = [
@@ -111,8 +116,11 @@ def attempt(name: str, folder: Path, seconds: float | None) -> int | None:
     return child.exitcode
 
 
+@mock.patch.object(glyphs, "load_glyphs", functools.cache(glyphs.load_glyphs))  # drawn once for all that are forked
 def soak(name: str, kills: int, seed: int, scratch: Path) -> list[str]:
     """What differs between a command that is left alone and one that is killed so often; nothing, where all is well."""
+    torch.set_num_threads(1)  # a process that is forked has none of its parent's threads
+    COMMANDS[name](scratch / "warm")  # loads what a run loads
     whole, draws = scratch / "whole", random.Random(f"{name} {seed}")
     started = time.perf_counter()
     if attempt(name, whole, None) != 0:
