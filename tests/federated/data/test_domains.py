@@ -170,6 +170,9 @@ def test_what_is_missing_is_named(folder):
     (folder / "real" / "dog" / "01.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks 2 of the 50 images .* the first is real/cat/03.png: unpack"):
         read_domains(folder, 4, seed=0)
+    (folder / "real_test.txt").write_text(f"real/cat/{'x' * 300}.png 3")  # longer than a name can be
+    with pytest.raises(FileNotFoundError, match=r"lacks \d+ of the \d+ images"):
+        read_domains(folder, 4, seed=0)
     (folder / "real_test.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no real_test.txt, but such lists of other domains"):
         read_domains(folder, 4, seed=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -174,7 +175,7 @@ def _largest(train: Cells, names: Sequence[str], count: int) -> list[str]:
 
 
 def _check_files(root: Path, files: Sequence[Path]) -> None:
-    if missing := [str(file.relative_to(root)) for file in files if not file.is_file()]:
+    if missing := [str(file.relative_to(root)) for file in files if not os.path.isfile(file)]:
         raise MissingFileError(
             f"{root} lacks {len(missing)} of the {len(files)} images that its lists name, the first is {missing[0]}: "
             "unpack the images again"
