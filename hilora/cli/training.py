@@ -86,9 +86,13 @@ class Command:
 
     def parser(self) -> argparse.ArgumentParser:
         """The parser of its arguments."""
-        raw = argparse.RawDescriptionHelpFormatter
         parser = argparse.ArgumentParser(
-            self.prog, description=self.description, formatter_class=raw, allow_abbrev=False
+            self.prog,
+            usage="%(prog)s [options]",
+            description=self.description,
+            epilog="What stands in parentheses is the default.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         data = parser.add_argument_group("data")
         self.add_data(data)
