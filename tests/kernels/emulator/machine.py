@@ -138,6 +138,13 @@ class Machine:
         done = self.products.done
         self.accumulators = {register: group for register, group in self.accumulators.items() if (group > done).any()}
 
+    def note_accumulators(self, registers: Sequence[int], agents: Array) -> None:
+        """That products of the group that these warp groups have not committed yet add to registers."""
+        for register in registers:
+            groups = self.accumulators.get(register, np.zeros(len(self.products.done), np.int32)).copy()
+            groups[agents] = self.products.committed[agents] + 1
+            self.accumulators[register] = groups
+
     def _check_accumulators(self) -> None:
         if self.now.opcode.startswith("wgmma"):
             return

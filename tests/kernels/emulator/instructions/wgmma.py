@@ -100,10 +100,9 @@ def multiply(operands: Operands) -> Action:
             b = operand(right, group, ctas, columns, turn_right, machine)
             product = (a @ b.swapaxes(1, 2))[:, row, column].swapaxes(0, 1)
             sums[:, ctas, group] = np.where(kept[ctas, group], sums[:, ctas, group], np.float32(0)) + product
-        number = machine.products.committed + 1
         for index, register in enumerate(registers):
             machine.registers[register] = sums[index].ravel().view(np.uint32)
-            machine.accumulators[register] = number
+        machine.note_accumulators(registers, machine.agents(ctas))
 
     return act
 
