@@ -31,8 +31,8 @@ def _no_packed(operands: Operands) -> None:
 
 @instruction("add", "sub", "and", "or", "xor", "min", "max")
 def two(operands: Operands) -> Action:
-    operands.only(_FLOAT if operands.type.kind == "f" else ())
     _no_packed(operands)
+    operands.only(_FLOAT if operands.type.kind == "f" else ())
     functions: dict[str, Callable[[Array, Array], Array]] = {
         "add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
         "min": np.fmin, "max": np.fmax,
@@ -42,8 +42,8 @@ def two(operands: Operands) -> Action:
 
 @instruction("not", "neg", "abs")
 def one(operands: Operands) -> Action:
-    operands.only(_FLOAT if operands.type.kind == "f" else ())
     _no_packed(operands)
+    operands.only(_FLOAT if operands.type.kind == "f" else ())
     functions: dict[str, Callable[[Array], Array]] = {"not": np.invert, "neg": np.negative, "abs": np.abs}
     return _unary(functions[operands.parts[0]], operands)
 
@@ -119,11 +119,14 @@ def divide(operands: Operands) -> Action:
 
 @instruction("sqrt", "rsqrt", "rcp", "ex2", "lg2")
 def special(operands: Operands) -> Action:
+    """To the last bit, where a GPU is near to it."""
+    _no_packed(operands)
     operands.only(_FLOAT)
     functions: dict[str, Callable[[Array], Array]] = {
         "sqrt": np.sqrt, "rsqrt": lambda a: 1 / np.sqrt(a), "rcp": lambda a: 1 / a, "ex2": np.exp2, "lg2": np.log2,
     }  # fmt: skip
-    return _unary(functions[operands.parts[0]], operands)
+    function = functions[operands.parts[0]]
+    return _unary(lambda a: function(a.astype(np.float64)).astype(a.dtype), operands)
 
 
 @instruction("shl", "shr")
