@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,10 +84,12 @@ class Emulator:
 
     Attributes:
         launches: how many there were of each kernel.
+        edit: what becomes of PTX before it runs; for tests that break kernels.
     """
 
     def __init__(self, arch: int) -> None:
         self.launches: Counter[str] = Counter()
+        self.edit: Callable[[str], str] = str
         self._now: dict[str, Any] = {}
         driver.install(arch, self._launched)
 
@@ -116,7 +118,7 @@ class Emulator:
 
     def _launched(self, launch: driver.Launched) -> None:
         try:
-            ptx = self._now["kernel"].asm["ptx"]
+            ptx = self.edit(self._now["kernel"].asm["ptx"])
             arguments = _arguments(compiled(ptx), launch)
             self._now["races"] = execute(ptx, launch.grid, arguments, launch.shared, self._now["tensors"])
         except Exception as error:  # ctypes would print and forget it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -12,6 +13,7 @@ from .launching import Emulator
 _INTERPRETER = "TRITON_INTERPRET"
 
 
+@cache
 def install(architecture: str) -> Emulator:
     """Have the project's kernels compiled and emulated, in this process, before anything imports them.
 
