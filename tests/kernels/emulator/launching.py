@@ -1,10 +1,19 @@
-"""Launches of Triton kernels on CPU tensors: compiled for a GPU, sent through Triton's launcher, and emulated."""
+"""An emulator of the PTX that Triton compiles kernels to: it runs them without a GPU, and finds data races.
+
+Launches of kernels on CPU tensors are compiled for a GPU and sent through Triton's own launcher, under which `driver`
+puts a stand-in for libcuda. `parsing` reads the PTX, `code` and `instructions` make a Python function of each
+instruction, `machine` runs thread blocks (CTAs) side by side, numpy over their threads; `memory` checks addresses and
+`races` who touched what since the last barrier. `plugin` does so for tests: `pytest tests/kernels --emulate sm_90`.
+
+What it takes for granted: the lanes of a warp run in lockstep, a copy by `cp.async` has landed by the time of its wait,
+and products are summed in fp32 in any order. It knows nothing of time, nor of what ptxas makes of the PTX.
+"""
 
 from __future__ import annotations
 
 import ctypes
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,12 +93,10 @@ class Emulator:
 
     Attributes:
         launches: how many there were of each kernel.
-        edit: what becomes of PTX before it runs; for tests that break kernels.
     """
 
     def __init__(self, arch: int) -> None:
         self.launches: Counter[str] = Counter()
-        self.edit: Callable[[str], str] = str
         self._now: dict[str, Any] = {}
         driver.install(arch, self._launched)
 
@@ -118,7 +125,7 @@ class Emulator:
 
     def _launched(self, launch: driver.Launched) -> None:
         try:
-            ptx = self.edit(self._now["kernel"].asm["ptx"])
+            ptx = self._now["kernel"].asm["ptx"]
             arguments = _arguments(compiled(ptx), launch)
             self._now["races"] = execute(ptx, launch.grid, arguments, launch.shared, self._now["tensors"])
         except Exception as error:  # ctypes would print and forget it

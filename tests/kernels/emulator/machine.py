@@ -88,7 +88,7 @@ class Machine:
 
     def report(self, what: str, where: Array) -> None:
         """A race at all places where `where` is True."""
-        if count := np.count_nonzero(where):
+        if count := int(np.count_nonzero(where)):
             self.races[f"{what}, {self.now.line or self.now}"] += count
 
     def who(self, threads: Array | slice) -> Who:
