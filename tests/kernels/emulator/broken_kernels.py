@@ -59,9 +59,7 @@ def broken(
     return found
 
 
-@pytest.mark.parametrize(
-    ("kernel", "how"), [("gemm", "fused"), ("shrink_expand", "split"), ("backward_rows", "split")]
-)
+@pytest.mark.parametrize(("kernel", "how"), [("gemm", "fused"), ("shrink_expand", "split"), ("backward_rows", "split")])
 def test_a_statement_less_is_a_race(
     kernel: str, how: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,16 +91,14 @@ def with_condition(condition: str, folder: Path, monkeypatch: pytest.MonkeyPatch
     return module
 
 
-def test_a_product_in_a_branch_taken_at_run_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_product_in_a_branch_taken_at_run_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it once was: Triton's pipeliner refills the operand's buffer before the branch reads it."""
     case = Case((1, 70, 192), 192, [Adapters(8) for _ in range(6)])
     trained = (False,) * 5 + (True,)
     step(torch.float32, "split", case, trained)
     old = with_condition("(c * R < j + CHUNK) & (c * R + TRAINED > j)", tmp_path, monkeypatch)
     monkeypatch.setattr(plan, "backward_rows", old.backward_rows)
-    with pytest.raises(RaceError, match="backward_rows.*\n.*read of a cp.async in flight"):
+    with pytest.raises(RaceError, match=r"backward_rows.*\n.*read of a cp\.async in flight"):
         step(torch.float32, "split", case, trained)
 
 
@@ -138,7 +134,7 @@ def test_a_small_kernel_with_such_a_product(known: bool) -> None:
         whole = torch.cat([left[:, n : n + block].T @ right[:block] for n in range(0, steps * block, block)])
         torch.testing.assert_close(parts, whole)
     else:
-        with pytest.raises(RaceError, match="read of a cp.async in flight"):
+        with pytest.raises(RaceError, match=r"read of a cp\.async in flight"):
             run()
 
 
@@ -147,5 +143,5 @@ def test_what_a_fault_says() -> None:
     short = torch.randn(32, 32)
     args = (short, torch.randn(192, 32), short.clone(), torch.randn(192, 32), 7)
     constants = {"N": 192, "BLOCK": 32, "KNOWN": True}
-    with pytest.raises(Fault, match="outside of all tensors: .* bytes from the start of "):
+    with pytest.raises(Fault, match=r"outside of all tensors: .* bytes from the start of "):
         launch.launcher(kernel, (1,), args, constants)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -131,21 +131,18 @@ class Operands:
         if text == "_":
             return lambda machine, value: None
         number, dtype = self.register(text)
-        if self.one.guard is None:
-
-            def put(machine: Machine, value: Array) -> None:
-                value = resized(value, dtype)
-                if machine.active is not None or len(value) != machine.size:
-                    value = np.where(machine.active if machine.active is not None else True, value, machine.registers[number])
-                machine.registers[number] = value
-
-            return put
         guard = self.guard()
 
-        def put_some(machine: Machine, value: Array) -> None:
-            machine.registers[number] = np.where(guard(machine), resized(value, dtype), machine.registers[number])
+        def put(machine: Machine, value: Array) -> None:
+            value = resized(value, dtype)
+            threads = guard(machine)
+            if threads is not None:
+                value = np.where(threads, value, machine.registers[number])
+            elif len(value) != machine.size:
+                value = np.full(machine.size, value)
+            machine.registers[number] = value
 
-        return put_some
+        return put
 
     def address(self, place: int) -> Read:
         """Of `[register + offset]`, int64."""
@@ -193,7 +190,7 @@ def _special(text: str) -> Read | None:
     raise Unsupported(f"the register {text}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def compiled(ptx: str) -> Code:
     """The code of the one kernel of a PTX module.
 

@@ -29,6 +29,8 @@ class Launched(NamedTuple):
 
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_uint64, *[ctypes.c_uint] * 5, ctypes.POINTER(ctypes.c_void_p))
 
+_KEPT: list[object] = []  # what the library points to
+
 
 @cache
 def _library() -> ctypes.CDLL:
@@ -65,6 +67,7 @@ def install(arch: int, launched: Callable[[Launched], None]) -> None:
     def called(function: int, x: int, y: int, z: int, threads: int, shared: int, arguments: Any) -> None:
         launched(Launched((x, y, z), threads, shared, arguments))
 
-    library.kept = _CALLBACK(called)
-    library.emulator_set_callback(library.kept)
+    callback = _CALLBACK(called)
+    library.emulator_set_callback(callback)
+    _KEPT.append(callback)
     triton.runtime.driver.set_active(Driver())

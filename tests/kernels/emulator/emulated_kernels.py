@@ -1,7 +1,6 @@
-"""`pytest tests/kernels/emulator/emulated_kernels.py --emulate sm_90`: the share of kernels that every test run emulates.
+"""`pytest tests/kernels/emulator/emulated_kernels.py --emulate sm_90`: the share that every test run emulates.
 
-Tiles are those of a GPU: what is larger than a tile, and odd, is what a GPU would meet. `tests/kernels/test_emulated.py`
-starts it.
+Tiles are those of a GPU, and shapes are larger than one, and odd. `tests/kernels/test_emulated.py` starts it.
 """
 
 from __future__ import annotations

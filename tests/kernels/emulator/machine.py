@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .errors import Fault, Unsupported
+from .errors import Unsupported
 from .memory import GlobalMemory, SharedMemory, Who
 from .races import WARPS, Groups
 from .values import Array, unsigned
 
 if TYPE_CHECKING:
     from .code import Code
+    from .parsing import Instruction
 
 LANES = 32  # threads of a warp
 WARPGROUP = 128  # threads that take a product by wgmma together
@@ -40,6 +41,7 @@ class Machine:
         clock: the first number for an interval between barriers; see `intervals`.
 
     Attributes:
+        now: the present instruction.
         active: the threads that execute the present instruction; None for all.
         intervals: of each CTA, the number of its interval between barriers.
         accumulators: registers that products in flight add to, with the group of each warp group's last such product.
@@ -66,6 +68,7 @@ class Machine:
         self.at = np.zeros(self.size, np.int32)  # block that a thread executes next
         self.active: Array | None = None
         self.accumulators: dict[int, Array] = {}
+        self.now: Instruction
         self._stamp()
 
     def run(self) -> None:
@@ -75,7 +78,8 @@ class Machine:
                 here = self.at == block
                 self.active = None if here.all() else here
                 self.at[here] = block + 1
-                for self.now, action in self.code.blocks[block]:
+                for now, action in self.code.blocks[block]:
+                    self.now = now
                     if self.accumulators:
                         self._check_accumulators()
                     action(self)
@@ -151,7 +155,6 @@ class Machine:
         for register in self.code.touched[self.now] & self.accumulators.keys():
             groups = (self.accumulators[register] > self.products.done).reshape(-1, self.warpgroups)
             threads = np.repeat(groups, self.code.program.threads // self.warpgroups)
-            self.report("use of a wgmma's accumulator in flight", threads if self.active is None else threads & self.active)
-
-    def trap(self) -> None:
-        raise Fault(f"{self.code.program.name} traps at {self.now.line}")
+            self.report(
+                "use of a wgmma's accumulator in flight", threads if self.active is None else threads & self.active
+            )

@@ -35,7 +35,7 @@ class Tensor:
         if address % _ROOM:
             raise Fault(f"{name} lies at {address:#x}, which is no multiple of {_ROOM}")
         self.name, self.address, self.size = name, address, size
-        self.bytes = np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)
+        self.bytes: Array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
         self.accesses = GlobalAccesses((size // _ROOM + 1) * _ROOM // PLACE)
 
 

@@ -86,7 +86,9 @@ def parse(ptx: str) -> Program:
 
 
 def _parameter(text: str) -> tuple[str, int]:
-    declared = re.search(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)(?:\s+\.\w+(?:\s+\d+)?)*?\s+([\w$]+)(\[\d+\])?\s*$", text)
+    declared = re.search(
+        r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)(?:\s+\.\w+(?:\s+\d+)?)*?\s+([\w$]+)(\[\d+\])?\s*$", text
+    )
     if declared is None:
         raise Unsupported(f"the parameter {text.strip()!r}")
     if declared[3]:

@@ -15,7 +15,7 @@ REGISTERS = {2: "%rs", 4: "%r", 8: "%rd"}  # by bytes
 
 
 def kernel(body: str, pointers: int = 1, threads: int = 32) -> str:
-    """PTX whose parameters are pointers; `%rd90`, `%rd91`, ... have them already, `%r90` the thread, `%rd80` it, too."""
+    """PTX whose parameters are pointers, which `%rd90`, `%rd91`, ... have; `%r90` and `%rd80` have the thread."""
     parameters = ", ".join(f".param .u64 .ptr .global .align 1 kernel_param_{index}" for index in range(pointers))
     loads = "\n".join(f"ld.param.b64 %rd{90 + index}, [kernel_param_{index}];" for index in range(pointers))
     return f"""

@@ -140,9 +140,7 @@ FLOATS: list[tuple[str, str, str, Callable[..., Array]]] = [
 
 @pytest.mark.parametrize(("name", "given", "result", "oracle"), FLOATS, ids=[case[0] for case in FLOATS])
 def test_floats(name: str, given: str, result: str, oracle: Callable[..., Array]) -> None:
-    inputs = [
-        (integers if dtype[0] == "i" else floats)(dtype, seed) for seed, dtype in enumerate(given.split())
-    ]
+    inputs = [(integers if dtype[0] == "i" else floats)(dtype, seed) for seed, dtype in enumerate(given.split())]
     found = each_thread(f"{name} {{d}}, {', '.join(['{a}', '{b}', '{c}'][: len(inputs)])};", inputs, result)
     with np.errstate(all="ignore"):
         wanted = oracle(*(one.astype(np.float64) for one in inputs)).astype(result)
@@ -229,9 +227,7 @@ def test_predicates() -> None:
         @%p1 mov.b32 {d}, %r9;
     """
     found = each_thread(body, [a, b], "i4")
-    assert found.tolist() == [
-        10 if x < 5 else 20 if y > 7 else 11 for x, y in zip(a.tolist(), b.tolist(), strict=True)
-    ]
+    assert found.tolist() == [10 if x < 5 else 20 if y > 7 else 11 for x, y in zip(a.tolist(), b.tolist(), strict=True)]
 
 
 def test_packing() -> None:
@@ -347,6 +343,8 @@ def test_what_is_not_emulated_is_refused_by_name(statement: str, name: str) -> N
 
 
 def test_tma_descriptors_are_refused_by_name() -> None:
-    ptx = kernel("").replace(".param .u64 .ptr .global .align 1 kernel_param_0", ".param .align 64 .b8 kernel_param_0[128]")
+    ptx = kernel("").replace(
+        ".param .u64 .ptr .global .align 1 kernel_param_0", ".param .align 64 .b8 kernel_param_0[128]"
+    )
     with pytest.raises(Unsupported, match="a TMA descriptor"):
         run(ptx, np.zeros(1))

@@ -49,10 +49,17 @@ def test_products_of_a_warp(kind: str, depth: int) -> None:
     lanes = [(lane // 4, lane % 4) for lane in range(32)]
     halves = depth // (4 * together)
     of_a = [
-        [[(group + 8 * low, together * (t + 4 * half) + i) for i in range(together)] for half in range(halves) for low in (0, 1)]
+        [
+            [(group + 8 * low, together * (t + 4 * half) + i) for i in range(together)]
+            for half in range(halves)
+            for low in (0, 1)
+        ]
         for group, t in lanes
     ]
-    of_b = [[[(together * (t + 4 * half) + i, group) for i in range(together)] for half in range(halves)] for group, t in lanes]
+    of_b = [
+        [[(together * (t + 4 * half) + i, group) for i in range(together)] for half in range(halves)]
+        for group, t in lanes
+    ]
     of_c = [[(group + 8 * (i // 2), 2 * t + i % 2) for i in range(4)] for group, t in lanes]
     c = np.random.default_rng(2).normal(size=(16, 8)).astype(np.float32)
     given = [fragments(of_a, a), fragments(of_b, b), np.array([[c[place] for place in thread] for thread in of_c])]
@@ -97,7 +104,9 @@ def test_matrices_from_shared_memory_and_back(count: int, transposed: bool) -> N
     for lane in range(32):
         for index in range(count):
             pair = [(lane // 4, lane % 4 * 2 + i) for i in (0, 1)]
-            assert found[lane, index].tolist() == [source[index][place[::-1] if transposed else place] for place in pair]
+            assert found[lane, index].tolist() == [
+                source[index][place[::-1] if transposed else place] for place in pair
+            ]
     assert (copy == source).all()
 
 
@@ -191,7 +200,10 @@ def test_products_of_a_warp_group(kind: str, columns: int, turned: bool, in_regi
     of_a = [
         [
             [
-                (16 * (thread // 32) + thread % 32 // 4 + 8 * (i % 2), along * step + together * (thread % 4 + 4 * (i // 2)) + j)
+                (
+                    16 * (thread // 32) + thread % 32 // 4 + 8 * (i % 2),
+                    along * step + together * (thread % 4 + 4 * (i // 2)) + j,
+                )
                 for j in range(together)
             ]
             for step in range(4)

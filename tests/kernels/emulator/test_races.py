@@ -38,19 +38,19 @@ COPY = """
     cp.async.commit_group;
     cp.async.wait_group 0;
 """
-PRODUCT = f"""
+PRODUCT = """
     shl.b32 %r1, %r90, 4;
-    st.shared.v4.b32 [%r1], {{%r1, %r1, %r1, %r1}};
-    st.shared.v4.b32 [%r1+2048], {{%r1, %r1, %r1, %r1}};
+    st.shared.v4.b32 [%r1], {%r1, %r1, %r1, %r1};
+    st.shared.v4.b32 [%r1+2048], {%r1, %r1, %r1, %r1};
     fence.proxy.async.shared::cta;
     bar.sync 0;
     wgmma.fence.sync.aligned;
-    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{%r20, %r21, %r22, %r23}}, %rd10, %rd10, 0, 1, 1, 0, 0;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r20, %r21, %r22, %r23}, %rd10, %rd10, 0, 1, 1, 0, 0;
     wgmma.commit_group.sync.aligned;
     wgmma.wait_group.sync.aligned 0;
     add.f32 %r24, %r20, %r21;
     bar.sync 0;
-    st.shared.v4.b32 [%r1], {{%r1, %r1, %r1, %r1}};
+    st.shared.v4.b32 [%r1], {%r1, %r1, %r1, %r1};
 """
 PRODUCT = f"mov.b64 %rd10, {1 << 62 | 64 << 32};" + PRODUCT
 
@@ -95,8 +95,12 @@ def test_warps_that_exchange_within_themselves_need_no_barrier() -> None:
 
 
 def test_products_on_a_copy_in_flight() -> None:
-    body = PRODUCT.replace("wgmma.fence", "cp.async.ca.shared.global [0], [%rd90], 4; wgmma.fence").replace("[0]", "[%r9]")
-    assert "wgmma on a cp.async in flight" in races(body.replace("shl.b32", "mov.b32 %r9, 0; setp.eq.u32 %p1, %r90, 0; shl.b32").replace("cp.async.ca", "@%p1 cp.async.ca"))
+    copy = """
+        mov.b32 %r9, 0;
+        setp.eq.u32 %p1, %r90, 0;
+        @%p1 cp.async.ca.shared.global [%r9], [%rd90], 4;
+        wgmma.fence"""
+    assert "wgmma on a cp.async in flight" in races(PRODUCT.replace("wgmma.fence", copy))
 
 
 def test_ctas_that_meet() -> None:
@@ -124,7 +128,9 @@ def test_races_within_global_memory() -> None:
     """
     array = np.zeros(64, np.int32)
     assert not run(kernel(body, threads=64), array)
-    assert set(run(kernel(without(body, "bar.sync"), threads=64), array)) == {"read after write in array 0, ld.global.b32 %r1, [%rd2]"}
+    assert set(run(kernel(without(body, "bar.sync"), threads=64), array)) == {
+        "read after write in array 0, ld.global.b32 %r1, [%rd2]"
+    }
 
 
 def test_one_store_of_several_values_to_one_place() -> None:

@@ -52,14 +52,17 @@ def _high(a: Array, b: Array) -> Array:
     """The upper half of a product: in Python's integers for 64 bits, for which numpy has no wider type."""
     bits = 8 * a.dtype.itemsize
     if bits < 64:
-        wide = np.dtype(f"{a.dtype.kind}{a.dtype.itemsize * 2}")
-        return ((a.astype(wide) * b.astype(wide)) >> wide.type(bits)).astype(a.dtype)
-    return ((a.astype(object) * b.astype(object)) >> bits).astype(a.dtype)
+        product = _wide(a, b)
+        high: Array = product >> product.dtype.type(bits)
+        return high.astype(a.dtype)
+    exact: Array = a.astype(object) * b.astype(object) >> bits
+    return exact.astype(a.dtype)
 
 
 def _wide(a: Array, b: Array) -> Array:
     wide = np.dtype(f"{a.dtype.kind}{a.dtype.itemsize * 2}")
-    return a.astype(wide) * b.astype(wide)
+    product: Array = a.astype(wide) * b.astype(wide)
+    return product
 
 
 @instruction("mul")
@@ -91,9 +94,7 @@ def fused(operands: Operands) -> Action:
     if operands.parts[-1] != "f32":
         raise Unsupported(f"fma of .{operands.parts[-1]}: {operands.one}")
     a, b, c, put = operands.source(1), operands.source(2), operands.source(3), operands.target()
-    return lambda machine: put(
-        machine, (a(machine).astype(np.float64) * b(machine) + c(machine)).astype(np.float32)
-    )
+    return lambda machine: put(machine, (a(machine).astype(np.float64) * b(machine) + c(machine)).astype(np.float32))
 
 
 def _divided(a: Array, b: Array) -> Array:

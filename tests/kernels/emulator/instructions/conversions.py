@@ -121,7 +121,9 @@ def _to_integer(target: np.dtype[np.generic], modifiers: list[str]) -> Callable[
     if rounding is None or modifiers[1:] not in ([], ["sat"]) or target.itemsize > 4:
         return None
     limits = np.iinfo(target)  # type: ignore[type-var]
-    return lambda value: np.clip(np.nan_to_num(rounding(value.astype(np.float64))), limits.min, limits.max).astype(target)
+    return lambda value: np.clip(np.nan_to_num(rounding(value.astype(np.float64))), limits.min, limits.max).astype(
+        target
+    )
 
 
 def _convert_two(operands: Operands, to: str, modifiers: list[str]) -> Action:

@@ -50,7 +50,7 @@ def multiply(operands: Operands) -> Action:
                 b[:, together * (_IN_ROW + 4 * index) + part, _ROW] = values[:, :, part]
         product = a @ b
         for index, (read, put) in enumerate(zip(addend, puts, strict=True)):
-            part = product[:, _ROW + 8 * (index // 2), 2 * _IN_ROW + index % 2]
-            put(machine, (read(machine) + part.ravel()).astype(np.float32))
+            found = product[:, _ROW + 8 * (index // 2), 2 * _IN_ROW + index % 2]
+            put(machine, (read(machine) + found.ravel()).astype(np.float32))
 
     return act

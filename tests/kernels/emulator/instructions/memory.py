@@ -96,7 +96,7 @@ def _rows(addresses: Array, count: int, machine: Machine) -> tuple[Array, Array]
 
 @instruction("ldmatrix")
 def load_matrices(operands: Operands) -> Action:
-    """Lane i gets elements 2i and 2i + 1 of each matrix, whose rows of 16 bytes lanes 0-7, 8-15, ... have addresses of."""
+    """Lane i gets elements 2i and 2i + 1 of each matrix; lanes 0-7, 8-15, ... have the addresses of its rows."""
     count, transposed = _matrices(operands)
     puts = [operands.write(text) for text in operands.vector(0)]
     address = operands.address(1)

@@ -96,7 +96,11 @@ def multiply(operands: Operands) -> Action:
         sums = sums.view(np.float32).reshape(len(registers), len(machine.intervals), machine.warpgroups, WARPGROUP)
         kept = np.broadcast_to(keep(machine), machine.size).reshape(sums.shape[1:])
         for group in range(machine.warpgroups):
-            a = fragments(group, ctas, machine) if place is None else operand(place, group, ctas, 64, turn_left, machine)
+            a = (
+                fragments(group, ctas, machine)
+                if place is None
+                else operand(place, group, ctas, 64, turn_left, machine)
+            )
             b = operand(right, group, ctas, columns, turn_right, machine)
             product = (a @ b.swapaxes(1, 2))[:, row, column].swapaxes(0, 1)
             sums[:, ctas, group] = np.where(kept[ctas, group], sums[:, ctas, group], np.float32(0)) + product
