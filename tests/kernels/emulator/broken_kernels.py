@@ -68,7 +68,6 @@ def test_a_statement_less_is_a_race(
         statements += ["wgmma.wait_group", "fence.proxy.async"]
     for statement, (every, single) in broken(kernel, statements, how, monkeypatch).items():
         if statement == "fence.proxy.async":  # for what warps write, not for copies by cp.async
-            assert single
             assert every == (kernel == "backward_rows")
         else:
             assert every, statement

@@ -22,8 +22,7 @@ from . import driver
 from .code import Code, compiled
 from .errors import Fault
 from .machine import Machine
-from .memory import GlobalMemory
-from .memory import Tensor as Region
+from .memory import GlobalMemory, Region
 
 BATCH = 2048  # threads that run side by side: enough to hide what a call of numpy costs
 

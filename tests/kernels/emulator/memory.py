@@ -22,7 +22,7 @@ class Who(NamedTuple):
     places: Array
 
 
-class Tensor:
+class Region:
     """The memory of a tensor.
 
     Args:
@@ -53,11 +53,11 @@ def _places(index: Array, size: int) -> tuple[Array, int]:
 class GlobalMemory:
     """All that a kernel may touch: the tensors that it was given."""
 
-    def __init__(self, tensors: list[Tensor]) -> None:
+    def __init__(self, tensors: list[Region]) -> None:
         self.tensors = sorted(tensors, key=lambda tensor: tensor.address)
         self.starts = np.array([tensor.address for tensor in self.tensors], np.int64)
 
-    def _parts(self, addresses: Array, size: int, what: str) -> list[tuple[Tensor, Any]]:
+    def _parts(self, addresses: Array, size: int, what: str) -> list[tuple[Region, Any]]:
         """Each tensor, and which of the accesses go to it."""
         if (addresses % size).any():
             wrong = int(addresses[addresses % size != 0][0])

@@ -132,6 +132,7 @@ class SharedAccesses(Accesses):
         self.unfenced = np.zeros(ctas * places, np.int32)
         self.fences = np.ones(ctas, np.int32)
         self.warpgroups = warpgroups
+        self.any_copied = False
 
     def note_access(self, index: Array, width: int, stamps: Array, ctas: Array, write: bool, report: Report) -> None:
         """Of `ctas`, counted within this memory."""
@@ -149,6 +150,7 @@ class SharedAccesses(Accesses):
         self._under_products(index, width, stamps, ctas, "cp.async", report)
         report("cp.async after write", without_barrier(self.written.reshape(-1, width)[index], mine))
         report("cp.async after read", without_barrier(self.read.reshape(-1, width)[index], mine))
+        self.any_copied = True
         group = (self.copies.committed[ctas] + 1) * WARPS + (stamps & _LAST).astype(np.int32)
         self.copied.reshape(-1, width)[index] = group[:, None]
         self.unfenced.reshape(-1, width)[index] = 0
@@ -165,6 +167,8 @@ class SharedAccesses(Accesses):
         self.taken[group].reshape(-1, width)[index] = number[:, None]
 
     def _under_copies(self, index: Array, width: int, stamps: Array, ctas: Array, what: str, report: Report) -> None:
+        if not self.any_copied:
+            return
         copied = self.copied.reshape(-1, width)[index]
         suspect = copied >= (self.copies.known[ctas] + 1)[:, None] * WARPS
         if suspect.any():
