@@ -74,12 +74,11 @@ def test_a_statement_less_is_a_race(
             assert any(single), statement  # but not each is needed where others follow
 
 
-def with_condition(condition: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The kernels, with another condition of the product in the loop of `backward_rows`."""
+def edited(now: str, then: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The kernels of the linear layer with some of their text replaced."""
     source = Path(kernels.__file__).read_text()
-    now = "if TRAINED > 0:  # for chunks"
-    assert source.count(now) == 1
-    (folder / "edited.py").write_text(source.replace(now, f"if {condition}:  # for chunks"))
+    assert now in source
+    (folder / "edited.py").write_text(source.replace(now, then))
     spec = importlib.util.spec_from_file_location("edited", folder / "edited.py")
     assert spec is not None
     assert spec.loader is not None
@@ -95,7 +94,8 @@ def test_a_product_in_a_branch_taken_at_run_time(tmp_path: Path, monkeypatch: py
     case = Case((1, 70, 192), 192, [Adapters(8) for _ in range(6)])
     trained = (False,) * 5 + (True,)
     step(torch.float32, "split", case, trained)
-    old = with_condition("(c * R < j + CHUNK) & (c * R + TRAINED > j)", tmp_path, monkeypatch)
+    then = "if (c * R < j + CHUNK) & (c * R + TRAINED > j):  # for chunks"
+    old = edited("if TRAINED > 0:  # for chunks", then, tmp_path, monkeypatch)
     monkeypatch.setattr(plan, "backward_rows", old.backward_rows)
     with pytest.raises(RaceError, match=r"backward_rows.*\n.*read of a cp\.async in flight"):
         step(torch.float32, "split", case, trained)

@@ -132,7 +132,7 @@ class SharedAccesses(Accesses):
         self.unfenced = np.zeros(ctas * places, np.int32)
         self.fences = np.ones(ctas, np.int32)
         self.warpgroups = warpgroups
-        self.any_copied = False
+        self.any_copied = self.any_taken = False
 
     def note_access(self, index: Array, width: int, stamps: Array, ctas: Array, write: bool, report: Report) -> None:
         """Of `ctas`, counted within this memory."""
@@ -165,6 +165,7 @@ class SharedAccesses(Accesses):
         report("wgmma on a write without fence.proxy.async", (fenced != 0) & (fenced == self.fences[ctas][:, None]))
         number = self.products.committed[ctas * self.warpgroups + group] + 1
         self.taken[group].reshape(-1, width)[index] = number[:, None]
+        self.any_taken = True
 
     def _under_copies(self, index: Array, width: int, stamps: Array, ctas: Array, what: str, report: Report) -> None:
         if not self.any_copied:
@@ -178,7 +179,7 @@ class SharedAccesses(Accesses):
             report(f"{what} after cp.async", suspect & ~in_flight & others)
 
     def _under_products(self, index: Array, width: int, stamps: Array, ctas: Array, what: str, report: Report) -> None:
-        if not self.products.committed.any():
+        if not self.any_taken:
             return
         for group in range(self.warpgroups):
             agents = ctas * self.warpgroups + group

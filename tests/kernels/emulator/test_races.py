@@ -83,6 +83,7 @@ def test_a_right_kernel_is_silent(body: str) -> None:
         (PRODUCT, "fence.proxy", 0, {"wgmma on a write without fence.proxy.async"}),
         (PRODUCT, "bar.sync", 0, {"wgmma after write"}),
         (PRODUCT, "bar.sync", 1, {"write after wgmma"}),
+        (without(PRODUCT, "wgmma.wait_group"), "wgmma.commit", 0, {"write under a wgmma in flight"}),
         (PRODUCT, "wgmma.wait_group", 0, {"use of a wgmma's accumulator in flight", "write under a wgmma in flight"}),
     ],
 )
