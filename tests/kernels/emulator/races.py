@@ -125,7 +125,6 @@ class SharedAccesses(Accesses):
 
     def __init__(self, ctas: int, places: int, warpgroups: int) -> None:
         super().__init__(ctas * places)
-        self.places = places
         self.copies, self.products = Groups(ctas), Groups(ctas * warpgroups)
         self.copied = np.zeros(ctas * places, np.int32)
         self.taken = np.zeros((warpgroups, ctas * places), np.int32)
