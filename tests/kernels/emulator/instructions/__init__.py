@@ -1,0 +1,3 @@
+"""What each instruction does, a file a group."""
+
+from . import arithmetic, asynchronous, control, conversions, matrices, memory, wgmma  # noqa: F401

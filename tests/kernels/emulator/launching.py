@@ -1,0 +1,141 @@
+"""An emulator of the PTX that Triton compiles kernels to: it runs them without a GPU, and finds data races.
+
+Launches of kernels on CPU tensors are compiled for a GPU and sent through Triton's own launcher, under which `driver`
+puts a stand-in for libcuda. `parsing` reads the PTX, `code` and `instructions` make a Python function of each
+instruction, `machine` runs thread blocks (CTAs) side by side, numpy over their threads; `memory` checks addresses and
+`races` who touched what since the last barrier. `plugin` does so for tests: `pytest tests/kernels --emulate sm_90`.
+
+What it takes for granted: the lanes of a warp run in lockstep, a copy by `cp.async` has landed by the time of its wait,
+and products are summed in fp32 in any order. It knows nothing of time, nor of what ptxas makes of the PTX.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from . import driver
+from .code import Code, compiled
+from .errors import Fault
+from .machine import Machine
+from .memory import GlobalMemory, Region
+
+BATCH = 2048  # threads that run side by side: enough to hide what a call of numpy costs
+
+
+class RaceError(Exception):
+    """Races, by what they are and where, with the number of places in memory."""
+
+
+def execute(
+    ptx: str, grid: Sequence[int], arguments: Sequence[int], shared: int, tensors: Mapping[str, Tensor]
+) -> Counter[str]:
+    """Run all CTAs of a launch; races that were found.
+
+    Args:
+        ptx: of one kernel.
+        grid: CTAs in x, y and z.
+        arguments: bits of each.
+        shared: bytes for each CTA.
+        tensors: on the CPU, by name: the memory that may be touched.
+
+    Raises:
+        Fault: for what would be an error on a GPU.
+        Unsupported: for what is not emulated.
+    """
+    memory = GlobalMemory(_regions(tensors))
+    code = compiled(ptx)
+    races: Counter[str] = Counter()
+    ctas, clock = range(grid[0] * grid[1] * grid[2]), 1
+    together = max(1, BATCH // code.program.threads)
+    for first in range(0, len(ctas), together):
+        batch = ctas[first : first + together]
+        machine = Machine(code, grid, batch, arguments, memory, shared, races, clock)
+        machine.run()
+        clock = machine.clock
+    return races
+
+
+def _regions(tensors: Mapping[str, Tensor]) -> list[Region]:
+    """Each storage once, under the first of its names."""
+    found: dict[int, Region] = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        if storage.nbytes() and storage.data_ptr() not in found:
+            found[storage.data_ptr()] = Region(name, storage.data_ptr(), storage.nbytes())
+    return list(found.values())
+
+
+def named_tensors(names: Sequence[str], values: Sequence[Any]) -> dict[str, Tensor]:
+    """Of a kernel's arguments, those in tuples by their index."""
+
+    def walk(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, tuple | list):
+            for index, one in enumerate(value):
+                yield from walk(f"{name}[{index}]", one)
+
+    return dict(pair for name, value in zip(names, values, strict=False) for pair in walk(name, value))
+
+
+class Emulator:
+    """Launches kernels as `hilora.kernels.launch.run` does.
+
+    Args:
+        arch: the architecture to compile for, e.g. 90.
+
+    Attributes:
+        launches: how many there were of each kernel.
+    """
+
+    def __init__(self, arch: int) -> None:
+        self.launches: Counter[str] = Counter()
+        self._now: dict[str, Any] = {}
+        driver.install(arch, self._launched)
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        """Compile, launch and emulate.
+
+        Raises:
+            RaceError: if there is a race.
+            Fault: for what would be an error on a GPU.
+            Unsupported: for what is not emulated.
+        """
+        self._now = {
+            "kernel": kernel.warmup(*args, grid=grid, **constants),
+            "tensors": named_tensors(kernel.arg_names, args),
+        }
+        kernel[grid](*args, **constants)
+        now, self._now = self._now, {}
+        if "error" in now:
+            raise now["error"]
+        if "races" not in now:
+            raise Fault(f"{kernel.__name__} was not launched")
+        self.launches[kernel.__name__] += 1
+        if now["races"]:
+            found = "\n".join(f"  {what}: {count} places" for what, count in sorted(now["races"].items()))
+            raise RaceError(f"{kernel.__name__} on a grid of {grid}:\n{found}")
+
+    def _launched(self, launch: driver.Launched) -> None:
+        try:
+            ptx = self._now["kernel"].asm["ptx"]
+            arguments = _arguments(compiled(ptx), launch)
+            self._now["races"] = execute(ptx, launch.grid, arguments, launch.shared, self._now["tensors"])
+        except Exception as error:  # ctypes would print and forget it
+            self._now["error"] = error
+
+
+def _arguments(code: Code, launch: driver.Launched) -> list[int]:
+    program = code.program
+    if launch.threads != program.threads:
+        raise Fault(f"{program.name}: launched with {launch.threads} threads, compiled for {program.threads}")
+    types: dict[int, Any] = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
+    return [
+        types[size].from_address(launch.arguments[index]).value
+        for index, size in enumerate(program.parameters.values())
+    ]
