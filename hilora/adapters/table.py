@@ -51,7 +51,9 @@ class Stack(ABC):
         others = other.tensors()
         return self.like(
             {
-                name: torch.where(mask.view(-1, *[1] * (tensor.dim() - 1)), tensor, others[name])
+                name: torch.where(
+                    mask.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1)), tensor, others[name].to(tensor)
+                )
                 for name, tensor in self.tensors().items()
             }
         )

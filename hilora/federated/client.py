@@ -125,6 +125,21 @@ class Trained:
         sent = {tier: self.tiers[tier] if factors == "AB" else self.tiers[tier].only(factors) for tier in tiers}
         return Upload(self.clients, self.images, sent, self.head if head else None)
 
+    def where(self, mask: Tensor, models: Models) -> Trained:
+        """The same, but for clients where the mask `[n]` is False as if they had no images: with what they started
+        from, the models `[n]`."""
+        composition = self.composition
+        if composition is not None and models.composition is not None:
+            composition = composition.where(mask, models.composition)
+        return Trained(
+            self.clients,
+            {tier: table.where(mask, models.tiers[tier].taken()) for tier, table in self.tiers.items()},
+            self.head.where(mask, models.head.taken()),
+            composition,
+            self.images * mask.cpu(),
+            self.loss.masked_fill(~mask.to(self.loss.device), torch.nan),
+        )
+
     def finite(self) -> Tensor:
         """Which clients' results are finite: bool `[n]`."""
         stacks: list[Stack] = [*self.tiers.values(), self.head, *([self.composition] if self.composition else [])]

@@ -174,6 +174,7 @@ class Simulation(Federation):
             "loss": _mean(trainer.losses),
             "clients": len(clients),
             "images": trainer.images,
+            **({"skipped": trainer.skipped} if trainer.skipped else {}),
             **self.moved(),
             **noted,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -17,9 +18,11 @@ from hilora.federated.engine.predictor import Scores
 from hilora.federated.local.sgd import LocalSGD
 from hilora.federated.streams import stream
 
+log = logging.getLogger(__name__)
+
 
 class Diverged(InvalidValueError):
-    """A training whose numbers are no longer finite; a lower learning rate may help."""
+    """A training in which no client's numbers are finite any more; a lower learning rate may help."""
 
 
 class Trainer:
@@ -29,6 +32,7 @@ class Trainer:
         clients: int64 `[n]`, who they are.
         images: how many they have trained on.
         losses: mean losses of all their trainings, `[n]` each.
+        skipped: ids of clients whose update was not finite: they keep what they started from, and count for no images.
         parameters: how many numbers a client trained at most.
     """
 
@@ -45,6 +49,7 @@ class Trainer:
         self.training_images, self.clients, self.purpose, self.round = images, clients, purpose, round
         self.images, self.parameters = 0, 0
         self.losses: list[Tensor] = []
+        self.skipped: list[int] = []
 
     @property
     def counts(self) -> Tensor:
@@ -82,7 +87,7 @@ class Trainer:
 
         Raises:
             InvalidValueError: for fewer than one epoch.
-            Diverged: if an update is not finite; names the clients.
+            Diverged: if no client's update is finite.
         """
         weights = tuple((penalty or {}).items())
         epochs = self.settings.local_epochs if epochs is None else epochs
@@ -96,7 +101,12 @@ class Trainer:
         trained = self.engine.train(self.training_images, shares, models, task, clients, purpose, self.round)
         finite = trained.finite()
         if not finite.all():
-            raise Diverged(f"updates of clients {clients[~finite].tolist()} are not finite: lower the learning rate")
+            broken = clients[~finite.cpu()].tolist()
+            if not trained.images[finite.cpu()].any():
+                raise Diverged(f"updates of clients {broken} are not finite: lower the learning rate")
+            log.warning("updates of clients %s are not finite and left out: lower the learning rate", broken)
+            self.skipped += broken
+            trained = trained.where(finite, models)
         self.images += int(trained.images.sum())
         self.losses.append(trained.loss)
         self.parameters = max(self.parameters, _trained_numbers(trained, task))

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from hilora.errors import InvalidValueError
-from hilora.federated.client import Models
+from hilora.federated.client import Models, Trained
 from hilora.federated.engine.trainer import Diverged, Trainer
-from tests.federated.conftest import Simulate
+from hilora.federated.strategies import STRATEGIES
+from tests.federated.conftest import Simulate, records, same
 
 ADAPTER, HEAD = 2 * 4 * 2 * 24, 6 * 24 + 6  # A and B of four projections at rank 2; weight and bias of six classes
 
@@ -76,3 +77,51 @@ def test_updates_that_are_not_finite_name_the_clients(simulate: Simulate) -> Non
     trainer, models = at_work(simulate, lr=1e30)
     with pytest.raises(Diverged, match=r"clients \[0, 1, 2, 3, 4\] are not finite"):
         trainer.train(models, "root", epochs=2)
+
+
+def test_an_update_that_is_not_finite_is_left_out_and_the_others_go_on(
+    simulate: Simulate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As if the client had no images: its adapter and head stay, and neither the mean nor the count has it."""
+    trainer, models = at_work(simulate)
+    whole = trainer.train(models, "root")
+    train = trainer.engine.train
+
+    def broken(*given: Any) -> Trained:
+        trained = train(*given)
+        trained.tiers["root"].B[0][2] = torch.nan
+        trained.head.bias[4] = torch.inf
+        return trained
+
+    monkeypatch.setattr(trainer.engine, "train", broken)
+    trained = trainer.train(models, "root")
+    assert trainer.skipped == [2, 4]
+    assert "clients [2, 4] are not finite and left out" in caplog.text
+    started = models.tiers["root"].taken(), models.head.taken()
+    for client in range(5):
+        expected = started if client in (2, 4) else (whole.tiers["root"], whole.head)
+        for found, stack in zip((trained.tiers["root"], trained.head), expected, strict=True):
+            assert same(found.rows(torch.tensor([client])), stack.rows(torch.tensor([client])))
+    assert torch.equal(trained.images, whole.images * torch.tensor([1, 1, 0, 1, 0]))
+    assert trained.loss.isnan().tolist() == [False, False, True, False, True]
+
+
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+def test_every_strategy_goes_on_without_a_client_that_diverged(
+    simulate: Simulate, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    simulation = simulate(strategy, rounds=[1, 1, 1])
+    train, done = simulation.engine.train, list[int]()
+
+    def once(*given: Any) -> Trained:
+        trained = train(*given)
+        if not done and len(trained.images) > 1:
+            done.append(int(trained.clients[1]))
+            trained.head.weight[1] = torch.nan
+        return trained
+
+    monkeypatch.setattr(simulation.engine, "train", once)
+    summary = simulation.run()
+    assert summary["final"]["mean"] is not None
+    skipped = [client for record in records(simulation) for client in record.get("skipped", [])]
+    assert skipped in (done, [])  # none where it was a probe
