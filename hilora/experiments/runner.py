@@ -74,6 +74,9 @@ class Runner:
             OSError: the same, where the ledger or the scratch folder cannot be read or written.
         """
         self.say(f"{self.experiment.title}: {_runs(len(self._missing(pairs)))} to do")
+        for job in self._order(pairs):
+            if self.ledger.find(job.fingerprint) is not None:
+                lighten(self._folder(job))  # where a process was killed before it could
         while self._step(pairs):
             pass
 
@@ -86,8 +89,7 @@ class Runner:
         """Run a job; False where it is done, has failed, or another process is at it."""
         if self.ledger.find(job.fingerprint) is not None or job.title in self.failed:
             return False
-        name = f"{job.setting.name}.{job.method.name}.{job.purpose}{job.seed}.{job.fingerprint}"
-        out = self.work / name
+        out = self._folder(job)
         try:
             with claimed(out) as ours:
                 if not ours:
@@ -104,6 +106,9 @@ class Runner:
             self.failed.append(job.title)
             self.say(f"FAILED {job.title}: {type(error).__name__}: {error}; {self._left(pairs)}")
         return True
+
+    def _folder(self, job: Job) -> Path:
+        return self.work / f"{job.setting.name}.{job.method.name}.{job.purpose}{job.seed}.{job.fingerprint}"
 
     def _order(self, pairs: Sequence[Pair]) -> Iterator[Job]:
         """All runs, done ones included: a setting after the other; in it a method is tuned before its first seed, and
@@ -137,8 +142,7 @@ class Runner:
                 "dtype": dtype,
             }
         )
-        for heavy in HEAVY:
-            (out / heavy).unlink(missing_ok=True)
+        lighten(out)
         self._seconds.setdefault((job.setting.name, job.purpose), []).append(seconds)
         self.say(f"{job.title}: {_headline(figures)}, {seconds:.0f} s; {self._left(pairs)}")
 
@@ -215,6 +219,12 @@ class Runner:
             return f"{_runs(len(missing))} left"
         total = sum(_mean(self._seconds.get(kind, every)) for kind in missing)
         return f"{_runs(len(missing))} left, about {_duration(total)}"
+
+
+def lighten(folder: Path) -> None:
+    """Take what is heavy out of the folder of a run that is in the ledger."""
+    for name in HEAVY:
+        (folder / name).unlink(missing_ok=True)
 
 
 def shard(pairs: Sequence[Pair], number: int, count: int) -> list[Pair]:

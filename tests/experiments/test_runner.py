@@ -371,3 +371,14 @@ def test_shards_part_the_pairs_among_them(write: Write) -> None:
     parts = [shard(pairs, number, 3) for number in (1, 2, 3)]
     assert sorted(len(part) for part in parts) == [1, 1, 2]
     assert sorted(pairs.index(pair) for part in parts for pair in part) == [0, 1, 2, 3]
+
+
+def test_what_a_process_left_that_was_killed_after_its_line_is_taken_away(
+    write: Write, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hilora.experiments.runner.lighten", lambda folder: None)
+    run(write(), first=1)
+    assert list((tmp_path / "work").rglob(CHECKPOINT))
+    monkeypatch.undo()
+    run(write(), first=1)
+    assert not list((tmp_path / "work").rglob(CHECKPOINT))
