@@ -26,7 +26,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = "docs/"
-PAGES = ("CONTRIBUTING.md", "benchmarks/experiments/*.md", "benchmarks/results/*.md")
+PAGES = ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "benchmarks/experiments/*.md", "benchmarks/results/*.md")
 """Markdown outside of docs/ that is part of the site."""
 RUN = re.compile(r"^<!-- run: (?P<command>.+?) -->$", re.MULTILINE)
 SETTINGS = "<!-- settings of methods -->"
@@ -129,5 +129,7 @@ def _in_site(link: str, file: File, config: MkDocsConfig, files: Files) -> str:
     target = posixpath.normpath(posixpath.join(posixpath.dirname(here), link))
     source = target.removeprefix(DOCS)
     if files.get_file_from_path(source) is None and source == target and (ROOT / target).is_file():
+        if target.endswith(".md"):
+            raise PluginError(f"{here} links {target}, which is no page: add it to PAGES in {DOCS}hooks.py and to nav")
         files.append(_outside(target, config))
     return posixpath.relpath(source, posixpath.dirname(file.src_uri) or ".")
