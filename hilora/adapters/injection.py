@@ -119,7 +119,9 @@ def inject(model: nn.Module, config: HiLoRAConfig, example_input: Tensor | None 
         raise InvalidValueError(
             "DistributedDataParallel would not synchronise the adapters' gradients: inject them first, then wrap"
         )
-    targets: list[Target] = find_targets(model, config.target_modules, config.layers_to_transform)
+    targets: list[Target] = find_targets(
+        model, config.target_modules, config.layers_to_transform, config.modules_to_save
+    )
     heads = find_heads(model, config.modules_to_save)
     if not heads and config.modules_to_save is None and not says_its_head(model):
         warnings.warn(
