@@ -7,6 +7,8 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn.utils.parametrize import is_parametrized, transfer_parametrizations_and_params
 
 from hilora import kernels
 from hilora.adapters.bank import AdapterBank, Shared
@@ -57,9 +59,7 @@ class TieredLoRALinear(nn.Linear):
         config = config or HiLoRAConfig(**fields)
         super().__init__(base.in_features, base.out_features, device="meta", bias=base.bias is not None)
         adopt(self, base)
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
+        self.requires_grad_(False)
         self.parts = None if parts is None else tuple(parts)
         self.columns: tuple[Columns, ...] = ((0, base.out_features),) if parts is None else tuple(parts.values())
         self.shared = shared or Shared(config)
@@ -82,6 +82,9 @@ class TieredLoRALinear(nn.Linear):
         Raises:
             ValueError: if the rows are not G equal groups, or it was never said which of several adapters to use.
         """
+        if isinstance(x, Proxy):  # torch.fx writes a graph down: this layer is one node of it
+            call: Any = x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+            return call
         if self.shared.disabled:
             return super().forward(x)
         slots = (slot for slot in self.shared.slots.values() if slot is not None)
@@ -97,7 +100,8 @@ class TieredLoRALinear(nn.Linear):
 
     def _tiers(self, x: Tensor) -> list[kernels.Tier]:
         shared, tiers = self.shared, []
-        factors = {name: self.factors(name) for name in self.config.tiers}
+        A_of, B_of = self.lora_A(), self.lora_B()
+        factors = {name: self._used(name, A_of[name], B_of[name]) for name in self.config.tiers}
         for index, columns in enumerate(self.columns):
             gains = shared.composition(self.position + index, x) if shared.composition is not None else {}
             for name, tables in factors.items():
@@ -114,10 +118,13 @@ class TieredLoRALinear(nn.Linear):
 
     def factors(self, tier: str) -> list[tuple[Tensor, Tensor]]:
         """What is used of a tier: A `[S, r, in]` and B `[S, out, r]` for each of the layer's projections."""
+        return self._used(tier, self.lora_A[tier], self.lora_B[tier])
+
+    def _used(self, tier: str, A: Tensor, B: Tensor) -> list[tuple[Tensor, Tensor]]:
         count, held = len(self.columns), self.shared.held.get(tier)
         if held is not None:
             return [held.part(self.position + index) for index in range(count)]
-        return list(zip(pieces(self.lora_A[tier], count), pieces(self.lora_B[tier], count), strict=True))
+        return list(zip(pieces(A, count), pieces(B, count), strict=True))
 
     def delta_weight(self, slots: Mapping[str, int] | None = None) -> Tensor:
         """What the adapters add to the weight: `[out, in]`, in fp32 or wider.
@@ -166,9 +173,21 @@ class TieredLoRALinear(nn.Linear):
         return f"{super().extra_repr()}, tiers={self.config.tiers}, r={self.config.r}, alpha={self.config.lora_alpha}"
 
 
-def adopt(layer: nn.Linear, base: nn.Linear) -> None:
-    """Let a layer take the place of another: its weight, bias, mode and hooks."""
-    layer.weight, layer.bias = base.weight, base.bias
+def adopt(layer: nn.Linear, base: nn.Linear, computed: bool = True) -> None:
+    """Let a layer take the place of another: its weight, bias, mode and hooks.
+
+    Args:
+        layer: the new one.
+        base: the other one.
+        computed: where parametrisations compute its weight or bias, take them over, too; else what they give now.
+    """
+    for name in ("weight", "bias"):
+        value = getattr(base, name)
+        if is_parametrized(base, name):
+            value = nn.Parameter(value.detach(), requires_grad=False)
+        setattr(layer, name, value)
+    if computed:
+        transfer_parametrizations_and_params(base, layer)
     take_over_hooks(layer, base)
     layer.training = base.training
 
@@ -181,7 +200,8 @@ def _check_base(base: nn.Module) -> None:
             f"{type(base).__name__} has a hook of accelerate, as device_map leaves it: inject the adapters first, or "
             "take it off by accelerate.hooks.remove_hook_from_module(model, recurse=True), inject, and dispatch again"
         )
-    if getattr(base.forward, "__func__", None) is not nn.Linear.forward or not owns_weight(base):
+    in_its_own_way = getattr(base.forward, "__func__", None) is not nn.Linear.forward
+    if in_its_own_way or not (owns_weight(base) or is_parametrized(base, "weight")):
         raise InvalidTypeError(
             f"{type(base).__name__} computes its output or its weight in its own way, which adapters would bypass: "
             "expected a plain nn.Linear"

@@ -76,7 +76,7 @@ def merge(model: nn.Module, /, **slots: int) -> nn.Module:
     }
     if not again:
         end_check(model)
-        plain = {layer: _plain(layer) for layer in weights}
+        plain = {layer: _plain(layer, computed=False) for layer in weights}
         for path, layer in layers.items():
             replace(model, path, plain[layer])
         thaw_statistics(model)
@@ -157,7 +157,7 @@ def _tiered_layers(model: nn.Module) -> dict[str, TieredLoRALinear]:
     return layers
 
 
-def _plain(layer: TieredLoRALinear) -> nn.Linear:
+def _plain(layer: TieredLoRALinear, computed: bool = True) -> nn.Linear:
     plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    adopt(plain, layer)
+    adopt(plain, layer, computed)
     return plain
