@@ -46,7 +46,7 @@ def exporting() -> bool:
     """Whether a program is being written down: by torch.export, torch.jit.trace or an exporter of ONNX."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
-    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None or torch.onnx.is_in_onnx_export()
+    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
 
 
 class Scoped(Generic[T]):

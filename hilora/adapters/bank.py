@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hilora.adapters.config import HiLoRAConfig
-from hilora.adapters.factors import Held, joined, slot_count, squeezed
+from hilora.adapters.factors import Held, joined, sharded_as, slot_count, squeezed
 from hilora.adapters.table import AdapterTable
 from hilora.adapters.torch_internals import reshape_parameter
 from hilora.errors import InvalidValueError
@@ -223,7 +223,7 @@ class AdapterBank:
             for parameter, count in zip(parameters, self._counts, strict=True):
                 value = squeezed(table[start : start + count])
                 if parameter.shape == value.shape:
-                    parameter.copy_(value)
+                    parameter.copy_(sharded_as(parameter, value))
                     parameter.grad = None
                 else:
                     if flat is None:

@@ -83,9 +83,7 @@ def joined(parameters: Sequence[Tensor], projections: Sequence[int]) -> Tensor:
         parameters: one a layer.
         projections: how many projections each of the layers has.
     """
-    parameters = [
-        parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter for parameter in parameters
-    ]
+    parameters = [whole(parameter) for parameter in parameters]
     first = parameters[0]
     slots = slot_count(first, projections[0])
     shape = (sum(projections), slots, *first.shape[-2:])
@@ -99,6 +97,22 @@ def joined(parameters: Sequence[Tensor], projections: Sequence[int]) -> Tensor:
     ]
     found = torch.cat(tables)
     return found if differentiable else found.detach()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, gathered where FSDP has sharded it: then all processes must call this."""
+    gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return gathered
+
+
+def sharded_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """A value that all processes have, as FSDP has sharded a parameter."""
+    if not hasattr(parameter, "full_tensor"):
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor  # which takes half a second
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(value.to(parameter.device, parameter.dtype), parameter.device_mesh, parameter.placements)
 
 
 def _consecutive(parameters: Sequence[Tensor]) -> bool:

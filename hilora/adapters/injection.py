@@ -14,8 +14,9 @@ from hilora.adapters.bank import AdapterBank, Shared
 from hilora.adapters.callcheck import UncalledLayerError, check_calls, end_check, watch_rows
 from hilora.adapters.config import HiLoRAConfig
 from hilora.adapters.layers import TieredLoRALinear
+from hilora.adapters.reduction import check_reduction, watch_reduction
 from hilora.adapters.statistics import freeze_statistics, thaw_statistics
-from hilora.adapters.torch_internals import walk
+from hilora.adapters.torch_internals import remove_hook, walk
 from hilora.errors import InvalidValueError
 from hilora.models.heads import example_image, find_heads, says_its_head
 from hilora.models.targets import Target, find_targets
@@ -171,6 +172,7 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         end_check(model)
+        remove_hook(model, check_reduction)
         thaw_statistics(model)
         for path, linear in linears:
             replace(model, path, linear)
@@ -228,7 +230,7 @@ def set_active_tier(model: nn.Module, tier: str) -> None:
     """Train this tier, and a ViT's classifier head if it has one, and nothing else.
 
     Under DistributedDataParallel, wrap the model anew after each change of tier: a wrapper synchronises the gradients
-    of what required some when it was made.
+    of what required some when it was made. Otherwise the next forward pass through the old one is an error.
 
     Raises:
         ValueError: for a tier that the adapters do not have, or a model in DistributedDataParallel.
@@ -247,6 +249,7 @@ def set_active_tier(model: nn.Module, tier: str) -> None:
         bank.activate(tier)
     for parameter in head_parameters(model).values():
         parameter.requires_grad_(True)
+    watch_reduction(unwrapped(model))
 
 
 @torch.inference_mode(False)

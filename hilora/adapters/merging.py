@@ -11,8 +11,9 @@ from torch import nn
 from hilora.adapters.callcheck import end_check
 from hilora.adapters.injection import FRESH_HEAD, MERGED, banks, linear_at, replace
 from hilora.adapters.layers import TieredLoRALinear, adopt
+from hilora.adapters.reduction import check_reduction
 from hilora.adapters.statistics import freeze_statistics, thaw_statistics
-from hilora.adapters.torch_internals import walk
+from hilora.adapters.torch_internals import remove_hook, walk
 from hilora.errors import InvalidValueError
 from hilora.models.wrappers import unwrapped
 
@@ -127,6 +128,7 @@ def unload(model: nn.Module) -> nn.Module:
             replace(model, path, plain[layer])
         thaw_statistics(model)
     model.__dict__.pop(FRESH_HEAD, None)
+    remove_hook(model, check_reduction)
     return given
 
 

@@ -197,6 +197,32 @@ def test_ddp_must_be_made_for_the_tier_that_trains(one_process: None) -> None:
     with pytest.raises(HiLoRAError, match=r"hilora.set_active_tier\(model.module, 'leaf'\), then wrap that anew"):
         hilora.set_active_tier(wrapped, "leaf")
     assert banks(wrapped)[0].active == "root", "an error changes nothing"
+    wrapped(images(2)).sum().backward()
+    hilora.set_active_tier(model, "leaf")
+    with pytest.raises(HiLoRAError, match=r"does not synchronise the gradients of blocks\.0.*lora_A\.leaf and 3 more"):
+        wrapped(images(2))
+    with torch.no_grad():
+        wrapped(images(2))
+    again = nn.parallel.DistributedDataParallel(model)
+    again(images(2)).sum().backward()
+    assert any(grad.any() for grad in gradients(model))
+
+
+def test_adapters_of_sharded_blocks_are_saved_and_loaded(one_process: None, tmp_path: Path) -> None:
+    model = deep(2)
+    with torch.no_grad():
+        model.head.bias.add_(1)
+    hilora.save_adapters(model, tmp_path / "whole")
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=mesh)
+    hilora.save_adapters(model, tmp_path / "sharded")
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "sharded").read_bytes()
+    expected = [value.detach().clone() for value in values(model)]
+    randomise(model, seed=7)
+    assert not same(values(model), expected)
+    hilora.load_adapters(model, tmp_path / "whole")
+    assert same(values(model), expected)
 
 
 @pytest.mark.parametrize("what", ["load_adapters", "set_slots", "inject", "merge"])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hilora.adapters.factors import whole
 from hilora.adapters.injection import adapted_layers, head_parameters
 from hilora.errors import FileError
 from hilora.models.registry import family_of
@@ -40,7 +41,7 @@ def _frozen(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, parameter in model.named_parameters():
         name = plain_path(path)
         if id(parameter) not in adapters and name not in head:
-            yield name, own.get(name, parameter).detach()
+            yield name, whole(own.get(name, parameter).detach())
 
 
 def check_base(model: nn.Module, saved: dict[str, Any], path: Any) -> None:
