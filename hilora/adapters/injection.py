@@ -104,8 +104,8 @@ def inject(model: nn.Module, config: HiLoRAConfig, example_input: Tensor | None 
         The model.
 
     Raises:
-        ValueError: if a target finds nothing, the model has adapters already, or (`UncalledLayerError`) it never calls
-            an adapted layer, as ViTs that use the weight of `qkv` by itself.
+        ValueError: if a target finds nothing, the model has adapters already, or (`UncalledLayerError`) it neither
+            calls an adapted layer nor reads its weight.
         TypeError: if a target computes something else than an `nn.Linear`.
             After any error the model is as it was.
     """

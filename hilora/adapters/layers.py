@@ -76,6 +76,11 @@ class TieredLoRALinear(nn.Linear):
         """The adapters."""
         return self.shared.config
 
+    @property
+    def frozen_weight(self) -> Tensor:
+        """W, `[out, in]`."""
+        return self.weight
+
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` → `[..., out]`. Where slots tell clients apart, the leading rows are in G equal groups.
 
@@ -95,10 +100,11 @@ class TieredLoRALinear(nn.Linear):
                 raise InvalidValueError(f"the rows of x {tuple(shape)} are not {groups} equal groups, as the slots say")
             x = x.unflatten(0, (groups, shape[0] // groups)).flatten(1, -2)
         dropout = self.config.lora_dropout if self.training else 0.0
-        y = kernels.stacked_lora_linear(x, self.weight, self.bias, self._tiers(x), dropout)
+        y = kernels.stacked_lora_linear(x, self.frozen_weight, self.bias, self.tiers(x), dropout)
         return y.reshape(*shape[:-1], self.out_features)
 
-    def _tiers(self, x: Tensor) -> list[kernels.Tier]:
+    def tiers(self, x: Tensor) -> list[kernels.Tier]:
+        """What is added to `x Wᵀ`, x `[..., in]`: for each projection, its tiers."""
         shared, tiers = self.shared, []
         A_of, B_of = self.lora_A(), self.lora_B()
         factors = {name: self._used(name, A_of[name], B_of[name]) for name in self.config.tiers}
@@ -139,8 +145,8 @@ class TieredLoRALinear(nn.Linear):
         slots = slots or {}
         for tier in slots:
             self.config.rank(tier)
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        delta = torch.zeros_like(self.weight, dtype=wide)
+        wide = torch.promote_types(self.frozen_weight.dtype, torch.float32)
+        delta = torch.zeros_like(self.frozen_weight, dtype=wide)
         for tier in self.config.tiers:
             slot = self.slot(tier, slots.get(tier))
             if slot == -1:
@@ -166,7 +172,7 @@ class TieredLoRALinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        self.shared.to(self.weight.device)
+        self.shared.to(self.frozen_weight.device)
         return self
 
     def extra_repr(self) -> str:
@@ -182,7 +188,7 @@ def adopt(layer: nn.Linear, base: nn.Linear, computed: bool = True) -> None:
         computed: where parametrisations compute its weight or bias, take them over, too; else what they give now.
     """
     for name in ("weight", "bias"):
-        value = getattr(base, name)
+        value = base.frozen_weight if name == "weight" and isinstance(base, TieredLoRALinear) else getattr(base, name)
         if is_parametrized(base, name):
             value = nn.Parameter(value.detach(), requires_grad=False)
         setattr(layer, name, value)

@@ -45,7 +45,7 @@ def disable_adapters(model: nn.Module, /) -> Iterator[None]:
 
 def alike(layer: TieredLoRALinear, plain: nn.Linear) -> TieredLoRALinear:
     """A layer in the dtype, on the device and in the mode of the plain one that was in its place."""
-    if layer.weight.dtype != plain.weight.dtype:
+    if layer.frozen_weight.dtype != plain.weight.dtype:
         layer.to(plain.weight.dtype)
     return layer.to(plain.weight.device).train(plain.training)
 
@@ -72,7 +72,7 @@ def merge(model: nn.Module, /, **slots: int) -> nn.Module:
     again = MERGED in model.__dict__
     layers = _tiered_layers(model)
     weights = {
-        layer: (layer.weight.detach() + layer.delta_weight(slots).detach()).to(layer.weight.dtype)
+        layer: (layer.frozen_weight.detach() + layer.delta_weight(slots).detach()).to(layer.frozen_weight.dtype)
         for layer in layers.values()
     }
     if not again:

@@ -35,7 +35,7 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
 
 def _frozen(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     adapted = adapted_layers(model, merged=True)
-    own = {f"{path}.weight" if path else "weight": layer.weight for path, layer in adapted.items()}
+    own = {f"{path}.weight" if path else "weight": layer.frozen_weight for path, layer in adapted.items()}
     adapters = {id(p) for layer in adapted.values() for factor in (layer.lora_A, layer.lora_B) for p in factor.values()}
     head = head_parameters(model)
     for path, parameter in model.named_parameters():

@@ -102,7 +102,7 @@ def _stacked(layer: TieredLoRALinear, bank: AdapterBank, slots: Mapping[str, int
     """The adapters of some tiers as one for the whole of a layer: its rank is the sum over tiers and projections."""
     As: list[Tensor] = []
     Bs: list[Tensor] = []
-    wide = torch.promote_types(layer.weight.dtype, torch.float32)
+    wide = torch.promote_types(layer.frozen_weight.dtype, torch.float32)
     for tier, given in slots.items():
         slot = layer.slot(tier, given)
         if slot == -1:  # of a tier without adapters
