@@ -18,6 +18,7 @@ from hilora.adapters.reduction import check_reduction, watch_reduction
 from hilora.adapters.statistics import freeze_statistics, thaw_statistics
 from hilora.adapters.torch_internals import remove_hook, walk
 from hilora.errors import InvalidValueError
+from hilora.models.attention import close_attentions, is_packed, open_attention
 from hilora.models.heads import example_image, find_heads, says_its_head
 from hilora.models.targets import Target, find_targets
 from hilora.models.wrappers import plain_path, unwrapped
@@ -145,6 +146,9 @@ def inject(model: nn.Module, config: HiLoRAConfig, example_input: Tensor | None 
 def _inject(model: nn.Module, config: HiLoRAConfig, targets: list[Target], example: Tensor | None, given: bool) -> None:
     """Put adapters at the targets."""
     with restored_on_error(model):
+        for path in {target.module.rpartition(".")[0] for target in targets}:
+            if is_packed(model.get_submodule(path)):
+                open_attention(model.get_submodule(path))
         layers = _layers(model, targets, config)
         by_original = {model.get_submodule(path): layer for path, layer in layers.items()}
         for path, module in list(model.named_modules(remove_duplicate=False)):
@@ -176,6 +180,7 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         thaw_statistics(model)
         for path, linear in linears:
             replace(model, path, linear)
+        close_attentions(model)
         for parameter, flag in required_grad:
             parameter.requires_grad_(flag)
         model.__dict__.pop(FRESH_HEAD, None)

@@ -15,6 +15,7 @@ from hilora.adapters.reduction import check_reduction
 from hilora.adapters.statistics import freeze_statistics, thaw_statistics
 from hilora.adapters.torch_internals import remove_hook, walk
 from hilora.errors import InvalidValueError
+from hilora.models.attention import close_attentions
 from hilora.models.wrappers import unwrapped
 
 
@@ -127,6 +128,7 @@ def unload(model: nn.Module) -> nn.Module:
         for path, layer in layers.items():
             replace(model, path, plain[layer])
         thaw_statistics(model)
+    close_attentions(model)
     model.__dict__.pop(FRESH_HEAD, None)
     remove_hook(model, check_reduction)
     return given

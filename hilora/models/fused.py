@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from hilora.models.attention import PACKED
+
 HOLDS = {
     "qkv": "qkv",
     "to_qkv": "qkv",  # of torchvision's MaxViT
@@ -20,19 +22,21 @@ HOLDS = {
 INNER = ("linear",)  # a layer in a module of its own, with a normalisation
 
 
-def slices(model: nn.Module, path: str, linear: nn.Linear) -> Mapping[str, tuple[int, int]]:
+def slices(model: nn.Module, path: str, out: int) -> Mapping[str, tuple[int, int]]:
     """What a layer holds: for each of q, k, v its first column, and how many; nothing where it is no fused layer.
 
     Args:
         model: where it is.
         path: of the layer.
-        linear: the layer.
+        out: its width.
     """
     attention, name = _attention(model, path)
-    out, split = linear.out_features, getattr(attention, "in_split", None)
+    split = getattr(attention, "in_split", None)
     if name == "in_proj" and isinstance(split, list) and len(split) == 4 and sum(split) == out:
         mlp, width = split[:2]  # a parallel block of timm: the MLP's first layer comes before q, k and v
         return {part: (mlp + index * width, width) for index, part in enumerate("qkv")}
+    if name == PACKED and isinstance(attention, nn.MultiheadAttention):
+        return {part: (index * out // 3, out // 3) for index, part in enumerate("qkv")}
     parts = HOLDS.get(name, "")
     if parts == "qkv" and out == 2 * _values(attention, out):
         parts = "kv"  # a global attention of GCViT, to which q is given

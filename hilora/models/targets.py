@@ -8,9 +8,9 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from hilora.errors import InvalidValueError
+from hilora.models.attention import PACKED, is_packed
 from hilora.models.fused import mixes, slices
 from hilora.models.heads import find_heads
 from hilora.models.registry import aliases
@@ -64,12 +64,7 @@ def find_targets(
         ValueError: if a name or a block finds nothing, if projections overlap (`qkv` beside `q`), or if a fused layer
             does not hold q, k and v one after the other.
     """
-    candidates = [
-        target
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        for target in _projections(model, path, module)
-    ]
+    candidates = [target for path, out in _layers(model).items() for target in _projections(model, path, out)]
     if names is None:
         return Targets(target for target in candidates if not _is_mixed(model, target))
     aside = _of_heads(model, modules_to_save)
@@ -111,11 +106,22 @@ def _of_blocks(found: list[Target], blocks: Iterable[int] | None) -> list[Target
     return [target for target in found if of.get(target) in set(blocks)]
 
 
-def _projections(model: nn.Module, path: str, linear: nn.Linear) -> list[Target]:
+def _layers(model: nn.Module) -> dict[str, int]:
+    """The widths of the linear layers, by their paths; also of those that are to be had by opening an attention."""
+    found: dict[str, int] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            found[path] = module.out_features
+        elif is_packed(module):
+            found[f"{path}.{PACKED}" if path else PACKED] = 3 * module.embed_dim
+    return found
+
+
+def _projections(model: nn.Module, path: str, out: int) -> list[Target]:
     """A layer, and if it is a fused one also its slices: those of `attn.qkv` are `attn.q`, `attn.k` and `attn.v`."""
     parent, dot, _ = path.rpartition(".")
-    held = slices(model, path, linear).items()
-    return [Target(path, path, (0, linear.out_features)), *(Target(f"{parent}{dot}{p}", path, c) for p, c in held)]
+    held = slices(model, path, out).items()
+    return [Target(path, path, (0, out)), *(Target(f"{parent}{dot}{part}", path, columns) for part, columns in held)]
 
 
 def _is_mixed(model: nn.Module, target: Target) -> bool:
@@ -182,8 +188,9 @@ def _whole_first(matched: list[Target]) -> list[Target]:
 
 
 def _all_linear(model: nn.Module, candidates: list[Target], aside: Collection[str]) -> list[Target]:
-    """All linear layers, whole, but those that are set aside, and those that nn.MultiheadAttention has but never
-    calls."""
-    uncalled = {path for path, m in model.named_modules() if isinstance(m, NonDynamicallyQuantizableLinear)}
+    """All linear layers, whole, but those that are set aside, and those of nn.MultiheadAttention, which never calls
+    them."""
+    attentions = [path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    uncalled = {f"{path}.{name}" if path else name for path in attentions for name in (PACKED, "out_proj")}
     left_out = uncalled.union(aside)
     return [target for target in candidates if target.path == target.module and target.module not in left_out]
