@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .errors import BackendError, InvalidValueError
-from .torch_internals import Scoped, in_transform
+from .torch_internals import Scoped, exporting, in_transform
 
 BACKENDS = ("fused", "split", "folded", "reference")  # the first that can serve does
 TRITON = ("fused", "split")
@@ -110,6 +110,8 @@ class Operation:
             return "there is no such implementation"
         if name != "reference" and (_TWICE.get() or in_transform()):
             return "gradients of gradients, and torch.func, are the reference's"
+        if name != "reference" and exporting():
+            return "exported programs, which may see any batch on any machine, are the reference's"
         implementation = self.implementations[name]
         why = implementation.cannot(*call)
         if not why and name in TRITON:

@@ -42,6 +42,13 @@ def in_transform() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def exporting() -> bool:
+    """Whether a program is being written down: by torch.export, torch.jit.trace or an exporter of ONNX."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+
+
 class Scoped(Generic[T]):
     """A value for the time of a `with` block, in its own thread and task alone.
 

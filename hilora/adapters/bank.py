@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hilora.adapters.config import HiLoRAConfig
-from hilora.adapters.factors import Held, joined, slot_count, squeezed
+from hilora.adapters.factors import Held, joined, sharded_as, slot_count, squeezed
 from hilora.adapters.table import AdapterTable
 from hilora.adapters.torch_internals import reshape_parameter
 from hilora.errors import InvalidValueError
@@ -93,7 +93,7 @@ class AdapterBank:
 
     @property
     def device(self) -> torch.device:
-        return self.layers[0].weight.device
+        return self.layers[0].frozen_weight.device
 
     @property
     def slots(self) -> dict[str, Tensor | None]:
@@ -183,10 +183,10 @@ class AdapterBank:
         beside narrower weights, as in PEFT."""
         for tier in self.tiers:
             for factor, table in zip(("lora_A", "lora_B"), self.fresh(tier, self.config.slot_count(tier)), strict=True):
-                weight = self.layers[0].weight
+                weight = self.layers[0].frozen_weight
                 flat = table.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
                 for layer, piece in zip(self.layers, flat.split(self._counts), strict=True):
-                    getattr(layer, factor)[tier] = nn.Parameter(squeezed(piece).to(layer.weight.device))
+                    getattr(layer, factor)[tier] = nn.Parameter(squeezed(piece).to(layer.frozen_weight.device))
         self.activate(self.tiers[0])
 
     def grow(self, tier: str, slots: int) -> None:
@@ -223,7 +223,7 @@ class AdapterBank:
             for parameter, count in zip(parameters, self._counts, strict=True):
                 value = squeezed(table[start : start + count])
                 if parameter.shape == value.shape:
-                    parameter.copy_(value)
+                    parameter.copy_(sharded_as(parameter, value))
                     parameter.grad = None
                 else:
                     if flat is None:

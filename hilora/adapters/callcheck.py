@@ -1,22 +1,24 @@
 """Whether a model really calls the layers that were adapted, and whether clients can share a batch there.
 
 Some ViTs of timm (BEiT, EVA-02, Swin-V2, those with rotary embeddings) compute with `self.qkv.weight` and never call
-`self.qkv`: adapters there would be silently without effect. And where a layer's first dimension is not the batch, as in
+`self.qkv`: there adapters are in the weight. In a layer that is neither called nor read they would be silently without
+effect. And where a layer's first dimension is not the batch, as in
 models that put the sequence first, groups of rows are no clients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hilora.adapters.by_weight import AdaptedWeightLinear, end_watch, was_read, watch_reading
 from hilora.adapters.layers import TieredLoRALinear
 from hilora.adapters.torch_internals import hooks, remove_hook, walk
-from hilora.errors import InvalidValueError
+from hilora.errors import HiLoRAError, InvalidValueError
 
 CALLED = "_hilora_called"  # attribute of a layer
 
@@ -31,9 +33,8 @@ class UncalledLayerError(InvalidValueError):
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = tuple(paths)
         super().__init__(
-            f"the model never calls {len(paths)} of the adapted layers ({', '.join(paths[:3])}…): "
-            "it uses their weights in some other way, so that adapters would have no effect. Choose other "
-            "target_modules, such as 'proj', 'fc1', 'fc2', or a model that calls them"
+            f"the model never calls {len(paths)} of the adapted layers ({', '.join(paths[:3])}…), nor reads their "
+            "weights: adapters would have no effect. Choose other target_modules, such as 'proj', 'fc1', 'fc2'"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -45,8 +46,8 @@ class MixedRowsError(InvalidValueError):
 
 
 def check_calls(model: nn.Module, layers: Mapping[str, TieredLoRALinear], example: Tensor | None, given: bool) -> None:
-    """Run the model and see that it calls each of `layers`, and what their first dimension is; where it is not known
-    what the model takes, watch its first forward pass instead.
+    """Run the model and see that it calls each of `layers`, or reads its weight, and what their first dimension is;
+    where it is not known what the model takes, watch its first forward pass instead.
 
     Args:
         model: with adapters that have no effect yet.
@@ -55,9 +56,11 @@ def check_calls(model: nn.Module, layers: Mapping[str, TieredLoRALinear], exampl
         given: by the user, so that an error of the model with it is the user's.
 
     Raises:
-        UncalledLayerError: if a layer is never called; now, or from that first forward pass.
+        UncalledLayerError: if a layer is neither called nor read; now, or from that first forward pass.
+        ValueError: if one is only read, but its adapters have dropout.
     """
     for layer in layers.values():
+        watch_reading(layer)
         layer.register_forward_pre_hook(_called)
     model.register_forward_hook(_finished)
     if example is None:
@@ -66,7 +69,7 @@ def check_calls(model: nn.Module, layers: Mapping[str, TieredLoRALinear], exampl
         with _quiet(model):
             model(example)
     except BaseException as error:
-        if given or isinstance(error, UncalledLayerError) or not isinstance(error, Exception):
+        if given or isinstance(error, HiLoRAError) or not isinstance(error, Exception):
             end_check(model)
             raise
         return
@@ -82,21 +85,38 @@ def _called(layer: nn.Module, args: Any) -> None:
 def _finished(model: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    uncalled = [path for path, layer in walk(model, TieredLoRALinear) if _called in hooks(layer) and not _was(layer)]
-    end_check(model)
+    unseen = [
+        (path, layer) for path, layer in walk(model, TieredLoRALinear) if _waits(layer) and not _was_called(layer)
+    ]
+    uncalled = [path for path, layer in unseen if not was_read(layer)]
+    read = {layer: path for path, layer in unseen if was_read(layer)}
+    end_check(model, read)
     if uncalled:
         raise UncalledLayerError(uncalled)
+    with_dropout = [path for layer, path in read.items() if layer.config.lora_dropout]
+    if with_dropout:
+        raise InvalidValueError(
+            f"the model uses {with_dropout[0]} by its weight, so that nothing of its input can be dropped: choose "
+            "lora_dropout=0"
+        )
 
 
-def _was(layer: nn.Module) -> bool:
+def _waits(layer: nn.Module) -> bool:
+    return _called in hooks(layer)
+
+
+def _was_called(layer: nn.Module) -> bool:
     return CALLED in layer.__dict__
 
 
-def end_check(model: nn.Module) -> None:
-    """Take the hooks of a check out that waits for the model's first forward pass."""
+def end_check(model: nn.Module, read: Collection[TieredLoRALinear] = ()) -> None:
+    """Take the hooks of a check out that waits for the model's first forward pass; of the layers that it watched, only
+    `read` keep the adapters in their weight."""
     for hook in (_finished, check_rows):
         remove_hook(model, hook)
     for _, layer in walk(model, TieredLoRALinear):
+        if _waits(layer):
+            end_watch(layer, keep=layer in read)
         remove_hook(layer, _called)
         layer.__dict__.pop(CALLED, None)
 
@@ -140,6 +160,11 @@ def check_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 def _refuse(model: nn.Module) -> None:
     for path, layer in walk(model, TieredLoRALinear):
+        if isinstance(layer, AdaptedWeightLinear) and not _waits(layer):
+            raise MixedRowsError(
+                f"several clients cannot share a batch: the model uses {path} by its weight, which is one for all "
+                "rows. Take one client at a time: hilora.set_slots with tensors of one slot"
+            )
         if layer.rows_are_the_batch is False:
             raise MixedRowsError(
                 f"several clients cannot share a batch: the first dimension of what {path} sees is not the batch, as "

@@ -10,14 +10,31 @@ import torch
 from torch import Tensor, nn
 
 from hilora.adapters.torch_internals import in_transform, version
+from hilora.errors import InvalidValueError
 
 
 class Factors(nn.ParameterDict):
     """A layer's A's, or its B's: tier → parameter.
 
     A parameter is `[r, in]` (or `[out, r]`), with a dimension for S ≠ 1 adapters before that, and before this one for
-    several projections of the layer.
+    several projections of the layer. A forward pass reads them by a call, for tools that bring a module's parameters by
+    hooks on its calls.
     """
+
+    __call__ = nn.Module.__call__  # a ParameterDict refuses calls
+
+    def forward(self) -> dict[str, Tensor]:
+        """The parameters, by tier."""
+        return {tier: parameter for tier, parameter in self._parameters.items() if parameter is not None}
+
+    def __getitem__(self, tier: str) -> Any:
+        parameter = self._parameters.get(tier)
+        if "_hf_hook" in self.__dict__ and parameter is not None and parameter.is_meta:
+            raise InvalidValueError(
+                "the adapters are offloaded by accelerate, and here in forward passes alone: bring them back first, by "
+                "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+            )
+        return super().__getitem__(tier)
 
     def __getstate__(self) -> dict[str, Any]:
         # A plain pickle would write the whole of the flat tensor with each piece of it.
@@ -66,9 +83,7 @@ def joined(parameters: Sequence[Tensor], projections: Sequence[int]) -> Tensor:
         parameters: one a layer.
         projections: how many projections each of the layers has.
     """
-    parameters = [
-        parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter for parameter in parameters
-    ]
+    parameters = [whole(parameter) for parameter in parameters]
     first = parameters[0]
     slots = slot_count(first, projections[0])
     shape = (sum(projections), slots, *first.shape[-2:])
@@ -82,6 +97,22 @@ def joined(parameters: Sequence[Tensor], projections: Sequence[int]) -> Tensor:
     ]
     found = torch.cat(tables)
     return found if differentiable else found.detach()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, gathered where FSDP has sharded it: then all processes must call this."""
+    gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return gathered
+
+
+def sharded_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """A value that all processes have, as FSDP has sharded a parameter."""
+    if not hasattr(parameter, "full_tensor"):
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor  # which takes half a second
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(value.to(parameter.device, parameter.dtype), parameter.device_mesh, parameter.placements)
 
 
 def _consecutive(parameters: Sequence[Tensor]) -> bool:

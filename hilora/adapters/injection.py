@@ -14,9 +14,11 @@ from hilora.adapters.bank import AdapterBank, Shared
 from hilora.adapters.callcheck import UncalledLayerError, check_calls, end_check, watch_rows
 from hilora.adapters.config import HiLoRAConfig
 from hilora.adapters.layers import TieredLoRALinear
+from hilora.adapters.reduction import check_reduction, watch_reduction
 from hilora.adapters.statistics import freeze_statistics, thaw_statistics
-from hilora.adapters.torch_internals import walk
+from hilora.adapters.torch_internals import remove_hook, walk
 from hilora.errors import InvalidValueError
+from hilora.models.attention import close_attentions, is_packed, open_attention
 from hilora.models.heads import example_image, find_heads, says_its_head
 from hilora.models.targets import Target, find_targets
 from hilora.models.wrappers import plain_path, unwrapped
@@ -103,8 +105,8 @@ def inject(model: nn.Module, config: HiLoRAConfig, example_input: Tensor | None 
         The model.
 
     Raises:
-        ValueError: if a target finds nothing, the model has adapters already, or (`UncalledLayerError`) it never calls
-            an adapted layer, as ViTs that use the weight of `qkv` by itself.
+        ValueError: if a target finds nothing, the model has adapters already, or (`UncalledLayerError`) it neither
+            calls an adapted layer nor reads its weight.
         TypeError: if a target computes something else than an `nn.Linear`.
             After any error the model is as it was.
     """
@@ -119,7 +121,9 @@ def inject(model: nn.Module, config: HiLoRAConfig, example_input: Tensor | None 
         raise InvalidValueError(
             "DistributedDataParallel would not synchronise the adapters' gradients: inject them first, then wrap"
         )
-    targets: list[Target] = find_targets(model, config.target_modules, config.layers_to_transform)
+    targets: list[Target] = find_targets(
+        model, config.target_modules, config.layers_to_transform, config.modules_to_save
+    )
     heads = find_heads(model, config.modules_to_save)
     if not heads and config.modules_to_save is None and not says_its_head(model):
         warnings.warn(
@@ -142,6 +146,9 @@ def inject(model: nn.Module, config: HiLoRAConfig, example_input: Tensor | None 
 def _inject(model: nn.Module, config: HiLoRAConfig, targets: list[Target], example: Tensor | None, given: bool) -> None:
     """Put adapters at the targets."""
     with restored_on_error(model):
+        for path in {target.module.rpartition(".")[0] for target in targets}:
+            if is_packed(model.get_submodule(path)):
+                open_attention(model.get_submodule(path))
         layers = _layers(model, targets, config)
         by_original = {model.get_submodule(path): layer for path, layer in layers.items()}
         for path, module in list(model.named_modules(remove_duplicate=False)):
@@ -169,9 +176,11 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         end_check(model)
+        remove_hook(model, check_reduction)
         thaw_statistics(model)
         for path, linear in linears:
             replace(model, path, linear)
+        close_attentions(model)
         for parameter, flag in required_grad:
             parameter.requires_grad_(flag)
         model.__dict__.pop(FRESH_HEAD, None)
@@ -226,7 +235,7 @@ def set_active_tier(model: nn.Module, tier: str) -> None:
     """Train this tier, and a ViT's classifier head if it has one, and nothing else.
 
     Under DistributedDataParallel, wrap the model anew after each change of tier: a wrapper synchronises the gradients
-    of what required some when it was made.
+    of what required some when it was made. Otherwise the next forward pass through the old one is an error.
 
     Raises:
         ValueError: for a tier that the adapters do not have, or a model in DistributedDataParallel.
@@ -245,6 +254,7 @@ def set_active_tier(model: nn.Module, tier: str) -> None:
         bank.activate(tier)
     for parameter in head_parameters(model).values():
         parameter.requires_grad_(True)
+    watch_reduction(unwrapped(model))
 
 
 @torch.inference_mode(False)

@@ -7,6 +7,8 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn.utils.parametrize import is_parametrized, transfer_parametrizations_and_params
 
 from hilora import kernels
 from hilora.adapters.bank import AdapterBank, Shared
@@ -57,9 +59,7 @@ class TieredLoRALinear(nn.Linear):
         config = config or HiLoRAConfig(**fields)
         super().__init__(base.in_features, base.out_features, device="meta", bias=base.bias is not None)
         adopt(self, base)
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
+        self.requires_grad_(False)
         self.parts = None if parts is None else tuple(parts)
         self.columns: tuple[Columns, ...] = ((0, base.out_features),) if parts is None else tuple(parts.values())
         self.shared = shared or Shared(config)
@@ -76,12 +76,20 @@ class TieredLoRALinear(nn.Linear):
         """The adapters."""
         return self.shared.config
 
+    @property
+    def frozen_weight(self) -> Tensor:
+        """W, `[out, in]`."""
+        return self.weight
+
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` → `[..., out]`. Where slots tell clients apart, the leading rows are in G equal groups.
 
         Raises:
             ValueError: if the rows are not G equal groups, or it was never said which of several adapters to use.
         """
+        if isinstance(x, Proxy):  # torch.fx writes a graph down: this layer is one node of it
+            call: Any = x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+            return call
         if self.shared.disabled:
             return super().forward(x)
         slots = (slot for slot in self.shared.slots.values() if slot is not None)
@@ -92,12 +100,14 @@ class TieredLoRALinear(nn.Linear):
                 raise InvalidValueError(f"the rows of x {tuple(shape)} are not {groups} equal groups, as the slots say")
             x = x.unflatten(0, (groups, shape[0] // groups)).flatten(1, -2)
         dropout = self.config.lora_dropout if self.training else 0.0
-        y = kernels.stacked_lora_linear(x, self.weight, self.bias, self._tiers(x), dropout)
+        y = kernels.stacked_lora_linear(x, self.frozen_weight, self.bias, self.tiers(x), dropout)
         return y.reshape(*shape[:-1], self.out_features)
 
-    def _tiers(self, x: Tensor) -> list[kernels.Tier]:
+    def tiers(self, x: Tensor) -> list[kernels.Tier]:
+        """What is added to `x Wᵀ`, x `[..., in]`: for each projection, its tiers."""
         shared, tiers = self.shared, []
-        factors = {name: self.factors(name) for name in self.config.tiers}
+        A_of, B_of = self.lora_A(), self.lora_B()
+        factors = {name: self._used(name, A_of[name], B_of[name]) for name in self.config.tiers}
         for index, columns in enumerate(self.columns):
             gains = shared.composition(self.position + index, x) if shared.composition is not None else {}
             for name, tables in factors.items():
@@ -114,10 +124,13 @@ class TieredLoRALinear(nn.Linear):
 
     def factors(self, tier: str) -> list[tuple[Tensor, Tensor]]:
         """What is used of a tier: A `[S, r, in]` and B `[S, out, r]` for each of the layer's projections."""
+        return self._used(tier, self.lora_A[tier], self.lora_B[tier])
+
+    def _used(self, tier: str, A: Tensor, B: Tensor) -> list[tuple[Tensor, Tensor]]:
         count, held = len(self.columns), self.shared.held.get(tier)
         if held is not None:
             return [held.part(self.position + index) for index in range(count)]
-        return list(zip(pieces(self.lora_A[tier], count), pieces(self.lora_B[tier], count), strict=True))
+        return list(zip(pieces(A, count), pieces(B, count), strict=True))
 
     def delta_weight(self, slots: Mapping[str, int] | None = None) -> Tensor:
         """What the adapters add to the weight: `[out, in]`, in fp32 or wider.
@@ -132,8 +145,8 @@ class TieredLoRALinear(nn.Linear):
         slots = slots or {}
         for tier in slots:
             self.config.rank(tier)
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        delta = torch.zeros_like(self.weight, dtype=wide)
+        wide = torch.promote_types(self.frozen_weight.dtype, torch.float32)
+        delta = torch.zeros_like(self.frozen_weight, dtype=wide)
         for tier in self.config.tiers:
             slot = self.slot(tier, slots.get(tier))
             if slot == -1:
@@ -159,16 +172,28 @@ class TieredLoRALinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        self.shared.to(self.weight.device)
+        self.shared.to(self.frozen_weight.device)
         return self
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, tiers={self.config.tiers}, r={self.config.r}, alpha={self.config.lora_alpha}"
 
 
-def adopt(layer: nn.Linear, base: nn.Linear) -> None:
-    """Let a layer take the place of another: its weight, bias, mode and hooks."""
-    layer.weight, layer.bias = base.weight, base.bias
+def adopt(layer: nn.Linear, base: nn.Linear, computed: bool = True) -> None:
+    """Let a layer take the place of another: its weight, bias, mode and hooks.
+
+    Args:
+        layer: the new one.
+        base: the other one.
+        computed: where parametrisations compute its weight or bias, take them over, too; else what they give now.
+    """
+    for name in ("weight", "bias"):
+        value = base.frozen_weight if name == "weight" and isinstance(base, TieredLoRALinear) else getattr(base, name)
+        if is_parametrized(base, name):
+            value = nn.Parameter(value.detach(), requires_grad=False)
+        setattr(layer, name, value)
+    if computed:
+        transfer_parametrizations_and_params(base, layer)
     take_over_hooks(layer, base)
     layer.training = base.training
 
@@ -181,7 +206,8 @@ def _check_base(base: nn.Module) -> None:
             f"{type(base).__name__} has a hook of accelerate, as device_map leaves it: inject the adapters first, or "
             "take it off by accelerate.hooks.remove_hook_from_module(model, recurse=True), inject, and dispatch again"
         )
-    if getattr(base.forward, "__func__", None) is not nn.Linear.forward or not owns_weight(base):
+    in_its_own_way = getattr(base.forward, "__func__", None) is not nn.Linear.forward
+    if in_its_own_way or not (owns_weight(base) or is_parametrized(base, "weight")):
         raise InvalidTypeError(
             f"{type(base).__name__} computes its output or its weight in its own way, which adapters would bypass: "
             "expected a plain nn.Linear"

@@ -11,9 +11,11 @@ from torch import nn
 from hilora.adapters.callcheck import end_check
 from hilora.adapters.injection import FRESH_HEAD, MERGED, banks, linear_at, replace
 from hilora.adapters.layers import TieredLoRALinear, adopt
+from hilora.adapters.reduction import check_reduction
 from hilora.adapters.statistics import freeze_statistics, thaw_statistics
-from hilora.adapters.torch_internals import walk
+from hilora.adapters.torch_internals import remove_hook, walk
 from hilora.errors import InvalidValueError
+from hilora.models.attention import close_attentions
 from hilora.models.wrappers import unwrapped
 
 
@@ -44,7 +46,7 @@ def disable_adapters(model: nn.Module, /) -> Iterator[None]:
 
 def alike(layer: TieredLoRALinear, plain: nn.Linear) -> TieredLoRALinear:
     """A layer in the dtype, on the device and in the mode of the plain one that was in its place."""
-    if layer.weight.dtype != plain.weight.dtype:
+    if layer.frozen_weight.dtype != plain.weight.dtype:
         layer.to(plain.weight.dtype)
     return layer.to(plain.weight.device).train(plain.training)
 
@@ -71,12 +73,12 @@ def merge(model: nn.Module, /, **slots: int) -> nn.Module:
     again = MERGED in model.__dict__
     layers = _tiered_layers(model)
     weights = {
-        layer: (layer.weight.detach() + layer.delta_weight(slots).detach()).to(layer.weight.dtype)
+        layer: (layer.frozen_weight.detach() + layer.delta_weight(slots).detach()).to(layer.frozen_weight.dtype)
         for layer in layers.values()
     }
     if not again:
         end_check(model)
-        plain = {layer: _plain(layer) for layer in weights}
+        plain = {layer: _plain(layer, computed=False) for layer in weights}
         for path, layer in layers.items():
             replace(model, path, plain[layer])
         thaw_statistics(model)
@@ -126,7 +128,9 @@ def unload(model: nn.Module) -> nn.Module:
         for path, layer in layers.items():
             replace(model, path, plain[layer])
         thaw_statistics(model)
+    close_attentions(model)
     model.__dict__.pop(FRESH_HEAD, None)
+    remove_hook(model, check_reduction)
     return given
 
 
@@ -157,7 +161,7 @@ def _tiered_layers(model: nn.Module) -> dict[str, TieredLoRALinear]:
     return layers
 
 
-def _plain(layer: TieredLoRALinear) -> nn.Linear:
+def _plain(layer: TieredLoRALinear, computed: bool = True) -> nn.Linear:
     plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    adopt(plain, layer)
+    adopt(plain, layer, computed)
     return plain

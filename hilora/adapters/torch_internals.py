@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -66,3 +67,14 @@ def take_over_hooks(module: nn.Module, other: nn.Module) -> None:
 def owns_weight(module: nn.Module) -> bool:
     """Whether `weight` is a parameter, and not computed from others, as parametrisations do."""
     return "weight" in module._parameters
+
+
+def wrapper_around() -> nn.Module | None:
+    """The DistributedDataParallel whose forward pass this is in, if any."""
+    return DistributedDataParallel._active_ddp_module
+
+
+def reduced_by(wrapper: nn.Module) -> list[Tensor]:
+    """The parameters whose gradients a DistributedDataParallel reduces."""
+    reducer: Any = wrapper.reducer
+    return [parameter for bucket in reducer._get_zeros_like_grad_buckets() for parameter in bucket.parameters()]

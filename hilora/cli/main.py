@@ -16,6 +16,7 @@ COMMANDS = {
     "inspect": ("hilora.cli.inspect", "what is in a file or folder: adapters, checkpoints, runs, ledgers"),
     "compare": ("hilora.cli.compare", "runs side by side, with paired differences and a plot"),
     "merge": ("hilora.cli.merge", "one client's ViT as plain weights, its adapters merged into them"),
+    "peft": ("hilora.cli.peft", "one client's adapters as a folder of PEFT's, or such a folder as adapters"),
     "env": ("hilora.cli.env", "versions, devices, and which kernels serve; to paste into a bug report"),
     "completion": ("hilora.cli.completion", "completion of commands and flags for a shell"),
 }

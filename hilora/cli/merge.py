@@ -36,11 +36,20 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 
 def merged(run: Path, client: int, backbone: str | None = None, weights: Path | None = None) -> nn.Module:
-    """The ViT `[n, 3, h, w]` → `[n, classes]` that a client of a run predicts with, without adapters.
+    """The ViT `[n, 3, h, w]` → `[n, classes]` that a client of a run predicts with, without adapters; errors as
+    `adapted`."""
+    model, slots = adapted(run, client, backbone, weights)
+    return merge(model, **slots)
+
+
+def adapted(
+    run: Path, client: int, backbone: str | None = None, weights: Path | None = None
+) -> tuple[nn.Module, dict[str, int]]:
+    """The ViT of a run with a client's head and the adapters of all clients, and which of these are the client's.
 
     Raises:
         MissingFileError, FileError: for a folder that is not of a finished run, or other weights than the run's.
-        InvalidValueError: for a client that the run does not have, or a method whose models cannot be merged.
+        InvalidValueError: for a client that the run does not have, or a method whose tiers are not added.
     """
     asked = read_summary(run / "summary.json").get("arguments", {})
     heads, described = read_tensors(run / "heads.safetensors")
@@ -48,12 +57,17 @@ def merged(run: Path, client: int, backbone: str | None = None, weights: Path | 
     name, file = backbone or asked.get("backbone"), weights or (asked.get("weights") and Path(asked["weights"]))
     if name is None:
         raise InvalidValueError(f"{run / 'summary.json'} does not say which backbone the run had: give --backbone")
-    with about(backbone=name, weights=file):
-        model = load_backbone(name, file, asked.get("img_size")).model
-    model.reset_classifier(len(described["classes"]))  # type: ignore[operator]
+    model = plain(name, file, asked.get("img_size"), len(described["classes"]))
     load_adapters(model, run / "adapters.safetensors")
-    merge(model, **rows["slots"])
     _put_head(model, heads, rows)
+    return model, rows["slots"]
+
+
+def plain(backbone: str, weights: Path | None, size: int | None, classes: int) -> nn.Module:
+    """A pretrained ViT with a fresh classifier, or without one for 0 classes."""
+    with about(backbone=backbone, weights=weights):
+        model = load_backbone(backbone, weights, size).model
+    model.reset_classifier(classes)  # type: ignore[operator]
     return model
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hilora.discovery import find_classes
+from hilora.models.wrappers import own_class
 
 if TYPE_CHECKING:
     from hilora.models.backbone import Backbone
@@ -37,7 +38,7 @@ class Family:
 
     def title(self, model: nn.Module) -> str:
         """What a model is called."""
-        return type(model).__name__
+        return own_class(model).__name__
 
     def heads(self, model: nn.Module) -> list[nn.Module]:
         """The classifiers of a model; none where it has no head."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from hilora.errors import InvalidValueError
+from hilora.models.attention import PACKED, is_packed
+from hilora.models.fused import mixes, slices
 from hilora.models.heads import find_heads
 from hilora.models.registry import aliases
 
@@ -31,7 +32,7 @@ class Targets(list[Target]):
     def __str__(self) -> str:
         kinds: dict[tuple[str, ...], int] = {}
         for target in self:
-            name = next((name for name in aliases() if _meant([target], name)), target.path.rpartition(".")[2])
+            name = _called(target.path)
             where = re.sub(r"(?<![^.])\d+(?![^.])", "*", target.path)
             part = "" if target.path == target.module else f"columns {target.columns[0]}+{target.columns[1]}"
             kind = (name, where, part)
@@ -44,7 +45,10 @@ class Targets(list[Target]):
 
 
 def find_targets(
-    model: nn.Module, names: Iterable[str] | str | None = None, blocks: Iterable[int] | None = None
+    model: nn.Module,
+    names: Iterable[str] | str | None = None,
+    blocks: Iterable[int] | None = None,
+    modules_to_save: Sequence[str] | None = None,
 ) -> Targets:
     """The projections of a model that `names` mean, in the order of the model; print them for a table.
 
@@ -54,20 +58,16 @@ def find_targets(
             linear layers but the classifier's, else a regular expression that the whole of a path must match. None:
             all that there are.
         blocks: only those of which the first number in the path is one of these.
+        modules_to_save: what is trained whole, which only a name of its own means; None: the classifier.
 
     Raises:
         ValueError: if a name or a block finds nothing, if projections overlap (`qkv` beside `q`), or if a fused layer
             does not hold q, k and v one after the other.
     """
-    candidates = [
-        target
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        for target in _projections(path, module)
-    ]
+    candidates = [target for path, out in _layers(model).items() for target in _projections(model, path, out)]
     if names is None:
-        return Targets(candidates)
-    aside = _of_heads(model)
+        return Targets(target for target in candidates if not _is_mixed(model, target))
+    aside = _of_heads(model, modules_to_save)
     meant = set()
     for name in [names] if isinstance(names, str) else names:
         if name == ALL_LINEAR and isinstance(names, str):
@@ -85,17 +85,13 @@ def find_targets(
     found = _of_blocks([target for target in candidates if target in meant], blocks)
     whole = {target.module for target in found if target.path == target.module}
     for target in found:
-        if target.path != target.module:
-            fused = target.module.rpartition(".")[2]
-            if _interleaves(model.get_submodule(target.module.rpartition(".")[0]), target):
-                raise InvalidValueError(
-                    f"{target.module} does not hold {', '.join(fused)} one after the other in equal parts: adapt it "
-                    f"whole, as {fused!r}"
-                )
-            if target.module in whole:
-                raise InvalidValueError(
-                    f"{target.module} and its slice {target.path} are both targets: choose one of them"
-                )
+        if _is_mixed(model, target):
+            raise InvalidValueError(
+                f"{target.module} does not hold q, k and v one after the other in equal parts, but mixes them "
+                f"head by head or has several widths: adapt it whole, as {_called(target.module)!r}"
+            )
+        if target.path != target.module and target.module in whole:
+            raise InvalidValueError(f"{target.module} and its slice {target.path} are both targets: choose one of them")
     return Targets(found)
 
 
@@ -110,25 +106,26 @@ def _of_blocks(found: list[Target], blocks: Iterable[int] | None) -> list[Target
     return [target for target in found if of.get(target) in set(blocks)]
 
 
-def _projections(path: str, module: nn.Linear) -> list[Target]:
+def _layers(model: nn.Module) -> dict[str, int]:
+    """The widths of the linear layers, by their paths; also of those that are to be had by opening an attention."""
+    found: dict[str, int] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            found[path] = module.out_features
+        elif is_packed(module):
+            found[f"{path}.{PACKED}" if path else PACKED] = 3 * module.embed_dim
+    return found
+
+
+def _projections(model: nn.Module, path: str, out: int) -> list[Target]:
     """A layer, and if it is a fused one also its slices: those of `attn.qkv` are `attn.q`, `attn.k` and `attn.v`."""
-    whole = [Target(path, path, (0, module.out_features))]
-    parent, dot, name = path.rpartition(".")
-    if name not in ("qkv", "kv", "qk") or module.out_features % len(name):
-        return whole
-    width = module.out_features // len(name)
-    return whole + [Target(f"{parent}{dot}{part}", path, (i * width, width)) for i, part in enumerate(name)]
+    parent, dot, _ = path.rpartition(".")
+    held = slices(model, path, out).items()
+    return [Target(path, path, (0, out)), *(Target(f"{parent}{dot}{part}", path, columns) for part, columns in held)]
 
 
-def _interleaves(attention: nn.Module, target: Target) -> bool:
-    """Whether a fused layer mixes its parts head by head, or has parts of several widths: so in timm's MaxViT, and
-    where keys have a width of their own (TinyViT, EfficientFormer)."""
-    values_in = getattr(getattr(attention, "proj", None), "in_features", target.columns[1])
-    return (
-        getattr(attention, "head_first", False)
-        or hasattr(attention, "key_dim")
-        or ("v" in target.module.rpartition(".")[2] and values_in != target.columns[1])
-    )
+def _is_mixed(model: nn.Module, target: Target) -> bool:
+    return target.path != target.module and mixes(model, target.module, target.columns[1])
 
 
 def _meant(candidates: list[Target], name: str, aside: Collection[str] = ()) -> list[Target]:
@@ -145,8 +142,10 @@ def _meant(candidates: list[Target], name: str, aside: Collection[str] = ()) -> 
     return _whole_first(matched)
 
 
-# What has layers of the same names as blocks have: MLPs of positions, shortcuts.
-OTHER = re.compile(r"(?<![^.])(cpb_mlp|meta_mlp|rel_pos\w*|pos_\w+|\w*position\w*|shortcut|downsample)(?![^.])")
+# What has layers of the same names as blocks have: MLPs of positions, embeddings of patches, shortcuts.
+OTHER = re.compile(
+    r"(?<![^.])(cpb_mlp|meta_mlp|rel_pos\w*|pos_\w+|\w*position\w*|\w*embeds?|embeddings|\w*shortcut\w*|downsample)(?![^.])"
+)
 
 
 def _spread(pattern: str) -> list[str]:
@@ -170,9 +169,15 @@ def _spread(pattern: str) -> list[str]:
     ]
 
 
-def _of_heads(model: nn.Module) -> set[str]:
-    """Paths of the layers of the classifier, which only a name of their own means."""
-    heads = {id(module) for head in find_heads(model) for module in head.modules()}
+def _called(path: str) -> str:
+    """The alias of a layer, or else the last name of its path."""
+    target = Target(path, path, (0, 0))
+    return next((name for name in aliases() if _meant([target], name)), path.rpartition(".")[2])
+
+
+def _of_heads(model: nn.Module, names: Sequence[str] | None) -> set[str]:
+    """Paths of the layers of what is trained whole, which only a name of their own means."""
+    heads = {id(module) for head in find_heads(model, names) for module in head.modules()}
     return {path for path, module in model.named_modules() if id(module) in heads}
 
 
@@ -183,8 +188,9 @@ def _whole_first(matched: list[Target]) -> list[Target]:
 
 
 def _all_linear(model: nn.Module, candidates: list[Target], aside: Collection[str]) -> list[Target]:
-    """All linear layers, whole, but those that are set aside, and those that nn.MultiheadAttention has but never
-    calls."""
-    uncalled = {path for path, m in model.named_modules() if isinstance(m, NonDynamicallyQuantizableLinear)}
+    """All linear layers, whole, but those that are set aside, and those of nn.MultiheadAttention, which never calls
+    them."""
+    attentions = [path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    uncalled = {f"{path}.{name}" if path else name for path in attentions for name in (PACKED, "out_proj")}
     left_out = uncalled.union(aside)
     return [target for target in candidates if target.path == target.module and target.module not in left_out]

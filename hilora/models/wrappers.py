@@ -25,3 +25,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def plain_path(path: str) -> str:
     """A path without the parts that wrappers of its modules add to it."""
     return ".".join(part for part in path.split(".") if part not in INSERTED)
+
+
+def own_class(model: nn.Module) -> type[nn.Module]:
+    """A model's class, without the one that `fully_shard` makes of it."""
+    kinds = type(model).__mro__
+    sharded = next((place for place, kind in enumerate(kinds) if kind.__name__ == "FSDPModule"), -1)
+    own: type[nn.Module] = kinds[sharded + 1]
+    return own

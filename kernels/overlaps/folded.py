@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from ..twice import differentiable_gradients
+from . import reference
 
 
 def gram_penalty(active: Tensor, frozen: Sequence[Tensor], gammas: Sequence[float]) -> Tensor:
@@ -25,16 +27,22 @@ class _GramPenalty(torch.autograd.Function):
         weights = active.new_tensor([gamma for B, gamma in zip(frozen, gammas, strict=True) for _ in range(B.shape[3])])
         overlap = torch.bmm(active.expand(-1, slots, -1, -1).reshape(-1, out, rank).mT, side_by_side)  # [P S, r, R]
         weighted = overlap * weights
-        ctx.save_for_backward(weighted, side_by_side)
-        ctx.shape = active.shape
+        ctx.save_for_backward(active, weighted, side_by_side, *frozen)
+        ctx.gammas = gammas
         return (overlap * weighted).view(count, slots, -1).sum((0, 2))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        weighted, side_by_side = ctx.saved_tensors
-        count, slots, out, rank = ctx.shape
+        active, weighted, side_by_side, *frozen = ctx.saved_tensors
+        nothing = [None] * (1 + len(frozen))
+        if torch.is_grad_enabled():
+
+            def again(active: Tensor) -> Tensor:
+                return reference.gram_penalty(active, frozen, ctx.gammas, per_slot=True)
+
+            return differentiable_gradients(again, [active], upstream)[0], *nothing
+        count, slots, out, rank = active.shape
         scaled = weighted.view(count, -1, *weighted.shape[1:]) * (2 * upstream)[:, None, None]
         gradient = torch.bmm(scaled.flatten(0, 1), side_by_side.mT).view(count, -1, rank, out)
         gradient = gradient if slots == gradient.shape[1] else gradient.sum(1, keepdim=True)
-        return gradient.mT, None, *[None] * (len(ctx.needs_input_grad) - 2)
+        return gradient.mT, *nothing

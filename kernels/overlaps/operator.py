@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..launch import under_autocast
-from . import plan
+from ..twice import differentiable_gradients
+from . import plan, reference
 
 
 @torch.library.custom_op("hilora::gram_penalty", mutates_args=())
@@ -31,20 +32,26 @@ def _(active: Tensor, frozen: Sequence[Tensor], gammas: Sequence[float]) -> tupl
 
 
 def _setup_penalty(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[1])
-    ctx.like = inputs[0].shape[1], inputs[0].dtype, len(inputs[1])
+    active, frozen, ctx.gammas = inputs
+    ctx.save_for_backward(output[1], active, *frozen)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _penalty_backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, list[None], None]:
-    slots, dtype, frozen = ctx.like
-    nothing: list[None] = [None] * frozen
+    gradient, active, *frozen = ctx.saved_tensors
+    nothing: list[None] = [None] * len(frozen)
     if upstream is None:
         return None, nothing, None
-    (gradient,) = ctx.saved_tensors
+    if torch.is_grad_enabled():
+
+        def again(active: Tensor) -> Tensor:
+            return reference.gram_penalty(active, frozen, ctx.gammas, per_slot=True)
+
+        return differentiable_gradients(again, [active], upstream)[0], nothing, None
     gradient = gradient * upstream[:, None, None]
-    return (gradient if slots == gradient.shape[1] else gradient.sum(1, keepdim=True)).to(dtype), nothing, None
+    gradient = gradient if active.shape[1] == gradient.shape[1] else gradient.sum(1, keepdim=True)
+    return gradient.to(active.dtype), nothing, None
 
 
 gram_penalty.register_autograd(_penalty_backward, setup_context=_setup_penalty)

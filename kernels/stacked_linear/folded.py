@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..twice import differentiable_gradients
+from . import reference
 from .reference import choose, within
 from .tier import Tier
 
@@ -36,6 +37,13 @@ class _Place(NamedTuple):
     ranks: Tensor | None
 
 
+def _tiers(places: Sequence[_Place], factors: Sequence[Tensor]) -> list[Tier]:
+    return [
+        Tier(A, B, place.scale, place.slot, place.columns, ranks=place.ranks)
+        for place, A, B in zip(places, factors[::2], factors[1::2], strict=True)
+    ]
+
+
 class _StackedLinear(torch.autograd.Function):
     """Matrices are `[rows, columns]`, or `[G, rows, columns]` where tiers tell groups apart."""
 
@@ -43,10 +51,7 @@ class _StackedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, places: list[_Place], *factors: Tensor
     ) -> Tensor:
-        tiers = [
-            Tier(factors[2 * index], factors[2 * index + 1], place.scale, place.slot, place.columns, ranks=place.ranks)
-            for index, place in enumerate(places)
-        ]
+        tiers = _tiers(places, factors)
         grouped = any(tier.tells_groups_apart for tier in tiers)
         rows = x if grouped else x.reshape(-1, x.shape[-1])
         folded = weight.expand(len(x), -1, -1).clone() if grouped else weight.clone()
@@ -63,19 +68,28 @@ class _StackedLinear(torch.autograd.Function):
             if any(needs):
                 saved += A, B
                 ctx.trained.append((index, needs, places[index], tier.A.shape, (tier.A.dtype, tier.B.dtype)))
-        ctx.save_for_backward(rows, folded, *saved)
-        ctx.shape, ctx.count = x.shape, len(factors)
+        ctx.save_for_backward(x, weight, folded, *factors, *saved)
+        ctx.grouped, ctx.places = grouped, places
         if grouped:
             return rows @ folded.mT if bias is None else torch.baddbmm(bias, rows, folded.mT)
         return F.linear(x, folded, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        rows, folded, *factors = ctx.saved_tensors
+        x, weight, folded, *tensors = ctx.saved_tensors
+        count = 2 * len(ctx.places)
+        if torch.is_grad_enabled():
+
+            def again(x: Tensor, *factors: Tensor) -> Tensor:
+                return reference.stacked_lora_linear(x, weight, None, _tiers(ctx.places, factors))
+
+            of_x, *of_factors = differentiable_gradients(again, (x, *tensors[:count]), dy)
+            return of_x, None, None, None, *of_factors
+        rows = x if ctx.grouped else x.reshape(-1, x.shape[-1])
+        factors = tensors[count:]
         dx = dy @ folded if ctx.needs_input_grad[0] else None
         dy = dy.reshape(*rows.shape[:-1], dy.shape[-1])
-        gradients: list[Tensor | None] = [None] * ctx.count
+        gradients: list[Tensor | None] = [None] * count
         for (index, needs, place, (slots, rank, _), dtypes), A, B in zip(
             ctx.trained, factors[::2], factors[1::2], strict=True
         ):

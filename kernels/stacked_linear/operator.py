@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ..launch import under_autocast
+from ..twice import differentiable_gradients
+from . import reference
 from .layout import Layout
 from .plan import backward, forward
 from .tier import Tier
@@ -121,7 +123,15 @@ def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     dx = None
     dA: list[Tensor | None] = [None] * count
     dB: list[Tensor | None] = [None] * count
-    if dy is not None:
+    if dy is not None and torch.is_grad_enabled():
+
+        def again(x: Tensor, *factors: Tensor) -> Tensor:
+            tiers = _tiers(factors[:count], factors[count:], slots, ranks, scales, starts)
+            return reference.stacked_lora_linear(x, weight, None, tiers)
+
+        dx, *factors = differentiable_gradients(again, (x, *A, *B), dy)
+        dA, dB = factors[:count], factors[count:]
+    elif dy is not None:
         needs_x = ctx.needs_input_grad[0]
         found = stacked_lora_linear_backward(
             dy, S, x, weight, A, B, slots, ranks, scales, starts, trained, plan, needs_x

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils import weight_norm
 
 import hilora
 from hilora import HiLoRAConfig, TieredLoRALinear
@@ -211,7 +211,7 @@ def replaced_forward() -> nn.Linear:
         (TieredLoRALinear(nn.Linear(7, 5)), "got TieredLoRALinear"),
         (Scaled(7, 5), "Scaled computes its output or its weight in its own way"),
         (replaced_forward(), "Linear computes its output"),
-        (weight_norm(nn.Linear(7, 5)), "ParametrizedLinear computes its output or its weight"),
+        (weight_norm(nn.Linear(7, 5)), "Linear computes its output or its weight"),
     ],
 )
 def test_only_plain_linear_layers_can_be_wrapped(base: nn.Module, message: str) -> None:

@@ -16,10 +16,13 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn.utils.parametrize import register_parametrization
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import hilora
 from hilora import HiLoRAConfig, HiLoRAError, TieredLoRALinear
 from hilora.adapters.injection import banks
+from hilora.kernels import use_backend
 from tests.helpers import TIERS, gradients, images, injected, output, randomise, same, values, vit
 from tests.vits import timm_model
 
@@ -194,6 +197,32 @@ def test_ddp_must_be_made_for_the_tier_that_trains(one_process: None) -> None:
     with pytest.raises(HiLoRAError, match=r"hilora.set_active_tier\(model.module, 'leaf'\), then wrap that anew"):
         hilora.set_active_tier(wrapped, "leaf")
     assert banks(wrapped)[0].active == "root", "an error changes nothing"
+    wrapped(images(2)).sum().backward()
+    hilora.set_active_tier(model, "leaf")
+    with pytest.raises(HiLoRAError, match=r"does not synchronise the gradients of blocks\.0.*lora_A\.leaf and 3 more"):
+        wrapped(images(2))
+    with torch.no_grad():
+        wrapped(images(2))
+    again = nn.parallel.DistributedDataParallel(model)
+    again(images(2)).sum().backward()
+    assert any(grad.any() for grad in gradients(model))
+
+
+def test_adapters_of_sharded_blocks_are_saved_and_loaded(one_process: None, tmp_path: Path) -> None:
+    model = deep(2)
+    with torch.no_grad():
+        model.head.bias.add_(1)
+    hilora.save_adapters(model, tmp_path / "whole")
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=mesh)
+    hilora.save_adapters(model, tmp_path / "sharded")
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "sharded").read_bytes()
+    expected = [value.detach().clone() for value in values(model)]
+    randomise(model, seed=7)
+    assert not same(values(model), expected)
+    hilora.load_adapters(model, tmp_path / "whole")
+    assert same(values(model), expected)
 
 
 @pytest.mark.parametrize("what", ["load_adapters", "set_slots", "inject", "merge"])
@@ -251,3 +280,121 @@ def test_the_fast_path_of_an_encoder_does_not_skip_the_adapters() -> None:
     with torch.no_grad():
         fast = model(x)
     torch.testing.assert_close(fast, model(x).detach())
+
+
+def test_second_derivatives_of_a_model() -> None:
+    model = deep(1)
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    found = []
+    for backend in ("folded", "reference"):
+        x = images(40).requires_grad_()
+        with use_backend(backend):
+            y = model(x)
+        (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        model.zero_grad()
+        slope.square().sum().backward()
+        found.append([x.grad, *gradients(model)])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
+class Twice(nn.Module):
+    """A parametrisation."""
+
+    def forward(self, value: Tensor) -> Tensor:
+        return 2 * value
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        return value / 2
+
+
+@pytest.mark.parametrize("way", ["before injection", "after injection", "weight_norm"])
+def test_a_layer_whose_weight_is_computed_is_adapted_and_merged(way: str) -> None:
+    model, x = vit(), images(4)
+    layer = model.blocks[0].attn.qkv
+    if way == "before injection":
+        register_parametrization(layer, "weight", Twice())
+    elif way == "weight_norm":
+        nn.utils.parametrizations.weight_norm(layer)
+    keys, plain = list(model.state_dict()), output(model, x)
+    hilora.inject(model, HiLoRAConfig(r=2))
+    assert torch.equal(output(model, x), plain)
+    if way == "after injection":
+        register_parametrization(model.blocks[0].attn.qkv, "weight", Twice())
+        assert torch.equal(output(model, x), plain)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "parametrizations" in name)
+    randomise(model)
+    adapted = output(model, x)
+    hilora.merge(model)
+    torch.testing.assert_close(output(model, x), adapted, rtol=1e-4, atol=1e-4)
+    assert type(model.blocks[0].attn.qkv) is nn.Linear
+    hilora.unmerge(model)
+    assert torch.equal(output(model, x), adapted)
+    hilora.unload(model)
+    assert torch.equal(output(model, x), plain)
+    if way != "after injection":
+        assert list(model.state_dict()) == keys
+        with torch.no_grad():
+            next(model.get_submodule("blocks.0.attn.qkv.parametrizations.weight").parameters()).mul_(2)
+        assert not torch.equal(output(model, x), plain), "it still computes its weight"
+
+
+def test_offloaded_adapters_act_and_say_so_where_they_are_not_there() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model, x = deep(2), images(4)
+    expected = output(model, x)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.blocks[0].attn.qkv.lora_A._parameters["root"].is_meta
+    assert torch.equal(output(model, x), expected)
+    for call in (hilora.merge, hilora.orthogonality_penalty, lambda model: hilora.get_adapters(model, "leaf")):
+        with pytest.raises(HiLoRAError, match=r"are offloaded by accelerate.*remove_hook_from_module"):
+            call(model)
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    assert torch.equal(output(model, x), expected)
+    hilora.merge(model)
+    plain = vit()
+    accelerate.cpu_offload(plain, execution_device=torch.device("cpu"))
+    with pytest.raises(TypeError, match=r"has a hook of accelerate.*inject the adapters first"):
+        hilora.inject(plain, HiLoRAConfig())
+
+
+def test_a_layer_is_one_node_of_a_graph_of_torch_fx() -> None:
+    model, x = deep(2), images(2)
+    traced = create_feature_extractor(model, ["blocks.0", "head"])
+    torch.testing.assert_close(traced(x)["head"], model(x))
+    nodes = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert "blocks.0.attn.qkv" in nodes
+    randomise(model, seed=5)
+    torch.testing.assert_close(traced(x)["head"], model(x), msg="it is the model's own layer")
+
+
+@pytest.mark.parametrize("clients", [1, 2])
+def test_an_exported_program_takes_any_batch(clients: int) -> None:
+    model = deep(2)
+    if clients > 1:
+        hilora.set_slots(model, leaf=torch.arange(clients))
+        randomise(model)
+    batch = torch.export.Dim("batch", min=2, max=32)
+    program = torch.export.export(model, (images(4),), dynamic_shapes=({0: batch * clients},)).module()
+    for count in (4, 30):
+        torch.testing.assert_close(program(images(count)), model(images(count)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_trace_of_many_rows_can_be_saved(tmp_path: Path) -> None:
+    model, x = deep(1), images(40)
+    with torch.no_grad():
+        torch.jit.save(torch.jit.trace(model, x), tmp_path / "traced.pt")
+        torch.testing.assert_close(torch.jit.load(tmp_path / "traced.pt")(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_a_file_of_onnx_computes_the_same(dynamo: bool, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, x = deep(1), images(40)
+    with torch.no_grad():
+        torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=dynamo, verbose=False)
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), output(model, x), rtol=1e-4, atol=1e-4)

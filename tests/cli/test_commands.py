@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import hilora
 from hilora.cli.contents import READERS
 from hilora.cli.main import COMMANDS, main
+from hilora.cli.merge import merged, plain
 from hilora.cli.train import command as train
 from hilora.cli.train import load
 from hilora.federated.data.images import prepare
@@ -191,6 +192,48 @@ def test_what_cannot_be_merged_is_said(runs: Path, tmp_path: Path, capsys: pytes
     out = ["--out", str(tmp_path / "x.safetensors")]
     for run, client, said in (("hilora", "6", "clients 0 to 5"), ("fedalt", "0", "Gate"), ("none", "0", "none")):
         assert main(["merge", str(runs / run), "--client", client, *out]) == 2
+        assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_client_goes_to_peft_and_comes_back(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    peft = pytest.importorskip("peft")
+    run, folder, file = runs / "hilora", tmp_path / "client-1", tmp_path / "a.safetensors"
+    expected = merged(run, 1).eval()
+    x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert main(["peft", "export", str(run), "--client", "1", "--out", str(folder)]) == 0
+    theirs = peft.PeftModel.from_pretrained(new_glyph_vit(50), folder).eval()
+    with torch.no_grad():
+        theirs.load_state_dict({f"base_model.model.{n}": v for n, v in frozen().items()}, strict=False)
+        torch.testing.assert_close(theirs(x), expected(x), rtol=1e-4, atol=1e-4)
+    base = ["--backbone", "glyph_vit"]
+    assert main(["peft", "import", str(folder), *base, "--classes", "50", "--tier", "leaf", "--out", str(file)]) == 0
+    back = plain("glyph_vit", None, None, 50)
+    hilora.load_adapters(back, file)
+    with torch.no_grad():
+        torch.testing.assert_close(back.eval()(x), expected(x), rtol=1e-4, atol=1e-4)
+    assert main(["peft", "export", str(file), *base, "--rank", "2", "--out", str(tmp_path / "cut")]) == 0
+    assert "of the updates" in capsys.readouterr().out
+    kept = load_file(tmp_path / "cut" / "adapter_model.safetensors")
+    assert {len(value) for name, value in kept.items() if "lora_A" in name} == {2}
+
+
+def frozen() -> dict[str, torch.Tensor]:
+    """The weights of the glyph ViT by the names that they have under PEFT."""
+    state = load_backbone("glyph_vit").model.state_dict()
+    return {name.replace(".qkv.", ".qkv.base_layer."): value for name, value in state.items()}
+
+
+def test_what_cannot_go_to_peft_is_said(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, out = runs / "hilora", ["--out", str(tmp_path / "x")]
+    for words, said in (
+        (["export", str(run)], "give --client"),
+        (["export", str(run), "--client", "6"], "clients 0 to 5"),
+        (["export", str(run / "adapters.safetensors"), "--client", "1"], "give --slot TIER=N"),
+        (["export", str(run / "adapters.safetensors")], "give --backbone"),
+        (["import", str(run), "--backbone", "glyph_vit"], "no adapter_config.json"),
+    ):
+        assert main(["peft", *words, *out]) == 2
         assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

@@ -115,13 +115,9 @@ def test_what_the_kernels_do_not_do_is_the_references() -> None:
 
 def test_empty_tables_and_large_ranks_are_left_to_others() -> None:
     active = random(2, 1, 8, 2).float().to(DEVICE)
-    empty, frozen = active.new_empty(2, 0, 8, 3), random(2, 1, 8, 2, seed=1).float().to(DEVICE)
+    empty = active.new_empty(2, 0, 8, 3)
     assert gram_penalty(active, [empty], [1.0]) == 0
     large = random(1, 1, 40, 70).float()
     torch.testing.assert_close(
         gram_penalty(large.to(DEVICE), [large.to(DEVICE)], [1.0]).cpu(), reference.gram_penalty(large, [large], [1.0])
     )
-    penalty = gram_penalty(active.requires_grad_(), [frozen], [1.0])
-    (first,) = torch.autograd.grad(penalty, active, create_graph=True)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        first.sum().backward()

@@ -148,3 +148,17 @@ def test_a_step_captured_in_a_cuda_graph(backend: str, model: nn.Module) -> None
             parameter.grad.zero_()
     graph.replay()
     assert_same([p.grad for p in model.parameters() if p.grad is not None], want[1:])
+
+
+def test_a_graph_of_gradients_can_be_differentiated() -> None:
+    x, weight, bias, tiers = moved(*make(CASES["slots that repeat or are none"], torch.float32))
+    active, frozen = (random(2, 3, 9, 2, seed=seed).float().to(DEVICE) for seed in (0, 1))
+    leaves = [x, tiers[0].A, tiers[1].B, active.requires_grad_()]
+    found = []
+    for backend in ("split", "reference"):
+        with use_backend(backend):
+            y = hilora.kernels.stacked_lora_linear(x, weight, bias, tiers).sin().sum()
+            y = y + hilora.kernels.gram_penalty(active, [frozen], [0.5])
+        first = torch.autograd.grad(y, leaves, create_graph=True)
+        found.append([*first, *torch.autograd.grad(torch.stack([one.square().sum() for one in first]).sum(), leaves)])
+    assert_same(found[0], found[1])

@@ -398,3 +398,39 @@ def test_gradients_can_be_differentiated_once_more_where_that_is_asked_for() -> 
     with kernels.twice_differentiable():
         ahead, behind = (slope((tiers[0].B + s).detach().requires_grad_()) for s in (step, -step))
     torch.testing.assert_close(second.sum(), ((ahead - behind) / (2 * step)).sum().detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["three tiers of mixed ranks, no bias", "slots that repeat or are none", "one tier"])
+def test_a_graph_of_gradients_can_be_differentiated(name: str) -> None:
+    x, weight, bias, tiers = make(CASES[name])
+    leaves = [x, *(factor for tier in tiers for factor in (tier.A, tier.B))]
+
+    def second(y: Tensor) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(y.sin().sum(), leaves, create_graph=True)
+        return (*first, *torch.autograd.grad(torch.stack([one.square().sum() for one in first]).sum(), leaves))
+
+    found = second(stacked_lora_linear(x, weight, bias, tiers)), second(dense(x, weight, bias, tiers))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+def test_a_graph_of_gradients_of_one_layer_used_twice() -> None:
+    x, weight, bias, tiers = make(Case((9, 7), 7, [Adapters(2)]))
+
+    def second(layer: Any) -> tuple[Tensor, ...]:
+        y = layer(layer(x, weight, bias, tiers).sin(), weight, bias, tiers)
+        (first,) = torch.autograd.grad(y.square().sum(), tiers[0].B, create_graph=True)
+        return first, *torch.autograd.grad(first.square().sum(), [x, tiers[0].A])
+
+    for got, want in zip(second(stacked_lora_linear), second(dense), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_graph_of_the_penalty_s_gradient_can_be_differentiated(slots: int) -> None:
+    active, frozen = random(2, 1, 9, 2).requires_grad_(), random(2, slots, 9, 3, seed=1)
+    (first,) = torch.autograd.grad(gram_penalty(active, [frozen], [0.5]), active, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), active)
+    gram = (frozen @ frozen.mT).sum(1, keepdim=True)  # the penalty's gradient is γ · 2 G B
+    torch.testing.assert_close(first, gram @ active)
+    torch.testing.assert_close(second, 2 * gram @ gram @ active)

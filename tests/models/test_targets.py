@@ -5,12 +5,14 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
+import transformers
 from torch import Tensor, nn
 
 import hilora
 from hilora import HiLoRAConfig, HiLoRAError
 from hilora.models.targets import Target, find_targets
-from tests.helpers import vit
+from tests.helpers import randomise, vit
 from tests.vits import torchvision_vit, transformers_vit
 
 
@@ -160,15 +162,16 @@ def attention(**attributes: Any) -> nn.Module:
         timm.create_model("tiny_vit_5m_224", pretrained=False),
         timm.create_model("efficientformer_l1", pretrained=False),
         timm.create_model("maxvit_rmlp_pico_rw_256", pretrained=False),
+        timm.create_model("levit_128s", pretrained=False),
+        transformers.LevitForImageClassification(transformers.LevitConfig(depths=[1, 1, 1])),
     ],
-    ids=["head_first", "key_dim", "wide values", "TinyViT", "EfficientFormer", "MaxViT"],
+    ids=["head_first", "key_dim", "wide values", "TinyViT", "EfficientFormer", "MaxViT", "LeViT", "another LeViT"],
 )
 def test_a_fused_layer_that_mixes_its_parts_has_no_slices(model: nn.Module) -> None:
-    with pytest.raises(
-        ValueError, match="qkv does not hold q, k, v one after the other in equal parts: adapt it whole"
-    ):
+    with pytest.raises(ValueError, match=r"does not hold q, k and v one after the other .* adapt it whole, as 'qkv'"):
         find_targets(model, ["q"])
     assert find_targets(model, ["qkv"])
+    assert not [target for target in find_targets(model) if target.path != target.module]
 
 
 def test_a_fused_layer_that_says_it_is_in_order_has_slices() -> None:
@@ -235,10 +238,11 @@ def test_blocks_can_be_chosen_by_number() -> None:
 
 
 NAMES = {
-    "q": ("attn.wq", "attention.projection_query"),
+    "q": ("attn.wq", "attention.projection_query", "attn.q.linear"),
     "k": ("attn.wk", "attention.projection_key"),
     "v": ("attn.wv", "attention.projection_value"),
-    "qkv": ("attn.qkv.linear",),
+    "qkv": ("attn.qkv.linear", "attn.to_qkv", "queries_keys_values.linear"),
+    "proj": ("attn_out_proj", "attn.proj.ln.linear", "attn_layer.1.merge", "attention.projection_layer"),
     "fc1": (
         "mlp.c_fc",
         "mlp.lin1",
@@ -248,8 +252,20 @@ NAMES = {
         "mlp.weights_in",
         "mlp.fc1_g",
         "mlp.fc1_x",
+        "mlp.w12",
+        "mlp_layer.1",
+        "linear1",
     ),
-    "fc2": ("mlp.c_proj", "mlp.lin2", "mlp.dense2", "mlp.down_proj", "mlp.weights_out"),
+    "fc2": (
+        "mlp.c_proj",
+        "mlp.lin2",
+        "mlp.dense2",
+        "mlp.down_proj",
+        "mlp.weights_out",
+        "mlp.w3",
+        "mlp_out_proj",
+        "linear2",
+    ),
 }
 
 
@@ -261,8 +277,9 @@ def test_libraries_have_other_names_for_a_layer(name: str, path: str) -> None:
 
 def test_an_alias_finds_no_classifier_no_mlp_of_positions_and_no_shortcut() -> None:
     model = linears(
-        "blocks.0.mlp.fc1", "head.fc1", "blocks.0.attn.cpb_mlp.fc1", "blocks.0.rel_pos.mlp.fc1", "shortcut.fc1"
-    )
+        "blocks.0.mlp.fc1", "head.fc1", "blocks.0.attn.cpb_mlp.fc1", "blocks.0.rel_pos.mlp.fc1", "shortcut.fc1",
+        "patch_embed.fc1", "embeddings.fc1",
+    )  # fmt: skip
     assert [target.path for target in find_targets(model, ["fc1"])] == ["blocks.0.mlp.fc1"]
     assert len(find_targets(model, ["head.fc1", "cpb_mlp.fc1"])) == 2, "a name of its own does"
 
@@ -305,3 +322,62 @@ def test_a_layer_that_is_never_called_is_named_and_left_out_unless_it_was_asked_
     config = HiLoRAConfig(r=2, target_modules=("fc1", "blocks.2.fc1"), modules_to_save=())
     with pytest.raises(hilora.UncalledLayerError, match=r"never calls 1 of the adapted layers \(blocks\.2\.fc1"):
         hilora.inject(Partly(), config, example_input=torch.ones(2, 4))
+
+
+def test_an_alias_finds_nothing_of_what_is_trained_whole() -> None:
+    model = linears("blocks.0.fc1", "end.fc1")
+    assert len(find_targets(model, ["fc1"])) == 2
+    assert [t.path for t in find_targets(model, ["fc1"], modules_to_save=("end",))] == ["blocks.0.fc1"]
+    assert [t.path for t in find_targets(model, "all-linear", modules_to_save=("end",))] == ["blocks.0.fc1"]
+    hilora.inject(model, HiLoRAConfig(r=2, target_modules=("fc1",), modules_to_save=("end",)))
+    assert [name for name, p in model.named_parameters() if p.requires_grad and name.startswith("end")] == [
+        "end.fc1.weight",
+        "end.fc1.bias",
+    ]
+
+
+def small(name: str, **fields: Any) -> Any:
+    given = {"embed_dim": 48, "depth": 1, "num_heads": 3, "img_size": 32, "num_classes": 5} | fields
+    return timm.create_model(name, pretrained=False, **given)
+
+
+def test_a_parallel_block_holds_an_mlp_before_q_k_and_v() -> None:
+    for name in ("vit_pwee_patch16_reg1_gap_256", "vit_dpwee_patch16_reg1_gap_256"):
+        model = small(name)
+        mlp = model.blocks[0].in_split[0]
+        assert find_targets(model, ["q", "v"]) == [
+            Target("blocks.0.q", "blocks.0.in_proj", (mlp, 48)),
+            Target("blocks.0.v", "blocks.0.in_proj", (mlp + 96, 48)),
+        ]
+
+
+def test_a_slice_of_a_parallel_block_changes_that_slice_alone() -> None:
+    model = small("vit_pwee_patch16_reg1_gap_256")
+    hilora.inject(model, HiLoRAConfig(r=2, target_modules=("q", "v")))
+    randomise(model)
+    layer, x = model.blocks[0].in_proj, torch.randn(2, 3, 48)
+    with torch.no_grad():
+        adapted = layer(x)
+        with hilora.disable_adapters(model):
+            changed = (adapted - layer(x)).flatten(0, 1).abs().amax(0) > 0
+    start = model.blocks[0].in_split[0]
+    assert changed.nonzero().flatten().tolist() == [*range(start, start + 48), *range(start + 96, start + 144)]
+
+
+def test_an_in_proj_of_unknown_parts_is_whole() -> None:
+    assert [t.path for t in find_targets(linears("mixer.in_proj"))] == ["mixer.in_proj"]
+
+
+def test_a_global_attention_that_is_given_q_holds_k_and_v() -> None:
+    model = timm.create_model("gcvit_xxtiny", pretrained=False)
+    found = {name: len(find_targets(model, [name])) for name in ("qkv", "q", "k", "v")}
+    assert found == {"qkv": 12, "q": 6, "k": 12, "v": 12}
+    whole = next(m for m in model.modules() if getattr(m, "use_global", False)).qkv
+    part = next(t for t in find_targets(model, ["v"]) if model.get_submodule(t.module) is whole)
+    assert part.columns == (whole.out_features // 2, whole.out_features // 2)
+
+
+def test_layers_of_torchvision_s_maxvit() -> None:
+    model = torchvision.models.MaxVit((64, 64), 16, 2, [16], [1], 16, 0.0, num_classes=5)
+    found = {name: len(find_targets(model, [name])) for name in ("q", "v", "proj", "fc1", "fc2")}
+    assert set(found.values()) == {2}, found

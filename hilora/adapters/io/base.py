@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hilora.adapters.factors import whole
 from hilora.adapters.injection import adapted_layers, head_parameters
 from hilora.errors import FileError
 from hilora.models.registry import family_of
@@ -34,13 +35,13 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
 
 def _frozen(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     adapted = adapted_layers(model, merged=True)
-    own = {f"{path}.weight" if path else "weight": layer.weight for path, layer in adapted.items()}
+    own = {f"{path}.weight" if path else "weight": layer.frozen_weight for path, layer in adapted.items()}
     adapters = {id(p) for layer in adapted.values() for factor in (layer.lora_A, layer.lora_B) for p in factor.values()}
     head = head_parameters(model)
     for path, parameter in model.named_parameters():
         name = plain_path(path)
         if id(parameter) not in adapters and name not in head:
-            yield name, own.get(name, parameter).detach()
+            yield name, whole(own.get(name, parameter).detach())
 
 
 def check_base(model: nn.Module, saved: dict[str, Any], path: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hilora.adapters.bank import AdapterBank
+from hilora.adapters.config import HiLoRAConfig
 from hilora.adapters.injection import adapted_layers, banks, head_parameters
 from hilora.adapters.io.files import check_floating, open_tensors, parsed
 from hilora.adapters.io.peft import CONFIG, PREFIX, WEIGHTS, Factors
@@ -50,16 +51,8 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], /, tier: str, 
         IndexError: for a slot that the tier does not have.
     """
     place = Path(folder)
-    described = _read_config(place / CONFIG)
-    if not (place / WEIGHTS).is_file() and (place / "adapter_model.bin").exists():
-        raise FileError(
-            f"{place} has its weights as adapter_model.bin, a pickle, which can run code when it is read: ask whoever "
-            f"made it for {WEIGHTS}, which PEFT writes by default"
-        )
-    tensors, _ = open_tensors(place / WEIGHTS)
-    check_floating(tensors, place / WEIGHTS)
+    adapters, rest = _read(place)
     found = banks(model)
-    adapters, rest = _taken_apart(tensors, described, place)
     head = _head(model, rest, place)
     layers = adapted_layers(model)
     unknown = [path for path in adapters if path not in layers]
@@ -84,6 +77,30 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], /, tier: str, 
         for name, value in head.items():
             own[name].copy_(value)
     return model
+
+
+def config_of(folder: str | os.PathLike[str]) -> HiLoRAConfig:
+    """What a model must be injected with to take a LoRA adapter that PEFT saved: its layers, and its largest rank.
+
+    Raises:
+        FileNotFoundError, ValueError: as `import_peft`.
+    """
+    adapters, _ = _read(Path(folder))
+    rank = max(len(A) for A, _ in adapters.values())
+    return HiLoRAConfig(r=rank, lora_alpha=rank, target_modules=tuple(adapters))
+
+
+def _read(place: Path) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+    """What a folder has: adapters by the paths of their layers, scaled, and other tensors by their names."""
+    described = _read_config(place / CONFIG)
+    if not (place / WEIGHTS).is_file() and (place / "adapter_model.bin").exists():
+        raise FileError(
+            f"{place} has its weights as adapter_model.bin, a pickle, which can run code when it is read: ask whoever "
+            f"made it for {WEIGHTS}, which PEFT writes by default"
+        )
+    tensors, _ = open_tensors(place / WEIGHTS)
+    check_floating(tensors, place / WEIGHTS)
+    return _taken_apart(tensors, described, place)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

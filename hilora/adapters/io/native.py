@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hilora.adapters.bank import AdapterBank
 from hilora.adapters.config import HiLoRAConfig
+from hilora.adapters.factors import sharded_as, whole
 from hilora.adapters.injection import FRESH_HEAD, banks, has_adapters, head_parameters, inject, restored_on_error
 from hilora.adapters.io.base import check_base as same_base
 from hilora.adapters.io.base import describe_base
@@ -52,9 +53,10 @@ def save_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
     write_tensors(path, tensors, described)
 
 
-def trained_head(model: nn.Module) -> dict[str, nn.Parameter]:
+def trained_head(model: nn.Module) -> dict[str, Tensor]:
     """`head_parameters`, if they are not what they were at injection; else nothing."""
-    fresh, head = unwrapped(model).__dict__.get(FRESH_HEAD, {}), head_parameters(model)
+    fresh = unwrapped(model).__dict__.get(FRESH_HEAD, {})
+    head = {name: whole(value.detach()) for name, value in head_parameters(model).items()}
     same = all(name in fresh and torch.equal(value.cpu(), fresh[name].cpu()) for name, value in head.items())
     return {} if same else head
 
@@ -106,7 +108,7 @@ def load_adapters(model: nn.Module, path: str | os.PathLike[str], check_base: bo
             bank.shared.config = configs[0]
     with torch.no_grad():
         for name, value in head.items():
-            own_head[name].copy_(value)
+            own_head[name].copy_(sharded_as(own_head[name], value))
     return model
 
 

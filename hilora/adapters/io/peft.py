@@ -19,6 +19,7 @@ from hilora.adapters.io.files import serialised, write_files
 from hilora.adapters.io.native import trained_head
 from hilora.adapters.layers import TieredLoRALinear
 from hilora.errors import InvalidValueError
+from hilora.models.attention import OpenAttention
 from hilora.models.heads import find_heads
 from hilora.models.wrappers import plain_path, unwrapped
 
@@ -93,6 +94,8 @@ def _layers(model: nn.Module) -> dict[str, tuple[TieredLoRALinear, AdapterBank]]
             raise InvalidValueError(f"{path} is used at {places[layer]} places of the model, which PEFT cannot say")
         if layer.parts is None:
             raise InvalidValueError(f"{path or 'the model'} was wrapped by itself: use hilora.inject to export it")
+        if isinstance(unwrapped(model).get_submodule(path.rpartition(".")[0]), OpenAttention):
+            raise InvalidValueError(f"{path} is of an nn.MultiheadAttention, which PEFT adapts in a way of its own")
         if bank.composition is not None:
             raise InvalidValueError("a composition weighs the tiers against each other, which PEFT cannot say")
     return layers
@@ -102,7 +105,7 @@ def _stacked(layer: TieredLoRALinear, bank: AdapterBank, slots: Mapping[str, int
     """The adapters of some tiers as one for the whole of a layer: its rank is the sum over tiers and projections."""
     As: list[Tensor] = []
     Bs: list[Tensor] = []
-    wide = torch.promote_types(layer.weight.dtype, torch.float32)
+    wide = torch.promote_types(layer.frozen_weight.dtype, torch.float32)
     for tier, given in slots.items():
         slot = layer.slot(tier, given)
         if slot == -1:  # of a tier without adapters

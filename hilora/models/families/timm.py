@@ -22,11 +22,13 @@ class FetchError(HiLoRAError, RuntimeError):
 class Timm(Family):
     name = "timm"
     aliases: ClassVar[Mapping[str, Sequence[str]]] = {
-        "q": ("wq",),  # CrossViT
+        "q": ("wq", "q.linear"),  # CrossViT, LeViT
         "k": ("wk",),
         "v": ("wv",),
-        "qkv": ("qkv.linear",),  # LeViT
-        "fc1": ("fc1_g", "fc1_x"),  # SwiGLU
+        "qkv": ("qkv.linear",),
+        "proj": ("attn_out_proj", "proj.ln.linear"),  # parallel blocks, LeViT
+        "fc1": ("fc1_g", "fc1_x", "mlp.w12", "mlp.ln1.linear"),  # SwiGLU, that of DINOv2, LeViT
+        "fc2": ("mlp_out_proj", "mlp.w3", "mlp.ln2.linear"),
     }
 
     def owns(self, model: nn.Module) -> bool:

@@ -12,7 +12,12 @@ from hilora.models.registry import Family, pair
 
 class Torchvision(Family):
     name = "torchvision"
-    aliases: ClassVar[Mapping[str, Sequence[str]]] = {"fc1": ("mlp.0",), "fc2": ("mlp.3",)}
+    aliases: ClassVar[Mapping[str, Sequence[str]]] = {
+        "qkv": ("to_qkv",),  # MaxViT
+        "proj": ("attn_layer.1.merge",),
+        "fc1": ("mlp.0", "mlp_layer.1"),
+        "fc2": ("mlp.3", "mlp_layer.3"),
+    }
 
     def owns(self, model: nn.Module) -> bool:
         return hasattr(model, "image_size")

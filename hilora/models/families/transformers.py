@@ -9,18 +9,27 @@ from torch import nn
 
 from hilora.models.registry import Family, pair
 
-SECOND = ("lin2", "dense2", "down_proj", "weights_out")  # of SAM, PVT, DINOv3, DINOv2 with SwiGLU
+# An MLP's layers in SAM, PVT, DINOv3, DINOv2 with SwiGLU.
+FIRST = ("lin1", "dense1", "up_proj", "gate_proj", "weights_in")
+SECOND = ("lin2", "dense2", "down_proj", "weights_out")
 
 
 class Transformers(Family):
     name = "transformers"
     aliases: ClassVar[Mapping[str, Sequence[str]]] = {
-        "q": ("query", "q_proj", "to_q", "projection_query"),
+        "q": ("query", "q_proj", "to_q", "projection_query", "queries.linear"),
         "k": ("key", "k_proj", "to_k", "projection_key"),
         "v": ("value", "v_proj", "to_v", "projection_value"),
-        "proj": ("o_proj", "out_proj", "attention.output.dense"),
-        "fc1": ("intermediate.dense", "mlp.lin1", "mlp.dense1", "mlp.up_proj", "mlp.gate_proj", "mlp.weights_in"),
-        "fc2": ("[0-9].output.dense", "[0-9][0-9].output.dense", *(f"mlp.{end}" for end in SECOND)),
+        "qkv": ("queries_keys_values.linear",),  # LeViT
+        "proj": ("o_proj", "out_proj", "attention.output.dense", "projection.linear", "attention.projection_layer"),
+        "fc1": ("intermediate.dense", *(f"mlp.{end}" for end in FIRST), "linear_up.linear", "linear1"),
+        "fc2": (
+            "[0-9].output.dense",
+            "[0-9][0-9].output.dense",
+            *(f"mlp.{end}" for end in SECOND),
+            "linear_down.linear",
+            "linear2",
+        ),
     }
 
     def owns(self, model: nn.Module) -> bool:
