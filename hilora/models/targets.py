@@ -77,10 +77,8 @@ def find_targets(
         else:
             matched = _meant(candidates, name, aside)
         if not matched:
-            linears = sorted({target.path.rpartition(".")[2] for target in candidates})
-            raise InvalidValueError(
-                f"target {name!r} finds no linear layer; the last names of those there are: {linears}"
-            )
+            instead = _instead(model, candidates, "" if isinstance(names, str) else name)
+            raise InvalidValueError(f"target {name!r} finds no linear layer; {instead}")
         meant.update(matched)
     found = _of_blocks([target for target in candidates if target in meant], blocks)
     whole = {target.module for target in found if target.path == target.module}
@@ -104,6 +102,19 @@ def _of_blocks(found: list[Target], blocks: Iterable[int] | None) -> list[Target
         there = ", ".join(map(str, sorted(set(of.values()))))
         raise InvalidValueError(f"layers_to_transform names {sorted(missing)}: the targets are in blocks {there}")
     return [target for target in found if of.get(target) in set(blocks)]
+
+
+def _instead(model: nn.Module, candidates: list[Target], name: str) -> str:
+    """What there is in place of the linear layers of a name."""
+    convolutions = [
+        target
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
+        for target in _projections(model, path, module.out_channels)
+    ]
+    if alike := _meant(convolutions, name):
+        return f"{alike[0].module} is a convolution, and adapters are for linear layers"
+    return f"the last names of those there are: {sorted({target.path.rpartition('.')[2] for target in candidates})}"
 
 
 def _layers(model: nn.Module) -> dict[str, int]:

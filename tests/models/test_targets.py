@@ -174,6 +174,13 @@ def test_a_fused_layer_that_mixes_its_parts_has_no_slices(model: nn.Module) -> N
     assert not [target for target in find_targets(model) if target.path != target.module]
 
 
+@pytest.mark.parametrize("name", ["q", "qkv"])
+def test_a_projection_that_is_a_convolution_is_told(name: str) -> None:
+    model = tree({"attn.qkv": nn.Conv2d(4, 12, 1), "attn.proj": nn.Linear(4, 4)})
+    with pytest.raises(ValueError, match=rf"target '{name}' finds no linear layer; attn.qkv is a convolution"):
+        find_targets(model, [name])
+
+
 def test_a_fused_layer_that_says_it_is_in_order_has_slices() -> None:
     assert len(find_targets(attention(head_first=False), ["q", "v"])) == 2
 
