@@ -9,7 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +21,7 @@ from hilora.locks import Stopped, claimed, stoppable, uninterrupted
 HOLD = """
 import sys
 from pathlib import Path
+from typing import Any
 from hilora.locks import claimed
 with claimed(Path(sys.argv[1])) as ours:
     print(ours, flush=True)
@@ -86,22 +89,32 @@ def test_what_a_killed_process_left_half_written_is_taken_away(tmp_path: Path) -
         assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
 
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """As in a program that a terminal started: a suite in the background, or under nohup, inherits ignored ones."""
+    usual: dict[signal.Signals, Any] = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_work_as_ctrl_c_does(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
     with pytest.raises(Stopped) as caught, stoppable():
         signal.raise_signal(number)
     assert (caught.value.signal, str(caught.value)) == (number, number.name)
-    assert signal.getsignal(number) is before
+    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with stoppable(), uninterrupted():
-            signal.raise_signal(signal.SIGHUP)
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with stoppable(), uninterrupted():
+        signal.raise_signal(signal.SIGHUP)
 
 
 def test_signals_wait_for_what_belongs_together() -> None:

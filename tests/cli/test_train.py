@@ -127,7 +127,8 @@ def test_a_second_run_in_the_same_folder_loses_nothing(example: ModuleType, tmp_
 
 def interrupt(arguments: list[str], log: Path, rounds: int, number: signal.Signals) -> tuple[str, str]:
     """Send a signal, as Ctrl-C does, when the log has so many rounds; returns what was printed."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background suite inherits that it is ignored
+    default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    before = signal.signal(number, default)  # a background suite inherits that it is ignored
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *arguments],
         stdout=subprocess.PIPE,
@@ -135,7 +136,7 @@ def interrupt(arguments: list[str], log: Path, rounds: int, number: signal.Signa
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    signal.signal(signal.SIGINT, before)
+    signal.signal(number, before)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") >= rounds):
         time.sleep(0.05)  # no event tells a test that a file has grown
