@@ -22,7 +22,7 @@ from hilora.federated.engine.device import DTYPES, find_device, quick_dtype
 from hilora.federated.settings import TrainingSettings
 from hilora.federated.simulation import Simulation
 from hilora.federated.strategies import STRATEGIES
-from hilora.files import plain, set_aside
+from hilora.files import clear_leftovers, plain, set_aside
 from hilora.locks import claimed
 from hilora.models.backbone import GLYPH_VIT, load_backbone, tune_for_cpu
 from hilora.reporting.comparison import comparison_text, write_comparison
@@ -193,6 +193,8 @@ def _train(args: argparse.Namespace, load_data: Load, summaries: list[dict[str, 
     given = {name: value for name, value in vars(args).items() if name in SHARED}
     training, strategies = made(TrainingSettings, given), chosen(args, args.kinds)
     folders = [args.out] if len(strategies) == 1 else [args.out / name for name in args.strategy]
+    for folder in folders:
+        clear_leftovers(folder)
     if args.resume and not any(map(has_checkpoint, folders)):
         raise MissingFileError(f"--resume: there is no checkpoint in {args.out}: start without it")
     with about(device=args.device):

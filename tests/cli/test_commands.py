@@ -262,3 +262,12 @@ def test_a_reader_that_goes_away_ends_a_command_quietly() -> None:
     root = Path(hilora.__file__).resolve().parents[1]
     done = subprocess.run(["bash", "-c", f"{words} | head -n 1"], cwd=root, capture_output=True, text=True)
     assert "Traceback" not in done.stderr
+
+
+def test_what_a_killed_run_of_several_methods_left_half_written_is_taken_away(tmp_path: Path) -> None:
+    half = [tmp_path / name for name in (".comparison.md.0123abcd.tmp", "fedit/.summary.json.0123abcd.tmp")]
+    for path in half:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("half")
+    assert main(["train", *SMALL, "--strategy", "fedit", "local-lora", "--quiet", "--out", str(tmp_path)]) == 0
+    assert not any(path.exists() for path in half)
