@@ -14,6 +14,7 @@ import numpy as np
 from .errors import Unsupported
 from .machine import Action, Machine
 from .parsing import Instruction, Program, parse
+from .tensormaps import BYTES
 from .values import Array, DType, dtype_of, resized, unsigned
 
 Read = Callable[[Machine], Array]
@@ -21,6 +22,7 @@ Write = Callable[[Machine, Array], None]
 _DECODERS: dict[str, Callable[[Operands], Action]] = {}
 _ADDRESS = re.compile(r"\[\s*([%\w$.]+)\s*(?:\+\s*(-?\w+))?\s*\]")
 _FLOAT = re.compile(r"0[fFdD]([0-9a-fA-F]+)")
+PARAMETERS = 1 << 62  # address of the first one
 _SHARED = "global_smem"  # the symbol of all shared memory
 
 
@@ -55,13 +57,18 @@ class Code:
 
     def _decode(self, one: Instruction) -> Action:
         parts = one.parts
-        for length in (2, 1):
+        for length in (3, 2, 1):
             if decoder := _DECODERS.get(".".join(parts[:length])):
                 operands = Operands(one, self)
                 action = decoder(operands)
                 self.touched[one] = operands.touched
                 return action
-        known = {"mbarrier": "mbarriers", "cp": "TMA", "call": "function calls", "setmaxnreg": "warp specialization"}
+        known = {
+            "tensormap": "TMA descriptors that a kernel makes",
+            "cp": "TMA",
+            "call": "function calls",
+            "setmaxnreg": "warp specialization",
+        }
         why = f" ({known[parts[0]]})" if parts[0] in known else ""
         raise Unsupported(f"the instruction {one}{why}, in {self.program.name} at {one.line}")
 
@@ -100,6 +107,9 @@ class Operands:
         """An operand in a type: the lower part of a register that is wider."""
         if text.startswith("%") and (special := _special(text)):
             return lambda machine: special(machine).view(dtype)
+        if text in self.code.program.parameters:
+            address = _parameter_address(list(self.code.program.parameters).index(text), dtype)
+            return lambda machine: address
         if re.match(r"[%a-zA-Z]", text) and text != _SHARED:
             number, own = self.register(text)
             if own == dtype:
@@ -154,6 +164,11 @@ class Operands:
             return lambda machine: np.full(machine.size, offset)
         number, _ = self.register(found[1])
         return lambda machine: machine.registers[number].astype(np.int64) + offset
+
+
+def _parameter_address(index: int, dtype: DType) -> Array:
+    """Of a kernel's parameter, which only TMA looks at."""
+    return np.array([PARAMETERS + index * BYTES], np.uint64).astype(dtype)
 
 
 def _immediate(text: str, dtype: DType) -> Array:

@@ -17,12 +17,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import driver
 from .code import Code, compiled
 from .errors import Fault
 from .machine import Machine
 from .memory import GlobalMemory, Region
+from .tensormaps import BYTES
 
 BATCH = 2048  # threads that run side by side: enough to hide what a call of numpy costs
 
@@ -32,14 +34,14 @@ class RaceError(Exception):
 
 
 def execute(
-    ptx: str, grid: Sequence[int], arguments: Sequence[int], shared: int, tensors: Mapping[str, Tensor]
+    ptx: str, grid: Sequence[int], arguments: Sequence[int | bytes], shared: int, tensors: Mapping[str, Tensor]
 ) -> Counter[str]:
     """Run all CTAs of a launch; races that were found.
 
     Args:
         ptx: of one kernel.
         grid: CTAs in x, y and z.
-        arguments: bits of each.
+        arguments: bits of each, bytes of a TMA descriptor.
         shared: bytes for each CTA.
         tensors: on the CPU, by name: the memory that may be touched.
 
@@ -74,7 +76,9 @@ def named_tensors(names: Sequence[str], values: Sequence[Any]) -> dict[str, Tens
     """Of a kernel's arguments, those in tuples by their index."""
 
     def walk(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-        if isinstance(value, Tensor):
+        if isinstance(value, TensorDescriptor):
+            yield name, value.base
+        elif isinstance(value, Tensor):
             yield name, value
         elif isinstance(value, tuple | list):
             for index, one in enumerate(value):
@@ -130,12 +134,14 @@ class Emulator:
             self._now["error"] = error
 
 
-def _arguments(code: Code, launch: driver.Launched) -> list[int]:
+def _arguments(code: Code, launch: driver.Launched) -> list[int | bytes]:
     program = code.program
     if launch.threads != program.threads:
         raise Fault(f"{program.name}: launched with {launch.threads} threads, compiled for {program.threads}")
     types: dict[int, Any] = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
     return [
-        types[size].from_address(launch.arguments[index]).value
+        ctypes.string_at(launch.arguments[index], size)
+        if size == BYTES
+        else types[size].from_address(launch.arguments[index]).value
         for index, size in enumerate(program.parameters.values())
     ]

@@ -52,7 +52,7 @@ Result cuGetErrorString(Result error, const char **text) {
   return 0;
 }
 Result cuDriverGetVersion(int *version) {
-  *version = 13000;
+  *version = 13020; // of an older one Triton mends tensor maps, bit by bit
   return 0;
 }
 Result cuCtxGetLimit(size_t *size, int limit) {
@@ -66,6 +66,33 @@ Result cuGetProcAddress(const char *name, Pointer *function, int version, uint64
 Result cuGetProcAddress_v2(const char *name, Pointer *function, int version, uint64_t flags, int *status) {
   *function = NULL;
   return 500;
+}
+
+// A tensor map in a form of the emulator's own; `tensormaps.py` reads it.
+typedef struct {
+  uint64_t mark, base, sizes[5], strides[4];
+  uint16_t box[5];
+  uint8_t rank, type, swizzle, nan;
+} TensorMap;
+_Static_assert(sizeof(TensorMap) <= 128, "a tensor map has 128 bytes");
+
+Result cuTensorMapEncodeTiled(TensorMap *map, int type, unsigned rank, uint64_t base, const uint64_t *sizes,
+                              const uint64_t *strides, const unsigned *box, const unsigned *steps, int interleave,
+                              int swizzle, int promotion, int fill) {
+  static const uint8_t bytes[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};
+  static const unsigned widths[] = {65536, 32, 64, 128}; // of a row, by the swizzle
+  if (rank < 1 || rank > 5 || type < 0 || type > 12 || swizzle < 0 || swizzle > 3 || interleave || base % 16) return 1;
+  *map = (TensorMap){.mark = 0x50414D524F534E54, .base = base, .rank = rank, .type = type, .swizzle = swizzle};
+  map->nan = fill;
+  for (unsigned i = 0; i < rank; i++) {
+    if (!sizes[i] || sizes[i] > 1ull << 32 || !box[i] || box[i] > 256 || steps[i] != 1) return 1;
+    if (i && (strides[i - 1] % 16 || strides[i - 1] >= 1ull << 40)) return 1;
+    map->sizes[i] = sizes[i];
+    map->box[i] = box[i];
+    if (i) map->strides[i - 1] = strides[i - 1];
+  }
+  unsigned row = box[0] * bytes[type];
+  return row % 16 || row > widths[swizzle];
 }
 
 #define CONTEXT(name, ...)                                                                                             \
@@ -97,7 +124,6 @@ NOTHING(cuModuleUnload)
 
 #define REFUSED(name)                                                                                                  \
   Result name() { return 801; }
-REFUSED(cuTensorMapEncodeTiled)
 REFUSED(cuTensorMapEncodeIm2col)
 REFUSED(cuOccupancyMaxActiveClusters)
 REFUSED(cuLaunchCooperativeKernel)

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .errors import Unsupported
+from .errors import Fault, Unsupported
+from .groups import Groups
+from .mbarriers import Barriers
 from .memory import GlobalMemory, SharedMemory, Who
-from .races import WARPS, Groups
+from .transfers import WARPS
 from .values import Array, unsigned
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ class Machine:
         code: of the kernel.
         grid: of the launch, in x, y and z.
         ctas: numbers of those to run here, from 0 on.
-        arguments: of the kernel, as bits.
+        arguments: of the kernel, as bits; TMA descriptors as bytes.
         memory: the tensors of the launch.
         shared: bytes of each CTA.
         races: what is found, counted by places in memory.
@@ -44,12 +46,13 @@ class Machine:
         now: the present instruction.
         active: the threads that execute the present instruction; None for all.
         intervals: of each CTA, the number of its interval between barriers.
+        asleep: threads for whose wait an mbarrier has to change.
         accumulators: registers that products in flight add to, with the group of each warp group's last such product.
     """
 
     def __init__(
-        self, code: Code, grid: Sequence[int], ctas: Sequence[int], arguments: Sequence[int], memory: GlobalMemory,
-        shared: int, races: Counter[str], clock: int,
+        self, code: Code, grid: Sequence[int], ctas: Sequence[int], arguments: Sequence[int | bytes],
+        memory: GlobalMemory, shared: int, races: Counter[str], clock: int,
     ) -> None:  # fmt: skip
         threads = code.program.threads
         if threads % LANES or threads > (WARPS - 1) * LANES:
@@ -57,7 +60,7 @@ class Machine:
         self.code, self.grid, self.arguments, self.memory, self.races = code, grid, arguments, memory, races
         self.warpgroups = max(threads // WARPGROUP, 1)
         self.size = len(ctas) * threads
-        self.shared = SharedMemory(len(ctas), shared, self.warpgroups)
+        self.shared = SharedMemory(len(ctas), shared, threads // LANES, self.warpgroups)
         self.place = np.repeat(np.arange(len(ctas)), threads)  # of a thread's CTA in this batch
         self.cta = np.repeat(np.asarray(ctas, np.int32), threads)
         self.thread = np.tile(np.arange(threads, dtype=np.uint32), len(ctas))
@@ -67,6 +70,7 @@ class Machine:
         self.registers = [np.zeros(self.size, unsigned(bits)) for bits in code.widths]
         self.at = np.zeros(self.size, np.int32)  # block that a thread executes next
         self.active: Array | None = None
+        self.asleep = np.zeros(self.size, bool)
         self.accumulators: dict[int, Array] = {}
         self.now: Instruction
         self._stamp()
@@ -74,8 +78,8 @@ class Machine:
     def run(self) -> None:
         """To the end of all threads."""
         with np.errstate(all="ignore"):
-            while (block := int(self.at.min())) != _END:
-                here = self.at == block
+            while (block := self._next()) != _END:
+                here = (self.at == block) & ~self.asleep
                 self.active = None if here.all() else here
                 self.at[here] = block + 1
                 for now, action in self.code.blocks[block]:
@@ -83,6 +87,14 @@ class Machine:
                     if self.accumulators:
                         self._check_accumulators()
                     action(self)
+        self.shared.accesses.transfers.check_end(self.report)
+
+    def _next(self) -> int:
+        """The first block that some thread can execute."""
+        awake = self.at[~self.asleep]
+        if not len(awake) or (self.asleep.any() and awake.min() == _END):
+            raise Fault(f"{self.code.program.name}: threads wait for an mbarrier that nothing completes")
+        return int(awake.min())
 
     def branch(self, threads: Array | None, block: int) -> None:
         self.at[slice(None) if threads is None else threads] = block
@@ -120,9 +132,7 @@ class Machine:
         self.intervals[ctas] = self.clock + np.arange(len(ctas))
         self.clock += len(ctas)
         self._stamp()
-        accesses = self.shared.accesses
-        accesses.copies.barrier(ctas)
-        accesses.products.barrier(self.agents(ctas))
+        self.shared.accesses.barrier(ctas, self.agents(ctas))
 
     def _stamp(self) -> None:
         if self.clock >= 1 << 26:
@@ -133,9 +143,21 @@ class Machine:
         """All warp groups of these CTAs."""
         return (ctas[:, None] * self.warpgroups + np.arange(self.warpgroups)).ravel()
 
+    def warps(self, threads: Array | slice) -> Array:
+        """Numbers of these threads' warps, over all CTAs."""
+        return np.unique(np.arange(self.size)[threads] // LANES)
+
     @property
     def products(self) -> Groups:
         return self.shared.accesses.products
+
+    @property
+    def barriers(self) -> Barriers:
+        return self.shared.accesses.transfers.barriers
+
+    @property
+    def stores(self) -> Groups:
+        return self.shared.accesses.transfers.stores
 
     def wait_for_products(self, pending: int) -> None:
         self.products.wait(self.agents(self.whole_ctas()), pending)

@@ -106,14 +106,15 @@ class SharedMemory:
     Args:
         ctas: their number.
         size: bytes of each.
+        warps: of each.
         warpgroups: of each.
     """
 
-    def __init__(self, ctas: int, size: int, warpgroups: int) -> None:
+    def __init__(self, ctas: int, size: int, warps: int, warpgroups: int) -> None:
         self.size = -(-max(size, 1) // 1024) * 1024  # what swizzles look at stays as it is
         self.declared = size
         self.bytes = np.full(ctas * self.size, 0xFF, np.uint8)
-        self.accesses = SharedAccesses(ctas, self.size // PLACE, warpgroups)
+        self.accesses = SharedAccesses(ctas, self.size // PLACE, warps, warpgroups)
 
     def index(self, addresses: Array, size: int, places: Array, what: str) -> Array:
         """Of accesses to addresses within a CTA's memory, in units of their size."""
@@ -144,6 +145,30 @@ class SharedMemory:
         index = self.index(addresses, size, who.places, "cp.async")
         _elements(self.bytes, 1, size)[index] = values
         self.accesses.note_copy(*_places(index, size), who.stamps, who.places, _named(report, "shared"))
+
+    def load_boxes(self, addresses: Array, values: Array, who: Who, tickets: Array, report: Report) -> None:
+        """`values [n, chunks, bytes]` by TMA, to chunks at `addresses [n, chunks]`."""
+        index, stamps, places = self._chunks(addresses, values.shape[2], who)
+        _elements(self.bytes, 1, values.shape[2])[index] = values.reshape(len(index), -1)
+        tickets = np.repeat(tickets, addresses.shape[1])
+        at, width = _places(index, values.shape[2])
+        self.accesses.note_load(at, width, stamps, places, tickets, _named(report, "shared"))
+
+    def store_boxes(self, addresses: Array, size: int, who: Who, report: Report) -> Array:
+        """Of chunks at `addresses [n, chunks]`, by TMA: `[n, chunks, size]` bytes."""
+        index, stamps, places = self._chunks(addresses, size, who)
+        self.accesses.note_store(*_places(index, size), stamps, places, _named(report, "shared"))
+        return _elements(self.bytes, 1, size)[index].reshape(*addresses.shape, size)
+
+    def _chunks(self, addresses: Array, size: int, who: Who) -> tuple[Array, Array, Array]:
+        stamps, places = (np.repeat(one, addresses.shape[1]) for one in (who.stamps, who.places))
+        return self.index(addresses.ravel(), size, places, "TMA copy"), stamps, places
+
+    def note_barrier(self, addresses: Array, who: Who, write: bool, report: Report) -> None:
+        """That mbarriers are made or ended, or used."""
+        at, width = _places(self.index(addresses, 8, who.places, "mbarrier"), 8)
+        note = self.accesses.note_write if write else self.accesses.note_read
+        note(at, width, who.stamps, _named(report, "an mbarrier"))
 
     def operands(self, addresses: Array, size: int, who: Who, group: int, report: Report) -> Array:
         """Elements of `size` bytes at `addresses [n, rows, columns]`, for products by a warp group of n CTAs."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .errors import Unsupported
+from .tensormaps import BYTES
 from .values import dtype_of
 
 _TOKEN = re.compile(
@@ -73,6 +75,7 @@ def parse(ptx: str) -> Program:
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", ptx, flags=re.DOTALL)
     if found := re.search(r"\btcgen05\.[\w.]+", text):
         raise Unsupported(f"{found[0]}: tensor memory of sm_100 is not emulated, compile for sm_90 or sm_80")
+    text = _with_own_labels(text)
     entry = re.search(r"\.entry\s+([\w$]+)\s*\((.*?)\)([^{]*)\{", text, re.DOTALL)
     if entry is None:
         raise Unsupported("PTX without a kernel")
@@ -85,15 +88,28 @@ def parse(ptx: str) -> Program:
     return program
 
 
+def _with_own_labels(text: str) -> str:
+    """Labels of inner blocks get names that no other has."""
+    number = itertools.count()
+
+    def own(block: re.Match[str]) -> str:
+        for label in re.findall(r"([\w$]+):(?!:)", block[0]):
+            if re.search(rf"[{{;]\s*{re.escape(label)}:", block[0]):
+                return re.sub(rf"(?<![\w.$%]){re.escape(label)}(?![\w.$])", f"{label}_{next(number)}", block[0])
+        return block[0]
+
+    return re.sub(r"\{[^{}]*\}", own, text)
+
+
 def _parameter(text: str) -> tuple[str, int]:
     declared = re.search(
         r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)(?:\s+\.\w+(?:\s+\d+)?)*?\s+([\w$]+)(\[\d+\])?\s*$", text
     )
     if declared is None:
         raise Unsupported(f"the parameter {text.strip()!r}")
-    if declared[3]:
-        raise Unsupported(f"the parameter {declared[2]}, a TMA descriptor: tensor maps are not emulated")
-    return declared[2], dtype_of(declared[1]).itemsize
+    if declared[3] and declared[1] + declared[3] != f"b8[{BYTES}]":
+        raise Unsupported(f"the parameter {text.strip()!r}, which is no TMA descriptor")
+    return declared[2], BYTES if declared[3] else dtype_of(declared[1]).itemsize
 
 
 def _read_body(program: Program, text: str, position: int, files: dict[str, str]) -> None:

@@ -7,22 +7,23 @@ differ in their last six bits alone: `(a ^ b) - 1 < 63` in unsigned numbers. A p
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
+from .groups import Groups
+from .transfers import WARPS, Report, Transfers
 from .values import Array
 
 PLACE = 2  # bytes
-WARPS = 64  # numbers of them in a stamp; the last one stands for several
-_LAST = np.uint32(WARPS - 1)
-Report = Callable[[str, Any], None]  # of what, and where it is True
+_LAST = np.uint32(WARPS - 1)  # of a stamp's warps; it stands for several
 
 
 def without_barrier(one: Array, other: Array) -> Array:
     """Whether stamps are of different warps and the same interval."""
     return (one ^ other) - np.uint32(1) < _LAST
+
+
+def _warps(stamps: Array) -> Array:
+    return (stamps & _LAST).astype(np.int64)
 
 
 class Accesses:
@@ -90,41 +91,22 @@ class GlobalAccesses(Accesses):
         report("CTAs: write after read", (reader != 0) & (reader != own))
 
 
-class Groups:
-    """Asynchronous work in groups that are committed and waited for in order, by each of several agents.
-
-    A place notes the number of the group that works on it. Groups up to `done` have ended, as their agent knows; up to
-    `known`, as all warps do: a barrier was passed since. No warp knows by itself that the others' products have ended.
-    """
-
-    def __init__(self, agents: int) -> None:
-        self.committed = np.zeros(agents, np.int32)
-        self.done = np.zeros(agents, np.int32)
-        self.known = np.zeros(agents, np.int32)
-
-    def commit(self, agents: Array) -> None:
-        self.committed[agents] += 1
-
-    def wait(self, agents: Array, pending: int) -> None:
-        self.done[agents] = np.maximum(self.done[agents], self.committed[agents] - pending)
-
-    def barrier(self, agents: Array) -> None:
-        self.known[agents] = self.done[agents]
-
-
 class SharedAccesses(Accesses):
     """The same for the shared memory of several CTAs, one after another, with copies and matrix products under way.
 
-    Copies by `cp.async` belong to a CTA; products by wgmma, which read operands, to one of its warp groups.
+    Copies by `cp.async` belong to a CTA; products by wgmma, which read operands, to one of its warp groups; copies by
+    TMA to a warp.
 
     Attributes:
+        transfers: copies by TMA.
         copied: of each place, `group * 64 + warp` of the last copy to it.
         taken: of each warp group and place, the last group of products that reads it.
         unfenced: the number of fences its CTA had passed, from 1 on, as a warp last wrote a place; 0 for a copy.
     """
 
-    def __init__(self, ctas: int, places: int, warpgroups: int) -> None:
+    def __init__(self, ctas: int, places: int, warps: int, warpgroups: int) -> None:
         super().__init__(ctas * places)
+        self.transfers = Transfers(ctas, places, warps)
         self.copies, self.products = Groups(ctas), Groups(ctas * warpgroups)
         self.copied = np.zeros(ctas * places, np.int32)
         self.taken = np.zeros((warpgroups, ctas * places), np.int32)
@@ -135,7 +117,9 @@ class SharedAccesses(Accesses):
 
     def note_access(self, index: Array, width: int, stamps: Array, ctas: Array, write: bool, report: Report) -> None:
         """Of `ctas`, counted within this memory."""
-        self._under_copies(index, width, stamps, ctas, "write" if write else "read", report)
+        what = "write" if write else "read"
+        self._under_copies(index, width, stamps, ctas, what, report)
+        self.transfers.check(index, width, ctas, _warps(stamps), write, what, report)
         if write:
             self._under_products(index, width, stamps, ctas, "write", report)
             self.note_write(index, width, stamps, report)
@@ -147,6 +131,7 @@ class SharedAccesses(Accesses):
         mine = stamps[:, None]
         self._under_copies(index, width, stamps, ctas, "cp.async", report)
         self._under_products(index, width, stamps, ctas, "cp.async", report)
+        self.transfers.check(index, width, ctas, _warps(stamps), True, "cp.async", report)
         report("cp.async after write", without_barrier(self.written.reshape(-1, width)[index], mine))
         report("cp.async after read", without_barrier(self.read.reshape(-1, width)[index], mine))
         self.any_copied = True
@@ -160,11 +145,45 @@ class SharedAccesses(Accesses):
         report("wgmma on a cp.async in flight", copied >= (self.copies.done[ctas] + 1)[:, None] * WARPS)
         report("wgmma on a cp.async without a barrier", copied >= (self.copies.known[ctas] + 1)[:, None] * WARPS)
         report("wgmma after write", (self.written.reshape(-1, width)[index] ^ stamps[:, None]) < WARPS)
-        fenced = self.unfenced.reshape(-1, width)[index]
-        report("wgmma on a write without fence.proxy.async", (fenced != 0) & (fenced == self.fences[ctas][:, None]))
+        self._fenced(index, width, ctas, "wgmma on", report)
+        if self.transfers.any_loaded:
+            for warp in range(4 * group, 4 * group + 4):  # all of them have to have waited
+                warps = np.full(len(ctas), warp)
+                self.transfers.check(index, width, ctas, warps, False, "wgmma", report)
         number = self.products.committed[ctas * self.warpgroups + group] + 1
         self.taken[group].reshape(-1, width)[index] = number[:, None]
         self.any_taken = True
+
+    def note_load(self, index: Array, width: int, stamps: Array, ctas: Array, tickets: Array, report: Report) -> None:
+        """What a load by TMA writes."""
+        mine, what = stamps[:, None], "TMA load"
+        self._under_copies(index, width, stamps, ctas, what, report)
+        self._under_products(index, width, stamps, ctas, what, report)
+        self.transfers.check(index, width, ctas, _warps(stamps), True, what, report)
+        report(f"{what} after write", without_barrier(self.written.reshape(-1, width)[index], mine))
+        report(f"{what} after read", without_barrier(self.read.reshape(-1, width)[index], mine))
+        self._fenced(index, width, ctas, f"{what} over", report)
+        self.unfenced.reshape(-1, width)[index] = 0
+        self.transfers.note_load(index, width, tickets)
+
+    def note_store(self, index: Array, width: int, stamps: Array, ctas: Array, report: Report) -> None:
+        """What a store by TMA reads."""
+        what = "TMA store"
+        self._under_copies(index, width, stamps, ctas, what, report)
+        self.transfers.check(index, width, ctas, _warps(stamps), False, what, report)
+        report(f"{what} after write", without_barrier(self.written.reshape(-1, width)[index], stamps[:, None]))
+        self._fenced(index, width, ctas, f"{what} of", report)
+        self.transfers.note_store(index, width, ctas, _warps(stamps))
+
+    def _fenced(self, index: Array, width: int, ctas: Array, what: str, report: Report) -> None:
+        fenced = self.unfenced.reshape(-1, width)[index]
+        wrong = (fenced != 0) & (fenced == self.fences[ctas][:, None])
+        report(f"{what} a write without fence.proxy.async", wrong)
+
+    def barrier(self, ctas: Array, warpgroups: Array) -> None:
+        self.copies.barrier(ctas)
+        self.products.barrier(warpgroups)
+        self.transfers.barrier(ctas)
 
     def _under_copies(self, index: Array, width: int, stamps: Array, ctas: Array, what: str, report: Report) -> None:
         if not self.any_copied:

@@ -1,3 +1,3 @@
 """What each instruction does, a file a group."""
 
-from . import arithmetic, asynchronous, control, conversions, matrices, memory, wgmma  # noqa: F401
+from . import arithmetic, asynchronous, control, conversions, matrices, mbarriers, memory, tma, wgmma  # noqa: F401

@@ -21,8 +21,7 @@ def copy(operands: Operands) -> Action:
         pending = int(operands.texts[0])
         return lambda machine: machine.shared.accesses.copies.wait(machine.whole_ctas(), pending)
     if kind not in ("ca", "cg"):
-        names = {"bulk": "TMA", "mbarrier": "mbarriers"}
-        raise Unsupported(f"{names.get(kind, 'copies')} of the kind {operands.one}")
+        raise Unsupported(f"copies of the kind {operands.one}")
     return _copy(operands)
 
 

@@ -47,7 +47,7 @@ def barrier(operands: Operands) -> Action:
     return lambda machine: machine.barrier()
 
 
-@instruction("bar.warp", "membar", "fence.acq_rel", "fence.sc", "griddepcontrol")
+@instruction("bar.warp", "membar", "fence.acq_rel", "fence.sc", "fence.mbarrier_init", "griddepcontrol")
 def nothing(operands: Operands) -> Action:
     """Nothing to do where warps run in lockstep, and all memory is seen at once."""
     return lambda machine: None
@@ -55,11 +55,27 @@ def nothing(operands: Operands) -> Action:
 
 @instruction("fence.proxy")
 def proxy_fence(operands: Operands) -> Action:
-    """What warps wrote becomes visible to wgmma."""
+    """What warps wrote becomes visible to wgmma and TMA."""
     if operands.parts[2] != "async":
         raise Unsupported(str(operands.one))
 
     def act(machine: Machine) -> None:
         machine.shared.accesses.fences[machine.whole_ctas()] += 1
+
+    return act
+
+
+@instruction("elect.sync")
+def elect(operands: Operands) -> Action:
+    """The first lane, of whole warps."""
+    lane, _, predicate = operands.texts[0].partition("|")
+    put_lane, put = operands.write(lane.strip()), operands.write(predicate.strip())
+    if operands.one.guard:
+        raise Unsupported(str(operands.one))
+
+    def act(machine: Machine) -> None:
+        machine.whole_warps()
+        put_lane(machine, np.zeros(1, np.uint32))
+        put(machine, machine.lane == 0)
 
     return act

@@ -55,7 +55,7 @@ def _pack(operands: Operands) -> Action:
 
 @instruction("cvta")
 def generic_address(operands: Operands) -> Action:
-    if "global" not in operands.parts:
+    if not {"global", "param"} & set(operands.parts):
         raise Unsupported(f"generic addresses: {operands.one}")
     source, put = operands.source(1), operands.target()
     return lambda machine: put(machine, source(machine))
