@@ -33,6 +33,11 @@ def architecture() -> int:
     return 0 if interpreting() else int(triton.runtime.driver.active.get_current_target().arch)
 
 
+def processors() -> int:
+    """Multiprocessors of the current device; those of an H100 where there is none."""
+    return torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 132
+
+
 def precision(dtype: torch.dtype) -> str:
     """How a product of this dtype is taken; fp32 as torch takes it, which may be by tf32."""
     if interpreting():

@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..launch import SMALL, Tile, architecture, cdiv, int32, launch, power_of_two, precision
+from . import hopper
 from .layout import Layout
 from .slots import pack, sum_by_slot
 from .tier import Tier
 from .triton import backward_rows, gemm, shrink_expand
 
-PRODUCTS = ("gemm", "shrink_expand", "backward_rows")  # kernels that multiply matrices
+PRODUCTS = ("gemm", "shrink_expand", "backward_rows", "forward_tiles", "backward_tiles")  # kernels that multiply matrices
 
 
 def forward(
@@ -41,6 +42,9 @@ def forward(
     S = x.new_empty(groups * M, layout.ranks)
     y = F.linear(x, weight, bias) if plan == "split" else x.new_empty(groups, M, out)
     if not len(S):
+        return y, S
+    if plan == "fused" and (columns := hopper.forward_columns(x, weight, layout)):
+        hopper.forward(x, weight, bias, A, B, S, y, layout, columns)
         return y, S
     tile = rows_tile(x.dtype, stages=3)
     launch(
@@ -63,6 +67,10 @@ def backward(
     layout = Layout.of(tiers, trained, weight.shape[0], x.dtype)
     A, B = _pack(x, tiers, layout)
     split = needs_x and plan == "split"
+    if plan == "fused" and needs_x and hopper.takes_backward(dy, x, weight, layout):
+        whole = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dA, dB = hopper.backward(dy, x, weight, A, B, S, whole, layout)
+        return whole, _sum_by_slot(dA, dB, tiers, layout, len(dA), cdiv(M, hopper.ROWS))
     dx = (dy @ weight if split else torch.empty_like(x, memory_format=torch.contiguous_format)) if needs_x else None
     tile = rows_tile(x.dtype, stages=2)
     programs = groups * cdiv(M, tile.BM)

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from triton.experimental.gluon.nvidia import hopper as gluon
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import driver
@@ -76,7 +77,7 @@ def named_tensors(names: Sequence[str], values: Sequence[Any]) -> dict[str, Tens
     """Of a kernel's arguments, those in tuples by their index."""
 
     def walk(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-        if isinstance(value, TensorDescriptor):
+        if isinstance(value, TensorDescriptor | gluon.TensorDescriptor):
             yield name, value.base
         elif isinstance(value, Tensor):
             yield name, value
