@@ -60,7 +60,7 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["hilora", "hilora.*"]),
-    package_data={"hilora": ["py.typed", "*.pyi", "**/*.safetensors", "**/*.json", "**/*.css", "**/*.js"]},
+    package_data={"hilora": ["py.typed", "*.pyi", "**/*.safetensors", "**/*.json", "**/*.css", "**/*.js", "**/*.c"]},
     install_requires=CORE,
     extras_require={"federated": FEDERATED, "dev": FEDERATED + DEV + CHECKS + SITE},
     entry_points={"console_scripts": ["hilora = hilora.cli.main:main"]},

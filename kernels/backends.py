@@ -5,8 +5,8 @@
 - `fused`, `split`: Triton, with one plan or the other for the linear layer.
 
 `use_backend`, or the environment variable `HILORA_BACKEND` for a whole process, chooses one; without a choice, the
-first that can and would not be slower serves. Every folder beside this file is a family of operations: it lists them
-as `OPERATIONS`.
+first that can and would not be slower serves. Every folder beside this file that has a reference is a family of
+operations: it lists them as `OPERATIONS`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any, NamedTuple
 
@@ -185,9 +186,10 @@ def twice_differentiable() -> AbstractContextManager[None]:
 
 
 def folders() -> list[str]:
-    """The families of operations, as modules: every folder beside this file."""
-    package = import_module(__package__)
-    return [f"{__package__}.{module.name}" for module in iter_modules(package.__path__) if module.ispkg]
+    """The families of operations, as modules: every folder beside this file that has a reference."""
+    paths = import_module(__package__).__path__
+    found = [Path(path, module.name) for path in paths for module in iter_modules([path])]
+    return [f"{__package__}.{folder.name}" for folder in found if (folder / "reference.py").exists()]
 
 
 def operations() -> dict[str, Operation]:

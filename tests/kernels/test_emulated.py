@@ -17,7 +17,7 @@ ROOT = FOLDER.parents[2]
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="Triton's launcher is compiled by gcc")
 @pytest.mark.parametrize("architecture", ["sm_90", "sm_80"])
-@pytest.mark.parametrize("file", ["emulated_kernels.py", "broken_kernels.py"])
+@pytest.mark.parametrize("file", ["emulated_kernels.py", "broken_kernels.py", "descriptor_kernels.py"])
 def test_in_the_emulator(file: str, architecture: str, request: pytest.FixtureRequest) -> None:
     if request.config.getoption("--emulate"):
         pytest.skip("all tests of kernels are in the emulator")

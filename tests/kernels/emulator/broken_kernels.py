@@ -17,13 +17,12 @@ import triton.language as tl
 from triton.runtime.jit import JITFunction
 
 from hilora.kernels import launch
+from hilora.kernels.emulator import launching
+from hilora.kernels.emulator.errors import Fault
+from hilora.kernels.emulator.launching import RaceError
 from hilora.kernels.stacked_linear import plan
 from hilora.kernels.stacked_linear import triton as kernels
 from tests.kernels.cases import Adapters, Case, make
-
-from . import launching
-from .errors import Fault
-from .launching import RaceError
 
 CASE = Case((1, 70, 192), 192, [Adapters(64), Adapters(40)])
 

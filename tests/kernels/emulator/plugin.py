@@ -7,8 +7,8 @@ from functools import cache
 from typing import Any
 from unittest import mock
 
-from .driver import ARCHITECTURES
-from .launching import Emulator
+from hilora.kernels.emulator.driver import ARCHITECTURES
+from hilora.kernels.emulator.launching import Emulator
 
 _INTERPRETER = "TRITON_INTERPRET"
 

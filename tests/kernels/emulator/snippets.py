@@ -8,16 +8,25 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .launching import execute
-from .values import Array
+from hilora.kernels.emulator.launching import execute
+from hilora.kernels.emulator.values import Array
 
 REGISTERS = {2: "%rs", 4: "%r", 8: "%rd"}  # by bytes
 
 
-def kernel(body: str, pointers: int = 1, threads: int = 32) -> str:
-    """PTX whose parameters are pointers, which `%rd90`, `%rd91`, ... have; `%r90` and `%rd80` have the thread."""
-    parameters = ", ".join(f".param .u64 .ptr .global .align 1 kernel_param_{index}" for index in range(pointers))
+def kernel(body: str, pointers: int = 1, threads: int = 32, maps: int = 0) -> str:
+    """PTX with pointers as parameters, which `%rd90`, `%rd91`, ... have, and TMA descriptors, at `%rd70`, `%rd71`, ...
+
+    `%r90` and `%rd80` have the thread.
+    """
+    every = [f".param .u64 .ptr .global .align 1 kernel_param_{index}" for index in range(pointers)]
+    every += [f".param .align 64 .b8 kernel_param_{pointers + index}[128]" for index in range(maps)]
+    parameters = ", ".join(every)
     loads = "\n".join(f"ld.param.b64 %rd{90 + index}, [kernel_param_{index}];" for index in range(pointers))
+    loads += "".join(
+        f"mov.b64 %rd{60 + index}, kernel_param_{pointers + index}; cvta.param.u64 %rd{70 + index}, %rd{60 + index};"
+        for index in range(maps)
+    )
     return f"""
         .version 8.4
         .target sm_90a
@@ -39,10 +48,13 @@ def kernel(body: str, pointers: int = 1, threads: int = 32) -> str:
     """
 
 
-def run(ptx: str, *arrays: Array, grid: Sequence[int] = (1, 1, 1), shared: int = 4096) -> Counter[str]:
+def run(
+    ptx: str, *arrays: Array, grid: Sequence[int] = (1, 1, 1), shared: int = 4096, maps: Sequence[bytes] = ()
+) -> Counter[str]:  # fmt: skip
     """Emulate a launch with arrays for its pointers, which are written in place; what races there were."""
     tensors = {f"array {index}": torch.from_numpy(array) for index, array in enumerate(arrays)}
-    return execute(ptx, grid, [array.ctypes.data for array in arrays], shared, tensors)
+    pointers = [array.ctypes.data for array in arrays]
+    return execute(ptx, grid, [*pointers, *maps], shared, tensors)
 
 
 def each_thread(instruction: str, inputs: Sequence[Array], result: str) -> Array:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .errors import Fault, Unsupported
+from hilora.kernels.emulator.errors import Fault, Unsupported
+from hilora.kernels.emulator.values import Array
+
 from .snippets import each_thread, kernel, run
-from .values import Array
 
 THREADS = 256
 Oracle = Callable[..., Any]
@@ -326,8 +327,15 @@ def test_addresses_outside_of_the_tensors() -> None:
     ("statement", "name"),
     [
         ("tcgen05.alloc.cta_group::1.sync.aligned.b32 [%r1], 32", "tensor memory of sm_100"),
-        ("mbarrier.init.shared.b64 [%r1], 1", "mbarriers"),
-        ("cp.async.bulk.tensor.2d.shared [%r1], [%rd1, {%r2, %r3}], [%r4]", "TMA"),
+        ("mbarrier.arrive.shared::cluster.b64 _, [%r1]", "shared::cluster"),
+        ("mbarrier.arrive.shared.b64 %rd1, [%r1]", "the state of an mbarrier"),
+        (
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%rd1], 16, [%r4]",
+            "TMA of",
+        ),
+        ("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%rd1, {%r2, %r3}], [%r4]", "TMA"),
+        ("tensormap.replace.tile.rank.shared::cta.b1024.b32 [%rd1], 1", "TMA descriptors that a kernel makes"),
+        ("setmaxnreg.dec.sync.aligned.u32 40", "warp specialization"),
         ("atom.global.add.f32 %r1, [%rd1], %r2", "atomics"),
         ("bar.sync 1, 64", "a barrier of some threads"),
         ("add.rn.bf16x2 %r1, %r2, %r3", "arithmetic of .bf16x2"),
@@ -342,9 +350,7 @@ def test_what_is_not_emulated_is_refused_by_name(statement: str, name: str) -> N
         run(kernel(f"{statement};"), np.zeros(1))
 
 
-def test_tma_descriptors_are_refused_by_name() -> None:
-    ptx = kernel("").replace(
-        ".param .u64 .ptr .global .align 1 kernel_param_0", ".param .align 64 .b8 kernel_param_0[128]"
-    )
-    with pytest.raises(Unsupported, match="a TMA descriptor"):
-        run(ptx, np.zeros(1))
+def test_a_parameter_of_other_bytes_is_refused() -> None:
+    ptx = kernel("", maps=1).replace("[128]", "[64]")
+    with pytest.raises(Unsupported, match="no TMA descriptor"):
+        run(ptx, np.zeros(1), maps=[bytes(64)])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from hilora.kernels.emulator.values import Array, bf16_bits, bf16_value, element
+
 from .snippets import kernel, run
-from .values import Array, bf16_bits, bf16_value, element
 
 TOLERANCE = 1e-5
 

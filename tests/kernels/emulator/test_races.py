@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from .errors import Unsupported
+from hilora.kernels.emulator.errors import Unsupported
+
 from .snippets import kernel, run
 
 WARPS = 4

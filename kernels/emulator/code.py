@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from functools import cache
 
 import numpy as np
 
 from .errors import Unsupported
 from .machine import Action, Machine
-from .parsing import Instruction, Program, parse
+from .parsing import Instruction, Program
 from .tensormaps import BYTES
 from .values import Array, DType, dtype_of, resized, unsigned
 
@@ -203,15 +202,3 @@ def _special(text: str) -> Read | None:
 
         return number
     raise Unsupported(f"the register {text}")
-
-
-@cache
-def compiled(ptx: str) -> Code:
-    """The code of the one kernel of a PTX module.
-
-    Raises:
-        Unsupported: for what is not emulated, by name.
-    """
-    from . import instructions  # noqa: F401 -- which makes the decoders known
-
-    return Code(parse(ptx))

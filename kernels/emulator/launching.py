@@ -1,30 +1,23 @@
-"""An emulator of the PTX that Triton compiles kernels to: it runs them without a GPU, and finds data races.
-
-Launches of kernels on CPU tensors are compiled for a GPU and sent through Triton's own launcher, under which `driver`
-puts a stand-in for libcuda. `parsing` reads the PTX, `code` and `instructions` make a Python function of each
-instruction, `machine` runs thread blocks (CTAs) side by side, numpy over their threads; `memory` checks addresses and
-`races` who touched what since the last barrier. `plugin` does so for tests: `pytest tests/kernels --emulate sm_90`.
-
-What it takes for granted: the lanes of a warp run in lockstep, a copy by `cp.async` has landed by the time of its wait,
-and products are summed in fp32 in any order. It knows nothing of time, nor of what ptxas makes of the PTX.
-"""
+"""Launches of kernels on CPU tensors, through Triton's launcher to the emulator."""
 
 from __future__ import annotations
 
 import ctypes
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor
 from triton.experimental.gluon.nvidia import hopper as gluon
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import driver
-from .code import Code, compiled
+from . import driver, instructions  # noqa: F401 -- instructions makes the decoders known
+from .code import Code
 from .errors import Fault
 from .machine import Machine
 from .memory import GlobalMemory, Region
+from .parsing import parse
 from .tensormaps import BYTES
 
 BATCH = 2048  # threads that run side by side: enough to hide what a call of numpy costs
@@ -32,6 +25,16 @@ BATCH = 2048  # threads that run side by side: enough to hide what a call of num
 
 class RaceError(Exception):
     """Races, by what they are and where, with the number of places in memory."""
+
+
+@cache
+def compiled(ptx: str) -> Code:
+    """The code of the one kernel of a PTX module.
+
+    Raises:
+        Unsupported: for what is not emulated, by name.
+    """
+    return Code(parse(ptx))
 
 
 def execute(

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .errors import Fault
-from .races import PLACE, GlobalAccesses, Report, SharedAccesses
+from .races import PLACE, GlobalAccesses, SharedAccesses
+from .transfers import Report
 from .values import Array
 
 _ROOM = 16  # bytes of the largest access

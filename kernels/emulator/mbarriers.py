@@ -41,6 +41,8 @@ class Barriers:
         at = ctas, self._columns(addresses, ctas, made=False)
         if (counts < 1).any():
             raise Fault(f"an mbarrier for {counts.min()} arrivals")
+        if self.expected[at].any():
+            raise Fault("an mbarrier is made where there is one")
         self.expected[at] = self.pending[at] = counts
         self.bytes[at] = 0
         self.first[at] = self.phase[at]

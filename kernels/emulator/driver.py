@@ -33,20 +33,20 @@ _KEPT: list[object] = []  # what the library points to
 
 
 @cache
-def _library() -> ctypes.CDLL:
-    """The stand-in, in a folder where Triton looks for it."""
+def library() -> ctypes.CDLL:
+    """The stand-in for libcuda, in a folder where Triton looks for it."""
     folder = Path(tempfile.mkdtemp(prefix="emulated-libcuda-"))
-    library = folder / "libcuda.so.1"
+    path = folder / "libcuda.so.1"
     source = Path(__file__).with_name("libcuda.c")
-    subprocess.run(["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, source], check=True)
-    (folder / "libcuda.so").symlink_to(library.name)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", path, source], check=True)
+    (folder / "libcuda.so").symlink_to(path.name)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
-    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
 def install(arch: int, launched: Callable[[Launched], None]) -> None:
     """Make Triton believe in a GPU of this architecture, e.g. 90; its launches go to `launched`."""
-    library = _library()
+    libcuda = library()
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
@@ -68,6 +68,6 @@ def install(arch: int, launched: Callable[[Launched], None]) -> None:
         launched(Launched((x, y, z), threads, shared, arguments))
 
     callback = _CALLBACK(called)
-    library.emulator_set_callback(callback)
+    libcuda.emulator_set_callback(callback)
     _KEPT.append(callback)
     triton.runtime.driver.set_active(Driver())

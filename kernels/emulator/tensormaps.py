@@ -56,7 +56,7 @@ class TensorMap(NamedTuple):
         """
         offsets = np.stack(np.unravel_index(np.arange(np.prod(self.box)), self.box[::-1])[::-1], 1)
         places = corners[:, None].astype(np.int64) + offsets
-        inside = ((places >= 0) & (places < np.array(self.sizes))).all(2)
+        inside: Array = np.all((places >= 0) & (places < np.array(self.sizes)), 2)
         return self.base + places @ np.array(self.strides, np.int64), inside
 
     def chunks(self, starts: Array) -> Array:
