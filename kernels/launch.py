@@ -20,6 +20,20 @@ class Tile(NamedTuple):
     stages: int
 
 
+class Constants(dict[str, Any]):
+    """A kernel's constants by name, with a tile its sizes among them; their hash is taken once. Not to be changed."""
+
+    def __init__(self, tile: Tile | None = None, **constants: Any) -> None:
+        if tile is not None:
+            sizes = {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "num_warps": tile.warps, "num_stages": tile.stages}
+            constants |= sizes
+        super().__init__(constants)
+        self._hash = hash(tuple(constants.values()))
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return self._hash
+
+
 SMALL = Tile(16, 32, 32, 4, 1)  # the interpreter takes milliseconds for a product of any size
 
 
@@ -45,17 +59,47 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
-    kernel[grid](*args, **constants)
+def run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: Constants) -> None:
+    """Launch a kernel, whose constants follow its other arguments.
+
+    What was compiled is found again by all that Triton compiles anew for, without Triton's own search, which takes
+    longer than the launch.
+    """
+    if interpreting():
+        kernel[grid](*args, **constants)
+        return
+    device = triton.runtime.driver.active.get_current_device()
+    key = id(kernel), device, constants, *map(_kind, args)
+    found = _COMPILED.get(key)
+    if found is None:
+        compiled = kernel.warmup(*args, grid=grid, **constants)
+        found = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+        _COMPILED[key] = found
+    compiled, rest = found
+    compiled[(*grid, 1, 1)[:3]](*args, *rest)
+
+
+_COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+def _kind(arg: Any) -> Any:
+    """What Triton compiles anew for, of an argument's type and value."""
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.data_ptr() % 16
+    if isinstance(arg, tuple):
+        return tuple(map(_kind, arg))
+    if isinstance(arg, int):
+        return "1" if arg == 1 else ("64" if arg >> 31 else "32", arg % 16 == 0)
+    if arg is None or isinstance(arg, float):
+        return arg is None
+    return arg.base.dtype, *arg.block_shape  # a tensor descriptor
 
 
 launcher = run  # `precompile` puts another in its place
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, tile: Tile | None = None, **constants: Any) -> None:
-    """Run a kernel on the current device; with a tile, its sizes are among the constants."""
-    if tile is not None:
-        constants |= {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "num_warps": tile.warps, "num_stages": tile.stages}
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, constants: Constants) -> None:
+    """Run a kernel on the current device."""
     launcher(kernel, grid, args, constants)
 
 

@@ -49,6 +49,18 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
 
 
+def observed(*tensors: Tensor) -> bool:
+    """Whether something looks at each operator that is called: a tracer, a dispatch mode, or a tensor's own class."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(type(tensor) not in _PLAIN for tensor in tensors)
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 class Scoped(Generic[T]):
     """A value for the time of a `with` block, in its own thread and task alone.
 

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..launch import architecture, cdiv, launch, power_of_two, precision
+from ..launch import Constants, architecture, cdiv, launch, power_of_two, precision
 from .reference import ranks_of
 from .triton import pairwise_overlaps, penalty_and_gradient
 
@@ -25,9 +25,11 @@ def penalties(active: Tensor, frozen: Sequence[Tensor], gammas: Sequence[float])
         ranks = tuple(B.shape[3] for B in frozen)
         launch(
             penalty_and_gradient, (slots, count), active.contiguous(), tuple(B.contiguous() for B in frozen),
-            tuple(gammas), value, gradient, OUT=out, RANK=rank, PADDED=power_of_two(rank, 16), RANKS=ranks,
-            MOST=power_of_two(max(ranks), 16), STEP=int(active.shape[1] > 1),
-            STEPS=tuple(int(B.shape[1] > 1) for B in frozen), BLOCK=128 if max(rank, *ranks) <= 16 else 32,
+            tuple(gammas), value, gradient, constants=Constants(
+                OUT=out, RANK=rank, PADDED=power_of_two(rank, 16), RANKS=ranks, MOST=power_of_two(max(ranks), 16),
+                STEP=int(active.shape[1] > 1), STEPS=tuple(int(B.shape[1] > 1) for B in frozen),
+                BLOCK=128 if max(rank, *ranks) <= 16 else 32,
+            ),
         )  # fmt: skip
     return value.sum(0), gradient
 
@@ -42,9 +44,11 @@ def subspace_distances(U: Tensor) -> Tensor:
     share = cdiv(projections, max(1, min(projections, 1024 // (tiles * tiles))))  # few clients: more programs
     overlaps = U.new_empty(cdiv(projections, share), clients, clients)
     launch(
-        pairwise_overlaps, (tiles, tiles, len(overlaps)), U.contiguous(), ranks_of(U), overlaps, clients, P=projections,
-        SHARE=share, OUT=out, RANK=rank, PADDED=padded, TILE=tile, BK=32 if how == "tf32" else 16, PRECISION=how,
-        num_warps=8,
+        pairwise_overlaps, (tiles, tiles, len(overlaps)), U.contiguous(), ranks_of(U), overlaps, clients,
+        constants=Constants(
+            P=projections, SHARE=share, OUT=out, RANK=rank, PADDED=padded, TILE=tile, BK=32 if how == "tf32" else 16,
+            PRECISION=how, num_warps=8,
+        ),
     )  # fmt: skip
     upper = (1 - overlaps.sum(0) / (rank * projections)).clamp_(0, 1).triu_(1)
     return upper + upper.T

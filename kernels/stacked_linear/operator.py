@@ -1,15 +1,16 @@
-"""The stacked linear layer in Triton as an operator of torch: traced by torch.compile, recomputed by checkpoints,
-captured in CUDA graphs, differentiated, and cast under autocast."""
+"""The stacked linear layer in Triton, differentiated: at once, or, where something looks at what is called, as an operator
+of torch: traced by torch.compile, seen by dispatch modes, cast under autocast."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..launch import under_autocast
+from ..torch_internals import autocast_dtype, observed, without_autocast
 from ..twice import differentiable_gradients
 from . import reference
 from .layout import Layout
@@ -30,8 +31,8 @@ def stacked_lora_linear(
     starts: Sequence[int],
     trained: Sequence[bool],
     plan: str,
-) -> tuple[Tensor, Tensor]:
-    """y `[G, M, out]`, and what its backward pass needs of the adapters' inner product."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y `[G, M, out]`, and what its backward pass needs: the adapters' inner product, and the packed adapters."""
     with torch.cuda.device_of(x):
         return forward(x, weight, bias, _tiers(A, B, slots, ranks, scales, starts), trained, plan)
 
@@ -41,16 +42,23 @@ def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Sequence[Tensor], B: Sequence[Tensor],
     slots: Sequence[Tensor | None], ranks: Sequence[Tensor | None], scales: Sequence[float], starts: Sequence[int],
     trained: Sequence[bool], plan: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     layout = Layout.of(_tiers(A, B, slots, ranks, scales, starts), trained, weight.shape[0], x.dtype)
-    groups, M, _ = x.shape
-    return x.new_empty(groups, M, weight.shape[0]), x.new_empty(groups * M, layout.ranks)
+    groups, M, width = x.shape
+    return (
+        x.new_empty(groups, M, weight.shape[0]),
+        x.new_empty(groups * M, layout.ranks),
+        x.new_empty(groups, layout.ranks, width),
+        x.new_empty(groups, layout.width, layout.R),
+    )
 
 
 @torch.library.custom_op("hilora::stacked_lora_linear_backward", mutates_args=())
 def stacked_lora_linear_backward(
     dy: Tensor,
     S: Tensor,
+    packed_A: Tensor,
+    packed_B: Tensor,
     x: Tensor,
     weight: Tensor,
     A: Sequence[Tensor],
@@ -66,15 +74,14 @@ def stacked_lora_linear_backward(
     """dx if it is needed, and dA, dB of each tier in training."""
     with torch.cuda.device_of(x):
         tiers = _tiers(A, B, slots, ranks, scales, starts)
-        dx, factors = backward(dy, S, x, weight, tiers, trained, plan, needs_x)
-    return factors if dx is None else [dx, *factors]
+        return backward(dy, (S, packed_A, packed_B), x, weight, tiers, trained, plan, needs_x)
 
 
 @stacked_lora_linear_backward.register_fake
 def _(
-    dy: Tensor, S: Tensor, x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor],
-    slots: Sequence[Tensor | None], ranks: Sequence[Tensor | None], scales: Sequence[float], starts: Sequence[int],
-    trained: Sequence[bool], plan: str, needs_x: bool,
+    dy: Tensor, S: Tensor, packed_A: Tensor, packed_B: Tensor, x: Tensor, weight: Tensor, A: Sequence[Tensor],
+    B: Sequence[Tensor], slots: Sequence[Tensor | None], ranks: Sequence[Tensor | None], scales: Sequence[float],
+    starts: Sequence[int], trained: Sequence[bool], plan: str, needs_x: bool,
 ) -> list[Tensor]:  # fmt: skip
     factors = [factor for pair, own in zip(zip(A, B, strict=True), trained, strict=True) if own for factor in pair]
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in ([x] if needs_x else []) + factors]
@@ -93,55 +100,92 @@ def _tiers(
 def apply(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier], plan: str) -> Tensor:
     """As `stacked_linear.stacked_lora_linear`, for a weight and a bias that need no gradient, and at least one tier."""
     rows = x if any(tier.tells_groups_apart for tier in tiers) else x.reshape(1, -1, x.shape[-1])
-    y: Tensor = stacked_lora_linear(
-        rows,
-        weight,
-        bias,
-        [tier.A for tier in tiers],
-        [tier.B for tier in tiers],
+    A, B = [tier.A for tier in tiers], [tier.B for tier in tiers]
+    rest = (
         [tier.slot for tier in tiers],
         [tier.ranks for tier in tiers],
         [tier.scale for tier in tiers],
         [tier.columns[0] if tier.columns else 0 for tier in tiers],
         [tier.A.requires_grad or tier.B.requires_grad for tier in tiers],
         plan,
-    )[0]
+    )
+    if observed(x, weight, *A, *B):
+        y: Tensor = stacked_lora_linear(rows, weight, bias, A, B, *rest)[0]
+    else:
+        if dtype := autocast_dtype(x.device.type):
+            rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        y = _AtOnce.apply(rows, weight, bias, rest, *A, *B)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+class _AtOnce(torch.autograd.Function):
+    """The same without torch's dispatcher, which takes longer than the launches."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rest: tuple[Any, ...], *factors: Tensor
+    ) -> Tensor:
+        slots, ranks, scales, starts, trained, plan = rest
+        A, B = factors[: len(slots)], factors[len(slots) :]
+        with torch.cuda.device_of(x), without_autocast(x):
+            y, *inner = forward(x, weight, bias, _tiers(A, B, slots, ranks, scales, starts), trained, plan)
+        ctx.save_for_backward(*inner, x, weight, *factors, *slots, *ranks)
+        ctx.rest = scales, starts, trained, plan
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        dx, dA, dB = _gradients(ctx, ctx.saved_tensors, dy, stacked_lora_linear_backward._init_fn)
+        return dx, None, None, None, *dA, *dB
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, _, A, B, slots, ranks, *ctx.rest = inputs
-    ctx.save_for_backward(output[1], x, weight, *A, *B, *slots, *ranks)
+    ctx.save_for_backward(*output[1:], x, weight, *A, *B, *slots, *ranks)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    S, x, weight, *tensors = ctx.saved_tensors
+def _backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    dx, dA, dB = _gradients(ctx, saved, dy, stacked_lora_linear_backward)
+    count = len(dA)
+    slots, ranks = saved[-2 * count : -count], saved[-count:]
+    return dx, None, None, dA, dB, _nothing(slots), _nothing(ranks), None, None, None, None
+
+
+Gradients = list[Tensor | None]
+
+
+def _gradients(
+    ctx: Any, saved: Sequence[Tensor], dy: Tensor | None, serve: Callable[..., list[Tensor]]
+) -> tuple[Tensor | None, Gradients, Gradients]:
+    """dx, and dA and dB of each tier; `serve` finds them, unless they are to be differentiated in turn."""
+    S, packed_A, packed_B, x, weight, *tensors = saved
     scales, starts, trained, plan = ctx.rest
     count = len(scales)
     A, B, slots, ranks = (tensors[start : start + count] for start in range(0, 4 * count, count))
-    dx = None
-    dA: list[Tensor | None] = [None] * count
-    dB: list[Tensor | None] = [None] * count
-    if dy is not None and torch.is_grad_enabled():
+    dA: Gradients = [None] * count
+    dB: Gradients = [None] * count
+    if dy is None:
+        return None, dA, dB
+    if torch.is_grad_enabled():
 
         def again(x: Tensor, *factors: Tensor) -> Tensor:
             tiers = _tiers(factors[:count], factors[count:], slots, ranks, scales, starts)
             return reference.stacked_lora_linear(x, weight, None, tiers)
 
-        dx, *factors = differentiable_gradients(again, (x, *A, *B), dy)
-        dA, dB = factors[:count], factors[count:]
-    elif dy is not None:
-        needs_x = ctx.needs_input_grad[0]
-        found = stacked_lora_linear_backward(
-            dy, S, x, weight, A, B, slots, ranks, scales, starts, trained, plan, needs_x
-        )
-        remaining = iter(found)
-        dx = next(remaining) if needs_x else None
-        for index in range(count):
-            if trained[index]:
-                dA[index], dB[index] = next(remaining), next(remaining)
-    return dx, None, None, dA, dB, _nothing(slots), _nothing(ranks), None, None, None, None
+        of_x, *of_factors = differentiable_gradients(again, (x, *A, *B), dy)
+        return of_x, of_factors[:count], of_factors[count:]
+    needs_x = ctx.needs_input_grad[0]
+    found = iter(
+        serve(dy, S, packed_A, packed_B, x, weight, A, B, slots, ranks, scales, starts, trained, plan, needs_x)
+    )
+    dx = next(found) if needs_x else None
+    for index in range(count):
+        if trained[index]:
+            dA[index], dB[index] = next(found), next(found)
+    return dx, dA, dB
 
 
 def _nothing(tensors: Sequence[Tensor | None]) -> list[None] | None:

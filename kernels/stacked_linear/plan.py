@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..launch import SMALL, Tile, architecture, cdiv, int32, launch, power_of_two, precision
+from ..launch import SMALL, Constants, Tile, architecture, cdiv, launch, precision
 from . import hopper
 from .layout import Layout
-from .slots import pack, sum_by_slot
+from .packing import packed, summed_by_slot
 from .tier import Tier
 from .triton import backward_rows, gemm, shrink_expand
 
@@ -26,8 +26,8 @@ PRODUCTS = ("gemm", "shrink_expand", "backward_rows", "forward_tiles", "backward
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier], trained: Sequence[bool], plan: str
-) -> tuple[Tensor, Tensor]:
-    """y `[G, M, out]` of x `[G, M, in]`, and S = x Aᵀ for the backward pass.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y `[G, M, out]` of x `[G, M, in]`; for the backward pass, S = x Aᵀ, and A and B as the kernels use them.
 
     Args:
         tiers: some, none of them with an empty table.
@@ -38,55 +38,62 @@ def forward(
     groups, M, width = x.shape
     out = weight.shape[0]
     layout = Layout.of(tiers, trained, out, x.dtype)
-    A, B = _pack(x, tiers, layout)
+    A, B = packed(x, tiers, layout)
     S = x.new_empty(groups * M, layout.ranks)
     y = F.linear(x, weight, bias) if plan == "split" else x.new_empty(groups, M, out)
     if not len(S):
-        return y, S
+        return y, S, A, B
     if plan == "fused" and (columns := hopper.forward_columns(x, weight, layout)):
         hopper.forward(x, weight, bias, A, B, S, y, layout, columns)
-        return y, S
-    tile = rows_tile(x.dtype, stages=3)
+        return y, S, A, B
+    tile = rows_tile(x.dtype)
     launch(
         shrink_expand, (groups * cdiv(M, tile.BM),), x, A, B, S, y, M, *x.stride(),
-        IN=width, OUT=out, EXPAND=plan == "split", WIDTH=layout.width, **_sizes(layout), **_segments(layout),
-        PRECISION=precision(x.dtype), tile=tile,
+        constants=Constants(
+            tile, IN=width, OUT=out, EXPAND=plan == "split", STAGES=tile.stages, WIDTH=layout.width, **_sizes(layout),
+            **_segments(layout), PRECISION=precision(x.dtype),
+        ),
     )  # fmt: skip
     if plan == "fused":
         _gemm(x, weight, bias, S, B, (B.stride(0), B.stride(1), 1), y, layout.R, _segments(layout))
-    return y, S
+    return y, S, A, B
 
 
 def backward(
-    dy: Tensor, S: Tensor, x: Tensor, weight: Tensor, tiers: Sequence[Tier], trained: Sequence[bool], plan: str,
-    needs_x: bool,
-) -> tuple[Tensor | None, list[Tensor]]:  # fmt: skip
-    """dx where it is needed, and dA, dB of each tier in training."""
+    dy: Tensor, inner: Sequence[Tensor], x: Tensor, weight: Tensor, tiers: Sequence[Tier],
+    trained: Sequence[bool], plan: str, needs_x: bool,
+) -> list[Tensor]:  # fmt: skip
+    """dx where it is needed, and dA, dB of each tier in training; `inner` is what `forward` gave beside y."""
+    S, A, B = inner
     dy, x = _with_contiguous_rows(dy), _with_contiguous_rows(x)
     groups, M, width = x.shape
     layout = Layout.of(tiers, trained, weight.shape[0], x.dtype)
-    A, B = _pack(x, tiers, layout)
-    split = needs_x and plan == "split"
-    if plan == "fused" and needs_x and hopper.takes_backward(dy, x, weight, layout):
-        whole = torch.empty_like(x, memory_format=torch.contiguous_format)
-        dA, dB = hopper.backward(dy, x, weight, A, B, S, whole, layout)
-        return whole, _sum_by_slot(dA, dB, tiers, layout, len(dA), cdiv(M, hopper.ROWS))
-    dx = (dy @ weight if split else torch.empty_like(x, memory_format=torch.contiguous_format)) if needs_x else None
-    tile = rows_tile(x.dtype, stages=2)
+    if needs_x and plan == "fused" and hopper.takes_backward(dy, x, weight, layout):
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dA, dB = hopper.backward(dy, x, weight, A, B, S, dx, layout)
+        return [dx, *summed_by_slot(dA, dB, tiers, layout, cdiv(M, hopper.ROWS))]
+    split = plan == "split"
+    tile = rows_tile(x.dtype)
     programs = groups * cdiv(M, tile.BM)
     dA = x.new_empty(programs, len(layout.columns), layout.trained, width, dtype=torch.float32)
     dB = x.new_empty(programs, layout.width, layout.trained, dtype=torch.float32)
-    dS = torch.empty_like(S)
+    dx, dS = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(S)
     if programs:
         launch(
-            backward_rows, (programs,), dy, x, A, B, S, dx if split else S, dS, dA, dB, M, *dy.stride(),
-            *x.stride(), IN=width, WIDTH=layout.width, TRAINED=layout.trained, KEEP=needs_x and not split,
-            EXPAND=split, **_sizes(layout), **_segments(layout), PRECISION=precision(x.dtype), tile=tile,
+            backward_rows, (programs,), dy, x, A, B, S, dx, dS, dA, dB, M, *dy.stride(), *x.stride(),
+            constants=Constants(
+                tile, IN=width, WIDTH=layout.width, TRAINED=layout.trained, KEEP=needs_x and not split,
+                EXPAND=needs_x and split, STAGES=tile.stages, **_sizes(layout), **_segments(layout),
+                PRECISION=precision(x.dtype),
+            ),
         )  # fmt: skip
-        if dx is not None and not split:
+        if needs_x and split:
+            dx.view(-1, width).addmm_(dy.reshape(-1, dy.shape[-1]), weight)
+        elif needs_x:
             whole = {"STARTS": (0,), "WIDTHS": (width,), "FIRST": (0,)}
             _gemm(dy, weight.T, None, dS, A, (A.stride(0), 1, A.stride(1)), dx, layout.ranks, whole)
-    return dx, _sum_by_slot(dA, dB, tiers, layout, programs, cdiv(M, tile.BM))
+    factors = summed_by_slot(dA, dB, tiers, layout, cdiv(M, tile.BM))
+    return [dx, *factors] if needs_x else factors
 
 
 def gemm_tile(dtype: torch.dtype, rows: int, columns: int) -> Tile:
@@ -103,35 +110,14 @@ def gemm_tile(dtype: torch.dtype, rows: int, columns: int) -> Tile:
     return Tile(128, 128, 64, 8, 3)
 
 
-def rows_tile(dtype: torch.dtype, stages: int) -> Tile:
+def rows_tile(dtype: torch.dtype) -> Tile:
     """Tiles of the kernels that own some rows and go over all columns."""
     arch = architecture()
     if not arch:
         return SMALL
     if dtype == torch.float32:
         return Tile(32, 32, 16, 8, 2)
-    return Tile(64, 64, 64, 4 if arch >= 90 else 8, stages)
-
-
-def _pack(x: Tensor, tiers: Sequence[Tier], layout: Layout) -> tuple[Tensor, Tensor]:
-    """A `[G, ranks, in]` and B `[G, width, R]` of the adapters that the groups use, in the dtype of x."""
-    groups, _, width = x.shape
-    A = x.new_empty(groups, layout.ranks, width)
-    B = x.new_empty(groups, layout.width, layout.R)
-    places = [layout.columns[entry.segment] for entry in layout.entries]
-    block = 64 if max(entry.filled for entry in layout.entries) < 64 else 16
-    launch(
-        pack, (groups, cdiv(max(width, *(place[1] for place in places)), block), len(tiers)),
-        tuple(tier.A.contiguous() for tier in tiers), tuple(tier.B.contiguous() for tier in tiers),
-        *_tables(tiers, x), A, B, IN=width, WIDTH=layout.width, RANKS=layout.ranks, R=layout.R, **_constants(tiers),
-        SEGMENTS=tuple(entry.segment for entry in layout.entries),
-        OFFSETS=tuple(entry.offset for entry in layout.entries),
-        FILLED=tuple(entry.filled for entry in layout.entries),
-        PADDED=tuple(power_of_two(entry.filled) for entry in layout.entries),
-        WIDTHS=tuple(place[1] for place in places), FIRST=tuple(place[2] for place in places),
-        PRECISION=precision(x.dtype), BLOCK=block,
-    )  # fmt: skip
-    return A, B
+    return Tile(64, 64, 64, 4, 4) if arch >= 90 else Tile(64, 64, 64, 8, 2)
 
 
 def _gemm(
@@ -144,64 +130,16 @@ def _gemm(
     tile = gemm_tile(x.dtype, M, N)
     launch(
         gemm, (groups * cdiv(M, tile.BM) * cdiv(N, tile.BN),), x, weight, bias, S, B, y, M, *x.stride(),
-        *weight.stride(), *strides, N=N, K=K, RANKS=S.shape[1], R=R, CHUNK=min(R, tile.BK), **segments,
-        PRECISION=precision(x.dtype), TALL=8, tile=tile,
+        *weight.stride(), *strides, constants=Constants(
+            tile, N=N, K=K, RANKS=S.shape[1], R=R, CHUNK=min(R, tile.BK), **segments, PRECISION=precision(x.dtype),
+            TALL=8,
+        ),
     )  # fmt: skip
-
-
-def _sum_by_slot(
-    dA: Tensor, dB: Tensor, tiers: Sequence[Tier], layout: Layout, programs: int, blocks: int
-) -> list[Tensor]:
-    """The gradients of the tiers in training, in the dtype of their factors, from the parts of all programs."""
-    trained = [(tier, entry) for tier, entry in zip(tiers, layout.entries, strict=True) if entry.trained]
-    if not trained:
-        return []
-    width = dA.shape[-1]
-    outs: list[Tensor] = []
-    runs = []
-    for tier, entry in trained:
-        outs += (
-            torch.empty_like(tier.A, memory_format=torch.contiguous_format),
-            torch.empty_like(tier.B, memory_format=torch.contiguous_format),
-        )
-        size = tier.rank * width
-        runs.append((size, size, size, (entry.segment * layout.trained + entry.offset) * width))
-        first = layout.columns[entry.segment][2] * layout.trained + entry.offset
-        runs.append((tier.B.shape[1] * tier.rank, tier.rank, layout.trained, first))
-    sizes, lengths, strides, firsts = zip(*runs, strict=True)
-    # The scale is in the packed B, hence in dS and dA.
-    both = [tier._replace(scale=scale) for tier, _ in trained for scale in (1.0, tier.scale)]
-    BP, BE = 32, 128
-    launch(
-        sum_by_slot, (max(tier.A.shape[0] for tier in both), cdiv(max(sizes), BE), len(outs)), dA, dB, tuple(outs),
-        *_tables(both, dA), programs, max(blocks, 1), A_SIZE=dA[:1].numel() or 1, B_SIZE=dB.stride(0),
-        IS_A=tuple(index % 2 == 0 for index in range(len(both))), **_constants(both), SIZES=sizes, LENGTHS=lengths,
-        STRIDES=strides, FIRST=firsts,
-        ROUNDED=max(power_of_two(programs), BP) if programs else 0, BP=BP, BE=BE,
-    )  # fmt: skip
-    return outs
 
 
 def _with_contiguous_rows(x: Tensor) -> Tensor:
     """Rows may lie anywhere, but their elements side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _tables(tiers: Sequence[Tier], like: Tensor) -> tuple[Any, ...]:
-    """Slots, ranks, scales and sizes of the tiers' tables, as the kernels of `slots` take them."""
-    return (
-        tuple(int32(tier.slot, like) for tier in tiers),
-        tuple(int32(tier.ranks, like) for tier in tiers),
-        tuple(tier.scale for tier in tiers),
-        tuple(2 * tier.A.shape[0] + 1 for tier in tiers),
-    )
-
-
-def _constants(tiers: Sequence[Tier]) -> dict[str, Any]:
-    return {
-        "FOR_EACH": tuple(tier.slot is None and tier.A.shape[0] > 1 for tier in tiers),
-        "TIER_RANKS": tuple(tier.rank for tier in tiers),
-    }
 
 
 def _sizes(layout: Layout) -> dict[str, Any]:
@@ -253,5 +191,5 @@ def _step(
     ]
     trained = list(trained or [False] * (len(ranks) - 1) + [True]) * len(columns)
     for plan in ("fused", "split"):
-        y, S = forward(x, weight, empty(out, dtype=dtype) if bias else None, tiers, trained, plan)
-        backward(y, S, x, weight, tiers, trained, plan, needs_x)
+        y, *inner = forward(x, weight, empty(out, dtype=dtype) if bias else None, tiers, trained, plan)
+        backward(y, inner, x, weight, tiers, trained, plan, needs_x)

@@ -49,6 +49,7 @@ def shrink_expand(
     WIDTHS: tl.constexpr,
     FIRST: tl.constexpr,
     EXPAND: tl.constexpr,
+    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -75,7 +76,7 @@ def shrink_expand(
             for c in tl.static_range(len(STARTS)):
                 if (c * R < j + CHUNK) & (c * R + R > j):
                     in_segment = ((r >= c * R) & (r < c * R + R))[:, None]
-                    for n0 in range(0, WIDTHS[c], BN):
+                    for n0 in tl.range(0, WIDTHS[c], BN, num_stages=STAGES):
                         n = (n0 + tl.arange(0, BN))[None, :]
                         source = (group * WIDTH + FIRST[c] + n) * R + (r - c * R)[:, None]
                         right = tl.load(B + source, in_segment & (n < WIDTHS[c]), other=0.0)
@@ -115,6 +116,7 @@ def backward_rows(
     FIRST: tl.constexpr,
     KEEP: tl.constexpr,
     EXPAND: tl.constexpr,
+    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -122,7 +124,7 @@ def backward_rows(
 ):
     """In one pass over dY: `dS = dY B`, and of the ranks in training `dYᵀ S` and `dSᵀ x`, a part for each program.
 
-    With KEEP it writes dS, with EXPAND it adds `dS A` to dX in place.
+    With KEEP it writes dS, with EXPAND it writes `dS A` to dX.
     """
     blocks = tl.cdiv(M, BM)
     program = tl.program_id(0).to(tl.int64)
@@ -156,12 +158,15 @@ def backward_rows(
         if KEEP:
             tl.store(dS + row * RANKS + r[None, :], ds, here)
         if EXPAND or TRAINED > 0:
-            for k0 in range(0, IN, BK):
+            for k0 in tl.range(0, IN, BK, num_stages=STAGES):
                 k = k0 + tl.arange(0, BK)
                 if EXPAND:
                     right = tl.load(A + (group * RANKS + r[:, None]) * IN + k[None, :], (k < IN)[None, :], other=0.0)
                     target = dx + row * IN + k[None, :]
-                    tile = tl.load(target, here & (k < IN)[None, :], other=0.0).to(tl.float32)
+                    if RANKS > CHUNK:
+                        tile = tl.load(target, here & (k < IN)[None, :] & (j > 0), other=0.0).to(tl.float32)
+                    else:
+                        tile = tl.zeros([BM, BK], tl.float32)
                     tile = dot(ds, right, tile, PRECISION)
                     tl.store(target, cast(tile, dx.dtype.element_ty, PRECISION), here & (k < IN)[None, :])
                 if TRAINED > 0:

@@ -174,7 +174,7 @@ OPERATIONS = (Operation(double, reference.double, OTHERS),)
 '''
 PLAN = """
 import torch, triton, triton.language as tl
-from hilora.kernels.launch import launch
+from hilora.kernels.launch import Constants, launch
 
 @triton.jit
 def double_kernel(x, y, N: tl.constexpr):
@@ -183,7 +183,7 @@ def double_kernel(x, y, N: tl.constexpr):
 
 def double(x):
     y = torch.empty_like(x)
-    launch(double_kernel, (1,), x, y, N=x.shape[0])
+    launch(double_kernel, (1,), x, y, constants=Constants(N=x.shape[0]))
     return y
 
 def cases(dtype):

@@ -7,6 +7,7 @@ copies have arrived. Every tile of columns, of y forward and of dY backward, lie
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ...launch import architecture, cdiv, launch, processors
+from ...launch import Constants, architecture, cdiv, launch, processors
 from ..layout import Layout
 from .backward import backward_tiles
 from .forward import forward_tiles
@@ -68,7 +69,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
         forward_tiles, (min(groups * blocks * cdiv(out, columns), processors()),),
         _tiles(x, 1, ROWS, STEP), _tiles(weight, columns, STEP), _tiles(A.flatten(0, 1), layout.R, STEP),
         _tiles(B.flatten(0, 1), columns, layout.R), _tiles(y, 1, ROWS, half), bias, S, M, groups * blocks, blocks,
-        N=out, STEPS=cdiv(width, STEP), **_segments(layout), STAGES=3, num_warps=8,
+        constants=_forward_constants(layout, width, out),
     )  # fmt: skip
 
 
@@ -84,16 +85,36 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, S: Ten
         _tiles(dy, 1, ROWS, STEP), _tiles(weight, STEP, WIDE), _tiles(weight, STEP, THIN),
         _tiles(A, layout.R, WIDE), _tiles(A, layout.R, THIN), _tiles(B.flatten(0, 1), STEP, layout.R),
         _tiles(S.view(groups, M, -1), 1, ROWS, layout.R), _tiles(x, 1, ROWS, THIN), _tiles(dx, 1, ROWS, THIN), dA, dB,
-        groups * blocks, blocks, IN=width, TRAINED=layout.trained, REST=_rest(layout, weight.shape[0]),
-        **_segments(layout), STAGES=3 if layout.R <= 32 else 2, num_warps=8,
+        groups * blocks, blocks, constants=_backward_constants(layout, width, weight.shape[0]),
     )  # fmt: skip
     return dA, dB
 
 
 def _tiles(tensor: Tensor, *block: int) -> TensorDescriptor:
     """A tensor, to be copied in blocks."""
-    layout = gl.NVMMASharedLayout.get_default_for(list(block), DTYPES[tensor.dtype])
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), layout)
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), _shared(block, tensor.dtype))
+
+
+@cache
+def _shared(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How a block lies in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for(list(block), DTYPES[dtype])
+
+
+@cache
+def _forward_constants(layout: Layout, width: int, out: int) -> Constants:
+    return Constants(N=out, STEPS=cdiv(width, STEP), **_segments(layout), STAGES=3, num_warps=8)
+
+
+@cache
+def _backward_constants(layout: Layout, width: int, out: int) -> Constants:
+    ends = [0, *(start + width for start, width, _ in sorted(layout.columns))]
+    starts = [*(start for start, _, _ in sorted(layout.columns)), out]
+    rest = tuple((end, start - end) for end, start in zip(ends, starts, strict=True) if start > end)
+    stages = 3 if layout.R <= 32 else 2  # of 227 KB
+    return Constants(
+        IN=width, TRAINED=layout.trained, REST=rest, **_segments(layout), STAGES=stages, num_warps=8
+    )
 
 
 def _segments(layout: Layout) -> dict[str, Any]:
@@ -102,10 +123,3 @@ def _segments(layout: Layout) -> dict[str, Any]:
         "RANKS": layout.ranks, "R": layout.R, "WIDTH": layout.width, "STARTS": starts, "WIDTHS": widths, "FIRST": first,
         "TALL": 8,
     }  # fmt: skip
-
-
-def _rest(layout: Layout, out: int) -> tuple[tuple[int, int], ...]:
-    """Starts and widths of the columns outside of all segments."""
-    ends = [0, *(start + width for start, width, _ in sorted(layout.columns))]
-    starts = [*(start for start, _, _ in sorted(layout.columns)), out]
-    return tuple((end, start - end) for end, start in zip(ends, starts, strict=True) if start > end)

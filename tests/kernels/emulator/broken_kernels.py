@@ -31,8 +31,8 @@ def step(dtype: torch.dtype, how: str = "split", case: Case = CASE, trained: tup
     """Forward and backward."""
     x, weight, bias, tiers = make(case, dtype)
     with torch.no_grad():
-        y, S = plan.forward(x, weight, bias, tiers, trained, how)
-        plan.backward(y, S, x, weight, tiers, trained, how, needs_x=True)
+        y, *inner = plan.forward(x, weight, bias, tiers, trained, how)
+        plan.backward(y, inner, x, weight, tiers, trained, how, needs_x=True)
 
 
 def broken(
@@ -121,7 +121,7 @@ def test_a_small_kernel_with_such_a_product(known: bool) -> None:
     left, right = torch.randn(block, steps * block), torch.randn(steps * block, block)
     sums, parts = torch.full((block, block), torch.nan), torch.full_like(right, torch.nan)
     kernel = JITFunction(transposed_again)
-    constants = {"N": steps * block, "BLOCK": block, "KNOWN": known, "num_warps": 4, "num_stages": 2}
+    constants = launch.Constants(N=steps * block, BLOCK=block, KNOWN=known, num_warps=4, num_stages=2)
 
     def run() -> None:
         launch.launcher(kernel, (1,), (left, right, sums, parts, 7), constants)
@@ -140,6 +140,6 @@ def test_what_a_fault_says() -> None:
     kernel = JITFunction(transposed_again)
     short = torch.randn(32, 32)
     args = (short, torch.randn(192, 32), short.clone(), torch.randn(192, 32), 7)
-    constants = {"N": 192, "BLOCK": 32, "KNOWN": True}
+    constants = launch.Constants(N=192, BLOCK=32, KNOWN=True)
     with pytest.raises(Fault, match=r"outside of all tensors: .* bytes from the start of "):
         launch.launcher(kernel, (1,), args, constants)
