@@ -71,6 +71,7 @@ class Machine:
         self.at = np.zeros(self.size, np.int32)  # block that a thread executes next
         self.active: Array | None = None
         self.asleep = np.zeros(self.size, bool)
+        self._no_groups = np.zeros(len(ctas) * self.warpgroups, np.int32)
         self.accumulators: dict[int, Array] = {}
         self.now: Instruction
         self._stamp()
@@ -91,10 +92,12 @@ class Machine:
 
     def _next(self) -> int:
         """The first block that some thread can execute."""
-        awake = self.at[~self.asleep]
-        if not len(awake) or (self.asleep.any() and awake.min() == _END):
+        if not self.asleep.any():
+            return int(self.at.min())
+        block = int(self.at[~self.asleep].min(initial=_END))
+        if block == _END:
             raise Fault(f"{self.code.program.name}: threads wait for an mbarrier that nothing completes")
-        return int(awake.min())
+        return block
 
     def branch(self, threads: Array | None, block: int) -> None:
         self.at[slice(None) if threads is None else threads] = block
@@ -162,14 +165,18 @@ class Machine:
     def wait_for_products(self, pending: int) -> None:
         self.products.wait(self.agents(self.whole_ctas()), pending)
         done = self.products.done
-        self.accumulators = {register: group for register, group in self.accumulators.items() if (group > done).any()}
+        going = {id(groups): bool((groups > done).any()) for groups in self.accumulators.values()}
+        self.accumulators = {number: groups for number, groups in self.accumulators.items() if going[id(groups)]}
 
     def note_accumulators(self, registers: Sequence[int], agents: Array) -> None:
         """That products of the group that these warp groups have not committed yet add to registers."""
+        now: dict[int, Array] = {}  # one for all registers that had the same
         for register in registers:
-            groups = self.accumulators.get(register, np.zeros(len(self.products.done), np.int32)).copy()
-            groups[agents] = self.products.committed[agents] + 1
-            self.accumulators[register] = groups
+            before = self.accumulators.get(register, self._no_groups)
+            if id(before) not in now:
+                now[id(before)] = before.copy()
+                now[id(before)][agents] = self.products.committed[agents] + 1
+            self.accumulators[register] = now[id(before)]
 
     def _check_accumulators(self) -> None:
         if self.now.opcode.startswith("wgmma"):

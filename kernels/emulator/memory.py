@@ -172,15 +172,10 @@ class SharedMemory:
         note(at, width, who.stamps, _named(report, "an mbarrier"))
 
     def operands(self, addresses: Array, size: int, who: Who, group: int, report: Report) -> Array:
-        """Elements of `size` bytes at `addresses [n, rows, columns]`, for products by a warp group of n CTAs."""
-        n, rows, columns = addresses.shape
-        flat = addresses.reshape(n, -1)
-        places = np.repeat(who.places, rows * columns)
-        index = self.index(flat.ravel(), size, places, "operand of wgmma")
-        found = _elements(self.bytes, size, 1)[index].reshape(n, rows, columns)
-        stamps = np.repeat(who.stamps, rows * columns)
+        """Of chunks of `size` bytes at `addresses [n, a, b]`: `[n, a, b, size]`, for products by a group of n CTAs."""
+        index, stamps, places = self._chunks(addresses.reshape(len(addresses), -1), size, who)
         self.accesses.note_product(*_places(index, size), stamps, places, group, _named(report, "shared"))
-        return found
+        return _elements(self.bytes, 1, size)[index].reshape(*addresses.shape, size)
 
 
 def _named(report: Report, where: str) -> Report:
