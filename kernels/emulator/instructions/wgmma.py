@@ -98,6 +98,8 @@ def multiply(operands: Operands) -> Action:
         ctas = machine.whole_ctas()
         if machine.code.program.threads % WARPGROUP:
             raise Fault(f"wgmma by {machine.code.program.threads} threads")
+        if machine.races is None:
+            return
         sums = np.stack([machine.registers[number] for number in registers])
         sums = sums.view(np.float32).reshape(len(registers), len(machine.intervals), machine.warpgroups, WARPGROUP)
         kept = np.broadcast_to(keep(machine), machine.size).reshape(sums.shape[1:])
