@@ -1,34 +1,12 @@
-"""A model of cost: the least arithmetic and the fewest bytes of an operation, over what the device was seen to do.
-
-No implementation can be much faster than its floor: the longer of the time its arithmetic takes at the rate of a large
-matrix product measured on the same device, and the time its bytes take at the bandwidth of a large copy. Inputs are
-read once and outputs written once; what stays within one pass (`x Aᵀ`) moves no bytes.
-"""
+"""What the device does, measured, for the floors of `hilora.kernels.cost`."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 
 from benchmarks.timing import DEVICE, SECONDS, Step, ready, take_turns
-
-
-class Rates(NamedTuple):
-    """What the device does."""
-
-    flops: float  # a second, in a large matrix product
-    bandwidth: float  # bytes a second, read and written by a large copy
-
-
-class Cost(NamedTuple):
-    """The passes of an operation: FLOPs and bytes of each."""
-
-    passes: tuple[tuple[float, float], ...]
-
-    def floor(self, rates: Rates) -> float:
-        """Seconds."""
-        return sum(max(flops / rates.flops, moved / rates.bandwidth) for flops, moved in self.passes)
+from hilora.kernels.cost import Cost as Cost
+from hilora.kernels.cost import Rates as Rates
 
 
 def measured_rates(dtype: torch.dtype, scale: str) -> Rates:

@@ -14,6 +14,7 @@ from benchmarks.cost import Cost
 from benchmarks.operations import Charts, Operation
 from benchmarks.timing import DEVICE, Inputs, rotation
 from hilora.kernels import Tier, use_backend
+from hilora.kernels.cost import layer
 from hilora.kernels.stacked_linear import reference
 from hilora.reporting.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 
@@ -84,24 +85,12 @@ def _distinct(shapes: list[Layer]) -> list[Layer]:
 
 
 def cost(shape: Layer, phase: str, adapted: bool) -> Cost:
-    """A forward pass, or with one backward pass that needs dx and, of the adapters, the gradients of the last tier.
-
-    The base takes `2·M·w·3w` FLOPs for y and as many for dx. One thin product with A or B of q and v takes `2·M·r·2w`.
-    A tier needs two of them in each direction, unless all are folded into a weight of each group (`2·w·r·2w`); the one
-    in training needs `x Aᵀ` and `dY B` anyhow, and two more for its gradients.
-    """
-    M, w, r, size = shape.rows, shape.width, shape.rank, shape.torch_dtype.itemsize
-    tiers = shape.tiers if adapted else 0
-    base, thin, folding = 2 * M * w * 3 * w, 2 * M * r * 2 * w, tiers * shape.groups * 2 * w * r * 2 * w
-    readers = 1 if shape.form == "qkv" else 3  # layers that read x
-    factor = shape.groups * 4 * r * w * size  # A and B of q and v for each group
-    moved = (3 + readers) * M * w * size + 3 * w * w * size + tiers * factor  # y or dY, x or dx, W, A and B
-    forward = base + min(tiers * 2 * thin, folding), moved
-    if phase == "forward":
-        return Cost((forward,))
-    trained = 2 * thin if adapted else 0
-    backward = base + trained + min(tiers * 2 * thin, folding + trained), moved + (M * w * size + factor) * adapted
-    return Cost((forward, backward))
+    """A forward pass, or with one backward pass that needs dx and, of the adapters, the gradients of the last tier."""
+    ranks = [shape.rank] * shape.tiers if adapted else []
+    readers = 1 if shape.form == "qkv" else 3
+    size = shape.torch_dtype.itemsize
+    forward, backward = layer(shape.rows, shape.width, ranks, shape.groups, size, readers=readers)
+    return forward if phase == "forward" else Cost(forward.passes + backward.passes)
 
 
 def lineup(shape: Layer, phase: str, scale: str) -> Lineup:

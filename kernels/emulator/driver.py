@@ -6,7 +6,8 @@ import ctypes
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +43,14 @@ def library() -> ctypes.CDLL:
     (folder / "libcuda.so").symlink_to(path.name)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
     return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+
+
+@contextmanager
+def idle() -> Iterator[None]:
+    """Launches do nothing."""
+    library().emulator_set_callback(None)
+    yield
+    library().emulator_set_callback(_KEPT[-1])
 
 
 def install(arch: int, launched: Callable[[Launched], None]) -> None:

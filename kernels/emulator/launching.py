@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from triton.experimental.gluon.nvidia import hopper as gluon
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -19,6 +20,7 @@ from .machine import Machine
 from .memory import GlobalMemory, Region
 from .parsing import parse
 from .tensormaps import BYTES
+from .values import Array
 
 BATCH = 2048  # threads that run side by side: enough to hide what a call of numpy costs
 
@@ -53,9 +55,17 @@ def execute(
         Fault: for what would be an error on a GPU.
         Unsupported: for what is not emulated.
     """
-    memory = GlobalMemory(_regions(tensors))
-    code = compiled(ptx)
     races: Counter[str] = Counter()
+    run_all(compiled(ptx), grid, arguments, GlobalMemory(regions(tensors)), shared, races)
+    return races
+
+
+def run_all(
+    code: Code, grid: Sequence[int], arguments: Sequence[int | bytes], memory: GlobalMemory, shared: int,
+    races: Counter[str] | None,
+) -> Array:  # fmt: skip
+    """All CTAs, a batch at a time; how many warps have executed each block."""
+    visits = np.zeros(len(code.blocks), np.int64)
     ctas, clock = range(grid[0] * grid[1] * grid[2]), 1
     together = max(1, BATCH // code.program.threads)
     for first in range(0, len(ctas), together):
@@ -63,16 +73,17 @@ def execute(
         machine = Machine(code, grid, batch, arguments, memory, shared, races, clock)
         machine.run()
         clock = machine.clock
-    return races
+        visits += machine.visits
+    return visits
 
 
-def _regions(tensors: Mapping[str, Tensor]) -> list[Region]:
+def regions(tensors: Mapping[str, Tensor], counted: bool = False) -> list[Region]:
     """Each storage once, under the first of its names."""
     found: dict[int, Region] = {}
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage()
         if storage.nbytes() and storage.data_ptr() not in found:
-            found[storage.data_ptr()] = Region(name, storage.data_ptr(), storage.nbytes())
+            found[storage.data_ptr()] = Region(name, storage.data_ptr(), storage.nbytes(), counted)
     return list(found.values())
 
 
@@ -114,6 +125,14 @@ class Emulator:
             Fault: for what would be an error on a GPU.
             Unsupported: for what is not emulated.
         """
+        races = self.result(kernel, grid, args, constants)
+        self.launches[kernel.__name__] += 1
+        if races:
+            found = "\n".join(f"  {what}: {count} places" for what, count in sorted(races.items()))
+            raise RaceError(f"{kernel.__name__} on a grid of {grid}:\n{found}")
+
+    def result(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> Any:
+        """What `emulate` finds out about a launch."""
         self._now = {
             "kernel": kernel.warmup(*args, grid=grid, **constants),
             "tensors": named_tensors(kernel.arg_names, args),
@@ -122,18 +141,18 @@ class Emulator:
         now, self._now = self._now, {}
         if "error" in now:
             raise now["error"]
-        if "races" not in now:
+        if "result" not in now:
             raise Fault(f"{kernel.__name__} was not launched")
-        self.launches[kernel.__name__] += 1
-        if now["races"]:
-            found = "\n".join(f"  {what}: {count} places" for what, count in sorted(now["races"].items()))
-            raise RaceError(f"{kernel.__name__} on a grid of {grid}:\n{found}")
+        return now["result"]
+
+    def emulate(self, *launch: Any) -> Any:
+        return execute(*launch)
 
     def _launched(self, launch: driver.Launched) -> None:
         try:
             ptx = self._now["kernel"].asm["ptx"]
             arguments = _arguments(compiled(ptx), launch)
-            self._now["races"] = execute(ptx, launch.grid, arguments, launch.shared, self._now["tensors"])
+            self._now["result"] = self.emulate(ptx, launch.grid, arguments, launch.shared, self._now["tensors"])
         except Exception as error:  # ctypes would print and forget it
             self._now["error"] = error
 

@@ -39,7 +39,7 @@ class Machine:
         arguments: of the kernel, as bits; TMA descriptors as bytes.
         memory: the tensors of the launch.
         shared: bytes of each CTA.
-        races: what is found, counted by places in memory.
+        races: what is found, counted by places in memory; None where nothing is watched, and no product is taken.
         clock: the first number for an interval between barriers; see `intervals`.
 
     Attributes:
@@ -47,12 +47,13 @@ class Machine:
         active: the threads that execute the present instruction; None for all.
         intervals: of each CTA, the number of its interval between barriers.
         asleep: threads for whose wait an mbarrier has to change.
+        visits: how many warps have executed each block.
         accumulators: registers that products in flight add to, with the group of each warp group's last such product.
     """
 
     def __init__(
         self, code: Code, grid: Sequence[int], ctas: Sequence[int], arguments: Sequence[int | bytes],
-        memory: GlobalMemory, shared: int, races: Counter[str], clock: int,
+        memory: GlobalMemory, shared: int, races: Counter[str] | None, clock: int,
     ) -> None:  # fmt: skip
         threads = code.program.threads
         if threads % LANES or threads > (WARPS - 1) * LANES:
@@ -60,17 +61,19 @@ class Machine:
         self.code, self.grid, self.arguments, self.memory, self.races = code, grid, arguments, memory, races
         self.warpgroups = max(threads // WARPGROUP, 1)
         self.size = len(ctas) * threads
-        self.shared = SharedMemory(len(ctas), shared, threads // LANES, self.warpgroups)
+        self.shared = SharedMemory(len(ctas), shared, threads // LANES, self.warpgroups, races is not None)
         self.place = np.repeat(np.arange(len(ctas)), threads)  # of a thread's CTA in this batch
         self.cta = np.repeat(np.asarray(ctas, np.int32), threads)
         self.thread = np.tile(np.arange(threads, dtype=np.uint32), len(ctas))
         self.lane = self.thread % np.uint32(LANES)
         self.intervals = clock + np.arange(len(ctas), dtype=np.uint32)
         self.clock = clock + len(ctas)
+        self.visits = np.zeros(len(code.blocks), np.int64)
         self.registers = [np.zeros(self.size, unsigned(bits)) for bits in code.widths]
         self.at = np.zeros(self.size, np.int32)  # block that a thread executes next
         self.active: Array | None = None
         self.asleep = np.zeros(self.size, bool)
+        self._no_groups = np.zeros(len(ctas) * self.warpgroups, np.int32)
         self.accumulators: dict[int, Array] = {}
         self.now: Instruction
         self._stamp()
@@ -82,6 +85,7 @@ class Machine:
                 here = (self.at == block) & ~self.asleep
                 self.active = None if here.all() else here
                 self.at[here] = block + 1
+                self.visits[block] += np.count_nonzero(here.reshape(-1, LANES).any(1))
                 for now, action in self.code.blocks[block]:
                     self.now = now
                     if self.accumulators:
@@ -91,10 +95,12 @@ class Machine:
 
     def _next(self) -> int:
         """The first block that some thread can execute."""
-        awake = self.at[~self.asleep]
-        if not len(awake) or (self.asleep.any() and awake.min() == _END):
+        if not self.asleep.any():
+            return int(self.at.min())
+        block = int(self.at[~self.asleep].min(initial=_END))
+        if block == _END:
             raise Fault(f"{self.code.program.name}: threads wait for an mbarrier that nothing completes")
-        return int(awake.min())
+        return block
 
     def branch(self, threads: Array | None, block: int) -> None:
         self.at[slice(None) if threads is None else threads] = block
@@ -104,7 +110,7 @@ class Machine:
 
     def report(self, what: str, where: Array) -> None:
         """A race at all places where `where` is True."""
-        if count := int(np.count_nonzero(where)):
+        if self.races is not None and (count := int(np.count_nonzero(where))):
             self.races[f"{what}, {self.now.line or self.now}"] += count
 
     def who(self, threads: Array | slice) -> Who:
@@ -162,14 +168,20 @@ class Machine:
     def wait_for_products(self, pending: int) -> None:
         self.products.wait(self.agents(self.whole_ctas()), pending)
         done = self.products.done
-        self.accumulators = {register: group for register, group in self.accumulators.items() if (group > done).any()}
+        going = {id(groups): bool((groups > done).any()) for groups in self.accumulators.values()}
+        self.accumulators = {number: groups for number, groups in self.accumulators.items() if going[id(groups)]}
 
     def note_accumulators(self, registers: Sequence[int], agents: Array) -> None:
         """That products of the group that these warp groups have not committed yet add to registers."""
+        if self.races is None:
+            return
+        now: dict[int, Array] = {}  # one for all registers that had the same
         for register in registers:
-            groups = self.accumulators.get(register, np.zeros(len(self.products.done), np.int32)).copy()
-            groups[agents] = self.products.committed[agents] + 1
-            self.accumulators[register] = groups
+            before = self.accumulators.get(register, self._no_groups)
+            if id(before) not in now:
+                now[id(before)] = before.copy()
+                now[id(before)][agents] = self.products.committed[agents] + 1
+            self.accumulators[register] = now[id(before)]
 
     def _check_accumulators(self) -> None:
         if self.now.opcode.startswith("wgmma"):

@@ -85,6 +85,9 @@ class Barriers:
         """What a warp knows, all warps of its CTA know from now on."""
         self.seen[ctas] = self.seen[ctas].max(1, keepdims=True)
 
-    def in_flight(self, tickets: Array, ctas: Array, warps: Array) -> Array:
-        """Whether copies `[n, width]` may not have landed yet, as the warps of CTAs `[n]` know."""
+    def in_flight(self, tickets: Array, ctas: Array, warps: Array | slice) -> Array:
+        """Whether copies `[n, width]` may not have landed yet, as the warps of CTAs `[n]`, or all of some, know."""
+        if isinstance(warps, slice):
+            known = self.seen[:, warps].min(1)
+            return np.asarray(tickets // COLUMNS > known[ctas[:, None], tickets % COLUMNS])
         return np.asarray(tickets // COLUMNS > self.seen[ctas[:, None], warps[:, None], tickets % COLUMNS])

@@ -9,6 +9,7 @@ import numpy as np
 
 from .errors import Fault
 from .races import PLACE, GlobalAccesses, SharedAccesses
+from .traffic import Traffic, Unwatched
 from .transfers import Report
 from .values import Array
 
@@ -30,14 +31,16 @@ class Region:
         name: to be named by.
         address: of its first byte, a multiple of 16.
         size: in bytes.
+        counted: what is asked for is counted, instead of watching for races.
     """
 
-    def __init__(self, name: str, address: int, size: int) -> None:
+    def __init__(self, name: str, address: int, size: int, counted: bool = False) -> None:
         if address % _ROOM:
             raise Fault(f"{name} lies at {address:#x}, which is no multiple of {_ROOM}")
         self.name, self.address, self.size = name, address, size
         self.bytes: Array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
-        self.accesses = GlobalAccesses((size // _ROOM + 1) * _ROOM // PLACE)
+        places = (size // _ROOM + 1) * _ROOM // PLACE
+        self.accesses: GlobalAccesses | Traffic = Traffic(places) if counted else GlobalAccesses(places)
 
 
 def _elements(memory: Array, size: int, vector: int) -> Array:
@@ -109,13 +112,15 @@ class SharedMemory:
         size: bytes of each.
         warps: of each.
         warpgroups: of each.
+        watched: for races.
     """
 
-    def __init__(self, ctas: int, size: int, warps: int, warpgroups: int) -> None:
+    def __init__(self, ctas: int, size: int, warps: int, warpgroups: int, watched: bool = True) -> None:
         self.size = -(-max(size, 1) // 1024) * 1024  # what swizzles look at stays as it is
         self.declared = size
         self.bytes = np.full(ctas * self.size, 0xFF, np.uint8)
-        self.accesses = SharedAccesses(ctas, self.size // PLACE, warps, warpgroups)
+        kind = SharedAccesses if watched else Unwatched
+        self.accesses = kind(ctas, self.size // PLACE, warps, warpgroups)
 
     def index(self, addresses: Array, size: int, places: Array, what: str) -> Array:
         """Of accesses to addresses within a CTA's memory, in units of their size."""
@@ -172,15 +177,10 @@ class SharedMemory:
         note(at, width, who.stamps, _named(report, "an mbarrier"))
 
     def operands(self, addresses: Array, size: int, who: Who, group: int, report: Report) -> Array:
-        """Elements of `size` bytes at `addresses [n, rows, columns]`, for products by a warp group of n CTAs."""
-        n, rows, columns = addresses.shape
-        flat = addresses.reshape(n, -1)
-        places = np.repeat(who.places, rows * columns)
-        index = self.index(flat.ravel(), size, places, "operand of wgmma")
-        found = _elements(self.bytes, size, 1)[index].reshape(n, rows, columns)
-        stamps = np.repeat(who.stamps, rows * columns)
+        """Of chunks of `size` bytes at `addresses [n, a, b]`: `[n, a, b, size]`, for products by a group of n CTAs."""
+        index, stamps, places = self._chunks(addresses.reshape(len(addresses), -1), size, who)
         self.accesses.note_product(*_places(index, size), stamps, places, group, _named(report, "shared"))
-        return found
+        return _elements(self.bytes, 1, size)[index].reshape(*addresses.shape, size)
 
 
 def _named(report: Report, where: str) -> Report:

@@ -14,6 +14,7 @@ from .transfers import WARPS, Report, Transfers
 from .values import Array
 
 PLACE = 2  # bytes
+WARPS_OF_GROUP = 4  # that take products by wgmma together
 _LAST = np.uint32(WARPS - 1)  # of a stamp's warps; it stands for several
 
 
@@ -146,10 +147,8 @@ class SharedAccesses(Accesses):
         report("wgmma on a cp.async without a barrier", copied >= (self.copies.known[ctas] + 1)[:, None] * WARPS)
         report("wgmma after write", (self.written.reshape(-1, width)[index] ^ stamps[:, None]) < WARPS)
         self._fenced(index, width, ctas, "wgmma on", report)
-        if self.transfers.any_loaded:
-            for warp in range(4 * group, 4 * group + 4):  # all of them have to have waited
-                warps = np.full(len(ctas), warp)
-                self.transfers.check(index, width, ctas, warps, False, "wgmma", report)
+        warps = slice(WARPS_OF_GROUP * group, WARPS_OF_GROUP * (group + 1))
+        self.transfers.check(index, width, ctas, warps, False, "wgmma", report)
         number = self.products.committed[ctas * self.warpgroups + group] + 1
         self.taken[group].reshape(-1, width)[index] = number[:, None]
         self.any_taken = True

@@ -54,15 +54,27 @@ class TensorMap(NamedTuple):
         Returns:
             `[n, elements]`, both.
         """
-        offsets = np.stack(np.unravel_index(np.arange(np.prod(self.box)), self.box[::-1])[::-1], 1)
-        places = corners[:, None].astype(np.int64) + offsets
-        inside: Array = np.all((places >= 0) & (places < np.array(self.sizes)), 2)
-        return self.base + places @ np.array(self.strides, np.int64), inside
+        offsets = _offsets(self.box)
+        corners = corners.astype(np.int64)
+        addresses = (self.base + corners @ np.array(self.strides))[:, None] + np.array(self.strides) @ offsets
+        inside = np.ones(addresses.shape, bool)
+        for axis, (size, offset) in enumerate(zip(self.sizes, offsets, strict=True)):
+            first = corners[:, axis]
+            if first.min(initial=0) < 0 or (first + self.box[axis] > size).any():
+                places = first[:, None] + offset
+                inside &= (places >= 0) & (places < size)
+        return addresses, inside
 
     def chunks(self, starts: Array) -> Array:
         """Addresses `[n, chunks]` in shared memory of n boxes that start at `starts`."""
         place = starts[:, None] + np.arange(0, self.bytes, CHUNK)
         return place ^ (((place >> 7) & (self.swizzle // CHUNK - 1)) << 4) if self.swizzle else place
+
+
+@cache
+def _offsets(box: tuple[int, ...]) -> Array:
+    """Of the elements of a box along each axis, `[axes, elements]`."""
+    return np.stack(np.unravel_index(np.arange(np.prod(box)), box[::-1])[::-1])
 
 
 @cache

@@ -49,13 +49,13 @@ class Transfers:
         self.any_leaving = True
 
     def check(
-        self, index: Array, width: int, ctas: Array, warps: Array, write: bool, what: str, report: Report
+        self, index: Array, width: int, ctas: Array, warps: Array | slice, write: bool, what: str, report: Report
     ) -> None:  # fmt: skip
-        """An access, whatever does it."""
+        """An access, whatever does it; a read by all of several warps."""
         if self.any_loaded:
             tickets = self.loaded.reshape(-1, width)[index]
             report(f"{what} of a TMA load in flight", self.barriers.in_flight(tickets, ctas, warps))
-        if write and self.any_leaving:
+        if write and self.any_leaving and not isinstance(warps, slice):
             group = self.leaving.reshape(-1, width)[index]
             owner = group % WARPS
             agents = ctas[:, None] * self.warps + owner

@@ -37,6 +37,8 @@ def multiply(operands: Operands) -> Action:
 
     def act(machine: Machine) -> None:
         machine.whole_warps()
+        if machine.races is None:
+            return
         warps = machine.size // LANES
         a, b = np.empty((warps, 16, depth), np.float32), np.empty((warps, depth, 8), np.float32)
         for index, read in enumerate(left):

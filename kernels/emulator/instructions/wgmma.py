@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 import numpy as np
 
 from ..code import Operands, Read, instruction
 from ..errors import Fault, Unsupported
 from ..machine import LANES, WARPGROUP, Action, Machine
+from ..tensormaps import CHUNK
 from ..values import Array, element
 
 _SWIZZLES = {1: 128, 2: 64, 3: 32}  # bytes of a row, by the code in a descriptor
@@ -32,22 +34,25 @@ def wait(operands: Operands) -> Action:
     return lambda machine: machine.wait_for_products(pending)
 
 
-def _addresses(descriptor: int, rows: int, depth: int, transposed: bool, size: int) -> Array:
-    """In shared memory, of elements `[rows, depth]` of a matrix of `size` bytes each.
+@lru_cache(1 << 14)
+def _chunks(descriptor: int, rows: int, depth: int, transposed: bool, size: int) -> Array:
+    """Addresses in shared memory of the chunks of a matrix `[rows, depth]`, whose elements have `size` bytes.
 
-    Rows of a swizzle's width lie side by side, eight of them in a group; "transposed" has the matrix' rows along them.
+    Rows of a swizzle's width lie side by side, eight of them in a group. A chunk is a part of a matrix' row, whose
+    chunks are `[rows, chunks]`; where it is "transposed", of a column: `[chunks, depth]`.
     """
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
     if descriptor >> 62 not in _SWIZZLES or descriptor >> 49 & 7:
         raise Unsupported(f"the matrix descriptor {descriptor:#x}")
-    width = _SWIZZLES[descriptor >> 62]
-    i, k = np.arange(rows)[:, None], np.arange(depth)[None, :]
+    width, together = _SWIZZLES[descriptor >> 62], CHUNK // size
     if transposed:
         along = width // size
+        i, k = np.arange(0, rows, together)[:, None], np.arange(depth)[None, :]
         place = start + i // along * leading + k // 8 * stride + k % 8 * width + i % along * size
     else:
+        i, k = np.arange(rows)[:, None], np.arange(0, depth, together)[None, :]
         place = start + i // 8 * stride + i % 8 * width + k * size
-    return place ^ (((place >> 7) & (width // 16 - 1)) << 4)
+    return place ^ (((place >> 7) & (width // CHUNK - 1)) << 4)
 
 
 @instruction("wgmma.mma_async")
@@ -74,9 +79,10 @@ def multiply(operands: Operands) -> Action:
         descriptors = _of_group(read(machine), group, machine)[ctas]
         if (descriptors != descriptors[:, :1]).any():
             raise Fault(f"a matrix descriptor that differs between threads: {machine.now}")
-        found = np.stack([_addresses(int(one), rows, depth, bool(turned), size) for one in descriptors[:, 0]])
+        chunks = np.stack([_chunks(int(one), rows, depth, bool(turned), size) for one in descriptors[:, 0]])
         first = ctas * machine.code.program.threads + group * WARPGROUP
-        return element(machine.shared.operands(found, size, machine.who(first), group, machine.report), kind)
+        found = machine.shared.operands(chunks, CHUNK, machine.who(first), group, machine.report).view(f"u{size}")
+        return element((found.swapaxes(2, 3) if turned else found).reshape(len(ctas), rows, depth), kind)
 
     def fragments(group: int, ctas: Array, machine: Machine) -> Array:
         found = np.empty((len(ctas), 64, depth), np.float32)
@@ -92,6 +98,8 @@ def multiply(operands: Operands) -> Action:
         ctas = machine.whole_ctas()
         if machine.code.program.threads % WARPGROUP:
             raise Fault(f"wgmma by {machine.code.program.threads} threads")
+        if machine.races is None:
+            return
         sums = np.stack([machine.registers[number] for number in registers])
         sums = sums.view(np.float32).reshape(len(registers), len(machine.intervals), machine.warpgroups, WARPGROUP)
         kept = np.broadcast_to(keep(machine), machine.size).reshape(sums.shape[1:])
