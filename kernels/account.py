@@ -16,6 +16,7 @@ with the bytes of their arguments and results. It needs gcc, and takes some minu
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import statistics
 import sys
@@ -30,13 +31,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch, precompile
 from .backends import TRITON
 from .cost import Cost, Rates, layer
 from .emulator import driver
 from .emulator.counting import Bytes, Counting, Counts
+from .emulator.launching import DESCRIPTORS
 
 BANDWIDTH = 3.0e12  # bytes a second, of an H100
 FLOPS = {"bf16": 790e12, "fp16": 790e12, "tf32": 395e12, "fp32": 60e12}  # a second, of large products there
@@ -82,8 +83,8 @@ class _Values:
         self._storages: dict[int, Tensor] = {}
 
     def of(self, value: Any) -> Any:
-        if isinstance(value, TensorDescriptor):
-            return TensorDescriptor(self.of(value.base), value.shape, value.strides, value.block_shape, value.padding)
+        if isinstance(value, DESCRIPTORS):
+            return dataclasses.replace(value, base=self.of(value.base))
         if not isinstance(value, Tensor) or value.device.type != "meta":
             return value
         storage = value.untyped_storage()
@@ -136,7 +137,7 @@ class Account:
         """All launches of a call with tensors on the meta device, in their order."""
         found: list[Row] = []
 
-        def launcher(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        def launcher(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: launch.Constants) -> None:
             key = f"{kernel.__name__} {grid} {args} {constants}"
             if key not in self._seen:
                 self._seen[key] = self._row(kernel, grid, args, constants)
@@ -146,7 +147,7 @@ class Account:
             call()
         return found
 
-    def _row(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> Row:
+    def _row(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: launch.Constants) -> Row:
         with _disable_current_modes():
             values = _Values()
             args = tree_map(values.of, args)
@@ -155,7 +156,7 @@ class Account:
             with driver.idle():
                 for _ in range(_LAUNCHES):
                     start = time.perf_counter()
-                    kernel[grid](*args, **constants)
+                    launch.run(kernel, grid, args, constants)
                     seconds.append(time.perf_counter() - start)
         return Row(kernel.__name__, counts, statistics.median(seconds))
 
@@ -191,13 +192,13 @@ def layer_calls(
     ]
     trained = [*[False] * (len(ranks) - 1), True] * len(columns)
     y = empty(groups, rows // groups, out * width, dtype=dtype)
-    S: list[Tensor] = []
+    inner: list[Tensor] = []
 
     def forward() -> None:
-        S[:] = [plans.forward(x, weight, empty(out * width, dtype=dtype), tiers, trained, plan)[1]]
+        _, *inner[:] = plans.forward(x, weight, empty(out * width, dtype=dtype), tiers, trained, plan)
 
     def backward() -> None:
-        plans.backward(y, S[0], x, weight, tiers, trained, plan, True)
+        plans.backward(y, inner, x, weight, tiers, trained, plan, True)
 
     floors = layer(rows, width, ranks, groups, dtype.itemsize, out, adapted)
     return [("forward", forward, floors[0]), ("backward", backward, floors[1])]

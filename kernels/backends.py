@@ -43,11 +43,13 @@ class Implementation(NamedTuple):
         serve: does it.
         cannot: why it cannot take such a call; "" where it can.
         slower: why another is better at such a call; "" where none is. Not asked where this backend is chosen.
+        because: what says so, and how it is launched, on the current device; "" where there is nothing to say.
     """
 
     serve: Callable[..., Tensor]
     cannot: Callable[..., str] = _always
     slower: Callable[..., str] = _always
+    because: Callable[[], str] = _always
 
 
 class Explanation(NamedTuple):
@@ -56,10 +58,11 @@ class Explanation(NamedTuple):
     operation: str
     backend: str
     others: dict[str, str]
+    because: str = ""
 
     def __str__(self) -> str:
         lines = [
-            f"{self.operation}: {self.backend} serves",
+            f"{self.operation}: {self.backend} serves{', ' * bool(self.because)}{self.because}",
             *(f"  not {name}: {why}" for name, why in self.others.items()),
         ]
         return "\n".join(lines)
@@ -128,7 +131,7 @@ class Operation:
                 other_is_chosen = chosen is not None and name != chosen
                 why = f"{chosen} is chosen" if other_is_chosen else self._why_not(name, call, chosen)
                 others[name] = why or f"{serves} is preferred"
-        return Explanation(self.name, serves, others)
+        return Explanation(self.name, serves, others, self.implementations[serves].because())
 
 
 def _kernels_cannot(x: Tensor, dtype: torch.dtype, chosen: str | None) -> str:

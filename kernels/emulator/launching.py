@@ -22,6 +22,7 @@ from .parsing import parse
 from .tensormaps import BYTES
 from .values import Array
 
+DESCRIPTORS = (TensorDescriptor, gluon.TensorDescriptor)
 BATCH = 2048  # threads that run side by side: enough to hide what a call of numpy costs
 
 
@@ -91,7 +92,7 @@ def named_tensors(names: Sequence[str], values: Sequence[Any]) -> dict[str, Tens
     """Of a kernel's arguments, those in tuples by their index."""
 
     def walk(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-        if isinstance(value, TensorDescriptor | gluon.TensorDescriptor):
+        if isinstance(value, DESCRIPTORS):
             yield name, value.base
         elif isinstance(value, Tensor):
             yield name, value

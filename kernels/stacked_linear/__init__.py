@@ -14,11 +14,6 @@ from .tier import Tier, check
 
 __all__ = ["OPERATIONS", "Tier", "stacked_lora_linear"]
 
-# FLOP per element of x and y from which on the base product is bound by arithmetic (H100: 790 TFLOP/s, 3.35 TB/s, two
-# bytes an element). There cuBLAS is reported ahead of Triton's products by more than the pass over y that "split" adds;
-# below, both are bound by memory and "fused" saves that pass. Reasoned from published figures, not measured yet.
-ARITHMETIC_BOUND = 470
-
 
 def stacked_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier], dropout: float = 0.0
@@ -95,16 +90,25 @@ def _slower_folded(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[T
 
 
 def _slower_fused(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier], dropout: float) -> str:
+    from . import operator
+    from .devices import FEW, device
+
     out, width = weight.shape
     if _dtype(x) == torch.float32:
         return "in fp32 the base product is cuBLAS's"
-    if _rows(x, tiers) < 64:
+    if _rows(x, tiers) < FEW:
         return "a tile has more rows than a group"
-    return (
-        ""
-        if 2 * out * width < ARITHMETIC_BOUND * (out + width)
-        else "arithmetic is the limit: the base product is cuBLAS's"
-    )
+    few_operations = 2 * out * width < device().fused_below * (out + width)
+    if few_operations or operator.in_one_kernel(x, weight, tiers, _dtype(x)):
+        return ""
+    return "arithmetic is the limit: the base product is cuBLAS's"
+
+
+def _row() -> str:
+    from .devices import TABLE, device
+
+    row = device()
+    return f"by the row {row.name} of {TABLE}, {row.source}"
 
 
 def _fold(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier], dropout: float) -> Tensor:
@@ -128,8 +132,8 @@ OPERATIONS = (
         stacked_lora_linear,
         reference.stacked_lora_linear,
         {
-            "fused": Implementation(_fused, _cannot, _slower_fused),
-            "split": Implementation(_split, _cannot),
+            "fused": Implementation(_fused, _cannot, _slower_fused, _row),
+            "split": Implementation(_split, _cannot, because=_row),
             "folded": Implementation(_fold, _cannot_fold, _slower_folded),
         },
         _prepare,

@@ -1,5 +1,5 @@
-"""The stacked linear layer in Triton, differentiated: at once, or, where something looks at what is called, as an operator
-of torch: traced by torch.compile, seen by dispatch modes, cast under autocast."""
+"""The stacked linear layer in Triton, differentiated: at once, or, where something looks at each call, as an operator
+of torch, which torch.compile traces and dispatch modes see."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..launch import under_autocast
 from ..torch_internals import autocast_dtype, observed, without_autocast
 from ..twice import differentiable_gradients
-from . import reference
+from . import hopper, reference
 from .layout import Layout
 from .plan import backward, forward
 from .tier import Tier
@@ -99,14 +99,14 @@ def _tiers(
 
 def apply(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier], plan: str) -> Tensor:
     """As `stacked_linear.stacked_lora_linear`, for a weight and a bias that need no gradient, and at least one tier."""
-    rows = x if any(tier.tells_groups_apart for tier in tiers) else x.reshape(1, -1, x.shape[-1])
+    rows = _in_groups(x, tiers)
     A, B = [tier.A for tier in tiers], [tier.B for tier in tiers]
     rest = (
         [tier.slot for tier in tiers],
         [tier.ranks for tier in tiers],
         [tier.scale for tier in tiers],
         [tier.columns[0] if tier.columns else 0 for tier in tiers],
-        [tier.A.requires_grad or tier.B.requires_grad for tier in tiers],
+        _trained(tiers),
         plan,
     )
     if observed(x, weight, *A, *B):
@@ -116,6 +116,21 @@ def apply(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier],
             rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         y = _AtOnce.apply(rows, weight, bias, rest, *A, *B)
     return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def in_one_kernel(x: Tensor, weight: Tensor, tiers: Sequence[Tier], dtype: torch.dtype) -> bool:
+    """Whether one kernel would serve forward, if the product is taken in a dtype."""
+    layout = Layout.of(tiers, _trained(tiers), weight.shape[0], dtype)
+    return hopper.forward_columns(_in_groups(x, tiers), weight, layout, dtype) > 0
+
+
+def _in_groups(x: Tensor, tiers: Sequence[Tier]) -> Tensor:
+    """`[G, M, in]`."""
+    return x if any(tier.tells_groups_apart for tier in tiers) else x.reshape(1, -1, x.shape[-1])
+
+
+def _trained(tiers: Sequence[Tier]) -> list[bool]:
+    return [tier.A.requires_grad or tier.B.requires_grad for tier in tiers]
 
 
 class _AtOnce(torch.autograd.Function):

@@ -30,9 +30,7 @@ def packed(x: Tensor, tiers: Sequence[Tier], layout: Layout) -> tuple[Tensor, Te
     return A, B
 
 
-def summed_by_slot(
-    dA: Tensor, dB: Tensor, tiers: Sequence[Tier], layout: Layout, blocks: int
-) -> list[Tensor]:
+def summed_by_slot(dA: Tensor, dB: Tensor, tiers: Sequence[Tier], layout: Layout, blocks: int) -> list[Tensor]:
     """The gradients of the tiers in training, in the dtype of their factors.
 
     Args:
@@ -42,7 +40,11 @@ def summed_by_slot(
     trained = [tier for tier, entry in zip(tiers, layout.entries, strict=True) if entry.trained]
     if not trained:
         return []
-    outs = [torch.empty_like(factor, memory_format=torch.contiguous_format) for tier in trained for factor in (tier.A, tier.B)]
+    outs = [
+        torch.empty_like(factor, memory_format=torch.contiguous_format)
+        for tier in trained
+        for factor in (tier.A, tier.B)
+    ]
     # The scale is in the packed B, hence in dS and dA.
     both = [tier._replace(scale=scale) for tier in trained for scale in (1.0, tier.scale)]
     programs, width = len(dA), dA.shape[-1]

@@ -14,14 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..launch import SMALL, Constants, Tile, architecture, cdiv, launch, precision
+from ..launch import Constants, cdiv, launch, precision
 from . import hopper
+from .devices import device
 from .layout import Layout
 from .packing import packed, summed_by_slot
 from .tier import Tier
 from .triton import backward_rows, gemm, shrink_expand
 
-PRODUCTS = ("gemm", "shrink_expand", "backward_rows", "forward_tiles", "backward_tiles")  # kernels that multiply matrices
+PRODUCTS = (
+    "gemm",
+    "shrink_expand",
+    "backward_rows",
+    "forward_tiles",
+    "backward_tiles",
+)  # kernels that multiply matrices
 
 
 def forward(
@@ -43,10 +50,10 @@ def forward(
     y = F.linear(x, weight, bias) if plan == "split" else x.new_empty(groups, M, out)
     if not len(S):
         return y, S, A, B
-    if plan == "fused" and (columns := hopper.forward_columns(x, weight, layout)):
+    if plan == "fused" and (columns := hopper.forward_columns(x, weight, layout, x.dtype)):
         hopper.forward(x, weight, bias, A, B, S, y, layout, columns)
         return y, S, A, B
-    tile = rows_tile(x.dtype)
+    tile = device().rows_tile(x.dtype)
     launch(
         shrink_expand, (groups * cdiv(M, tile.BM),), x, A, B, S, y, M, *x.stride(),
         constants=Constants(
@@ -73,7 +80,7 @@ def backward(
         dA, dB = hopper.backward(dy, x, weight, A, B, S, dx, layout)
         return [dx, *summed_by_slot(dA, dB, tiers, layout, cdiv(M, hopper.ROWS))]
     split = plan == "split"
-    tile = rows_tile(x.dtype)
+    tile = device().rows_tile(x.dtype)
     programs = groups * cdiv(M, tile.BM)
     dA = x.new_empty(programs, len(layout.columns), layout.trained, width, dtype=torch.float32)
     dB = x.new_empty(programs, layout.width, layout.trained, dtype=torch.float32)
@@ -96,30 +103,6 @@ def backward(
     return [dx, *factors] if needs_x else factors
 
 
-def gemm_tile(dtype: torch.dtype, rows: int, columns: int) -> Tile:
-    """Tiles of the base product, for so many rows of a group. They fit the architectures that `precompile` looks at."""
-    arch = architecture()
-    if not arch:
-        return SMALL
-    if dtype == torch.float32:
-        return Tile(32, 32, 32, 4, 2)
-    if rows <= 64:
-        return Tile(64, 128, 64, 4, 3)
-    if 90 <= arch < 120 and columns % 256 == 0:  # sm_120 has the shared memory of sm_89
-        return Tile(128, 256, 64, 8, 3)
-    return Tile(128, 128, 64, 8, 3)
-
-
-def rows_tile(dtype: torch.dtype) -> Tile:
-    """Tiles of the kernels that own some rows and go over all columns."""
-    arch = architecture()
-    if not arch:
-        return SMALL
-    if dtype == torch.float32:
-        return Tile(32, 32, 16, 8, 2)
-    return Tile(64, 64, 64, 4, 4) if arch >= 90 else Tile(64, 64, 64, 8, 2)
-
-
 def _gemm(
     x: Tensor, weight: Tensor, bias: Tensor | None, S: Tensor, B: Tensor, strides: tuple[int, int, int], y: Tensor,
     R: int, segments: dict[str, Any],
@@ -127,7 +110,7 @@ def _gemm(
     """`y = x weightᵀ + bias + S Bᵀ`, B with strides of its groups, columns and ranks."""
     groups, M, K = x.shape
     N = weight.shape[0]
-    tile = gemm_tile(x.dtype, M, N)
+    tile = device().gemm_tile(x.dtype, M, N)
     launch(
         gemm, (groups * cdiv(M, tile.BM) * cdiv(N, tile.BN),), x, weight, bias, S, B, y, M, *x.stride(),
         *weight.stride(), *strides, constants=Constants(

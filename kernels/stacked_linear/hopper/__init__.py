@@ -16,7 +16,8 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ...launch import Constants, architecture, cdiv, launch, processors
+from ...launch import Constants, cdiv, launch, processors
+from ..devices import device
 from ..layout import Layout
 from .backward import backward_tiles
 from .forward import forward_tiles
@@ -26,10 +27,16 @@ WIDE, THIN = 128, 64  # columns of a tile of dX: 192, of which 768 is a multiple
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
-def forward_columns(x: Tensor, weight: Tensor, layout: Layout) -> int:
-    """Columns of a tile of y; 0 where the kernel does not take the call."""
+def forward_columns(x: Tensor, weight: Tensor, layout: Layout, dtype: torch.dtype) -> int:
+    """Columns of a tile of y; 0 where the kernel does not take the call.
+
+    Args:
+        x: `[G, M, in]`.
+        weight: `[out, in]`.
+        dtype: that the product is taken in.
+    """
     out = weight.shape[0]
-    if _takes(x, layout) and _aligned(weight):
+    if out % 8 == 0 and _takes(x, layout, dtype) and _aligned(weight):
         for columns in (256, 128, 64):
             ends = ((start, start + width) for start, width, _ in layout.columns)
             if all(start % columns == 0 and (end % columns == 0 or end == out) for start, end in ends):
@@ -40,13 +47,15 @@ def forward_columns(x: Tensor, weight: Tensor, layout: Layout) -> int:
 def takes_backward(dy: Tensor, x: Tensor, weight: Tensor, layout: Layout) -> bool:
     """Whether the kernel takes a backward pass that needs dX."""
     in_steps = all(start % STEP == 0 and width % STEP == 0 for start, width, _ in layout.columns)
-    return in_steps and _takes(x, layout) and _aligned(dy) and _aligned(weight)
+    return in_steps and _takes(x, layout, x.dtype) and _aligned(dy) and _aligned(weight)
 
 
-def _takes(x: Tensor, layout: Layout) -> bool:
+def _takes(x: Tensor, layout: Layout, dtype: torch.dtype) -> bool:
+    least = device().one_kernel_from
+    if least is None or x.shape[1] < least or dtype not in DTYPES or layout.R > STEP:
+        return False
     columns = sorted(layout.columns)
-    apart = all(one[0] + one[1] <= other[0] for one, other in pairwise(columns))
-    return architecture() == 90 and x.dtype in DTYPES and x.shape[1] >= ROWS // 2 and layout.R <= STEP and apart and _aligned(x)
+    return _aligned(x) and all(one[0] + one[1] <= other[0] for one, other in pairwise(columns))
 
 
 def _aligned(tensor: Tensor) -> bool:
@@ -59,7 +68,17 @@ def _aligned(tensor: Tensor) -> bool:
     )
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, S: Tensor, y: Tensor, layout: Layout, columns: int) -> None:
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    S: Tensor,
+    y: Tensor,
+    layout: Layout,
+    columns: int,
+) -> None:
     """Fills S and y, with packed adapters, in tiles of so many columns."""
     groups, M, width = x.shape
     out = weight.shape[0]
@@ -73,7 +92,9 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
     )  # fmt: skip
 
 
-def backward(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, S: Tensor, dx: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, S: Tensor, dx: Tensor, layout: Layout
+) -> tuple[Tensor, Tensor]:
     """Fills dX. Returns parts of dA `[G blocks of rows, segments, trained, in]` and dB `[G blocks, width, trained]`."""
     groups, M, width = x.shape
     blocks = cdiv(M, ROWS)
@@ -92,7 +113,9 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, S: Ten
 
 def _tiles(tensor: Tensor, *block: int) -> TensorDescriptor:
     """A tensor, to be copied in blocks."""
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), _shared(block, tensor.dtype))
+    return TensorDescriptor(
+        tensor, list(tensor.shape), list(tensor.stride()), list(block), _shared(block, tensor.dtype)
+    )
 
 
 @cache
@@ -112,9 +135,7 @@ def _backward_constants(layout: Layout, width: int, out: int) -> Constants:
     starts = [*(start for start, _, _ in sorted(layout.columns)), out]
     rest = tuple((end, start - end) for end, start in zip(ends, starts, strict=True) if start > end)
     stages = 3 if layout.R <= 32 else 2  # of 227 KB
-    return Constants(
-        IN=width, TRAINED=layout.trained, REST=rest, **_segments(layout), STAGES=stages, num_warps=8
-    )
+    return Constants(IN=width, TRAINED=layout.trained, REST=rest, **_segments(layout), STAGES=stages, num_warps=8)
 
 
 def _segments(layout: Layout) -> dict[str, Any]:

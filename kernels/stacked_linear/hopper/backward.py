@@ -111,11 +111,11 @@ def backward_tiles(
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
+    s = gl.allocate_shared_memory(dtype, [1, BM, R], S.layout)
+    s_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(s_ready, count=1)
     if TRAINED > 0:
-        s = gl.allocate_shared_memory(dtype, [1, BM, R], S.layout)
         dSs = gl.allocate_shared_memory(dtype, [len(STARTS), 1, BM, R], S.layout)
-        s_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-        mbarrier.init(s_ready, count=1)
         x_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         mbarrier.init(x_ready, count=1)
     tiles_n: gl.constexpr = (IN + BN + THIN - 1) // (BN + THIN)
@@ -123,7 +123,7 @@ def backward_tiles(
     fetched = 0
     next_tile = gl.program_id(0)
     next_k = 0
-    for stage in gl.static_range(STAGES - 1):
+    for _ in gl.static_range(STAGES - 1):
         fetched, next_tile, next_k = _fetch_backward(
             dy, w, w_thin, A, A_thin, B, dys, ws, ws_thin, Bs, ready, fetched, next_tile, next_k, tiles, tiles_n,
             tiles_m, blocks, RANKS, R, WIDTH, STARTS, WIDTHS, FIRST, REST, TALL, STAGES,
@@ -170,7 +170,7 @@ def backward_tiles(
                     )  # fmt: skip
                     step += 1
             else:
-                for k in range(WIDTHS[c] // BK):
+                for _ in range(WIDTHS[c] // BK):
                     place = step % STAGES
                     mbarrier.wait(ready.index(place), step // STAGES & 1)
                     left = dys.index(place).reshape([BM, BK])
@@ -201,7 +201,7 @@ def backward_tiles(
             )  # fmt: skip
             step += 1
         for i in gl.static_range(len(REST)):
-            for k in range((REST[i][1] + BK - 1) // BK):
+            for _ in range((REST[i][1] + BK - 1) // BK):
                 place = step % STAGES
                 mbarrier.wait(ready.index(place), step // STAGES & 1)
                 left = dys.index(place).reshape([BM, BK])
@@ -221,7 +221,9 @@ def backward_tiles(
                 for c in gl.static_range(len(STARTS)):
                     none = gl.zeros([THIN, R], gl.float32, part)
                     right = dSs.index(c).reshape([BM, R])
-                    own = warpgroup_mma(out.index(piece).reshape([BM, THIN]).permute([1, 0]), right, none, is_async=True)
+                    own = warpgroup_mma(
+                        out.index(piece).reshape([BM, THIN]).permute([1, 0]), right, none, is_async=True
+                    )
                     own = warpgroup_mma_wait(0, [own])
                     n = n0 + piece * THIN + gl.arange(0, THIN, gl.SliceLayout(1, part))
                     r = gl.arange(0, R, gl.SliceLayout(0, part))

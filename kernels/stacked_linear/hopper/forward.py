@@ -99,7 +99,6 @@ def forward_tiles(
     BN: gl.constexpr = w.block_type.shape[0]
     HALF: gl.constexpr = y.block_type.shape[2]
     dtype: gl.constexpr = x.dtype
-    ROWS: gl.constexpr = num_warps // 4
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BN, 16])
     thin: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, R, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
@@ -115,7 +114,7 @@ def forward_tiles(
     fetched = 0
     next_tile = gl.program_id(0)
     next_k = 0
-    for stage in gl.static_range(STAGES - 1):
+    for _ in gl.static_range(STAGES - 1):
         fetched, next_tile, next_k = _fetch_forward(
             x, w, A, B, xs, ws, As, ready, fetched, next_tile, next_k, tiles, tiles_n, tiles_m, blocks,
             STEPS, RANKS, R, WIDTH, STARTS, WIDTHS, FIRST, TALL, STAGES,
@@ -128,7 +127,7 @@ def forward_tiles(
         acc = gl.zeros([BM, BN], gl.float32, wide)
         if c >= 0:
             s = gl.zeros([BM, R], gl.float32, thin)
-            for k in range(STEPS):
+            for _ in range(STEPS):
                 place = step % STAGES
                 mbarrier.wait(ready.index(place), step // STAGES & 1)
                 left = xs.index(place).reshape([BM, BK])
@@ -158,10 +157,12 @@ def forward_tiles(
             )  # fmt: skip
             step += 1
         else:
-            for k in range(STEPS):
+            for _ in range(STEPS):
                 place = step % STAGES
                 mbarrier.wait(ready.index(place), step // STAGES & 1)
-                acc = warpgroup_mma(xs.index(place).reshape([BM, BK]), ws.index(place).permute([1, 0]), acc, is_async=True)
+                acc = warpgroup_mma(
+                    xs.index(place).reshape([BM, BK]), ws.index(place).permute([1, 0]), acc, is_async=True
+                )
                 acc = warpgroup_mma_wait(1, [acc])
                 fetched, next_tile, next_k = _fetch_forward(
                     x, w, A, B, xs, ws, As, ready, fetched, next_tile, next_k, tiles, tiles_n, tiles_m, blocks,

@@ -48,9 +48,7 @@ def run(dtype: torch.dtype, tile: tuple[int, int, int], warps: int, depth: int, 
         return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(box))
 
     args = (described(x, BM, BK), described(weight, BN, BK), described(y, BM, BN), 300, 136, 200)
-    constants = launch.Constants(
-        BM=BM, BN=BN, BK=BK, PROGRAMS=PROGRAMS, DEPTH=depth, FLATTEN=flatten, num_warps=warps
-    )
+    constants = launch.Constants(BM=BM, BN=BN, BK=BK, PROGRAMS=PROGRAMS, DEPTH=depth, FLATTEN=flatten, num_warps=warps)
     launch.launcher(JITFunction(product), (PROGRAMS,), args, constants)
     return y, x.double() @ weight.double().T
 
