@@ -123,7 +123,7 @@ def backward_tiles(
     fetched = 0
     next_tile = gl.program_id(0)
     next_k = 0
-    for _ in gl.static_range(STAGES - 1):
+    for _stage in gl.static_range(STAGES - 1):
         fetched, next_tile, next_k = _fetch_backward(
             dy, w, w_thin, A, A_thin, B, dys, ws, ws_thin, Bs, ready, fetched, next_tile, next_k, tiles, tiles_n,
             tiles_m, blocks, RANKS, R, WIDTH, STARTS, WIDTHS, FIRST, REST, TALL, STAGES,
@@ -170,7 +170,7 @@ def backward_tiles(
                     )  # fmt: skip
                     step += 1
             else:
-                for _ in range(WIDTHS[c] // BK):
+                for _k in range(WIDTHS[c] // BK):
                     place = step % STAGES
                     mbarrier.wait(ready.index(place), step // STAGES & 1)
                     left = dys.index(place).reshape([BM, BK])
@@ -201,7 +201,7 @@ def backward_tiles(
             )  # fmt: skip
             step += 1
         for i in gl.static_range(len(REST)):
-            for _ in range((REST[i][1] + BK - 1) // BK):
+            for _k in range((REST[i][1] + BK - 1) // BK):
                 place = step % STAGES
                 mbarrier.wait(ready.index(place), step // STAGES & 1)
                 left = dys.index(place).reshape([BM, BK])

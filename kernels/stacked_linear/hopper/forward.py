@@ -114,7 +114,7 @@ def forward_tiles(
     fetched = 0
     next_tile = gl.program_id(0)
     next_k = 0
-    for _ in gl.static_range(STAGES - 1):
+    for _stage in gl.static_range(STAGES - 1):
         fetched, next_tile, next_k = _fetch_forward(
             x, w, A, B, xs, ws, As, ready, fetched, next_tile, next_k, tiles, tiles_n, tiles_m, blocks,
             STEPS, RANKS, R, WIDTH, STARTS, WIDTHS, FIRST, TALL, STAGES,
@@ -127,7 +127,7 @@ def forward_tiles(
         acc = gl.zeros([BM, BN], gl.float32, wide)
         if c >= 0:
             s = gl.zeros([BM, R], gl.float32, thin)
-            for _ in range(STEPS):
+            for _k in range(STEPS):
                 place = step % STAGES
                 mbarrier.wait(ready.index(place), step // STAGES & 1)
                 left = xs.index(place).reshape([BM, BK])
@@ -157,7 +157,7 @@ def forward_tiles(
             )  # fmt: skip
             step += 1
         else:
-            for _ in range(STEPS):
+            for _k in range(STEPS):
                 place = step % STAGES
                 mbarrier.wait(ready.index(place), step // STAGES & 1)
                 acc = warpgroup_mma(
