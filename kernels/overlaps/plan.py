@@ -3,35 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from ..launch import Constants, architecture, cdiv, launch, power_of_two, precision
 from .reference import ranks_of
-from .triton import pairwise_overlaps, penalty_and_gradient
+from .triton import pairwise_overlaps, penalty_gradient, weighted_grams
 
 PRODUCTS = ("pairwise_overlaps",)
 
 
 def penalties(active: Tensor, frozen: Sequence[Tensor], gammas: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """The penalty of each slot `[S]`, and its gradient `[P, S, out, r]`, both in fp32; S = 1 of a side serves all."""
-    count, _, out, rank = active.shape
+    """The penalty of each slot `[S]`, and what its gradient needs, in fp32; S = 1 of a side serves all."""
     slots = max(B.shape[1] for B in (active, *frozen))
-    value = active.new_empty(count, slots, dtype=torch.float32)
-    gradient = active.new_empty(count, slots, out, rank, dtype=torch.float32)
+    constants = _of_penalties(_shape(active), tuple(map(_shape, frozen)))
+    value = active.new_empty(len(active), slots, dtype=torch.float32)
+    grams = value.new_empty(len(active), slots, len(frozen), constants["MOST"], constants["PADDED"])
     if value.numel():
-        ranks = tuple(B.shape[3] for B in frozen)
         launch(
-            penalty_and_gradient, (slots, count), active.contiguous(), tuple(B.contiguous() for B in frozen),
-            tuple(gammas), value, gradient, constants=Constants(
-                OUT=out, RANK=rank, PADDED=power_of_two(rank, 16), RANKS=ranks, MOST=power_of_two(max(ranks), 16),
-                STEP=int(active.shape[1] > 1), STEPS=tuple(int(B.shape[1] > 1) for B in frozen),
-                BLOCK=128 if max(rank, *ranks) <= 16 else 32,
-            ),
+            weighted_grams, (slots, len(active)), active.contiguous(), tuple(B.contiguous() for B in frozen),
+            tuple(gammas), value, grams, constants=constants,
         )  # fmt: skip
-    return value.sum(0), gradient
+    return value.sum(0), grams
+
+
+def penalty_gradients(active: Tensor, frozen: Sequence[Tensor], grams: Tensor, upstream: Tensor) -> Tensor:
+    """The gradient of penalties, in the shape and dtype of `active`, from that of each slot's `[S]`."""
+    gradient = torch.empty_like(active, memory_format=torch.contiguous_format)
+    constants = _of_penalties(_shape(active), tuple(map(_shape, frozen)))
+    if gradient.numel():
+        launch(
+            penalty_gradient, (cdiv(active.shape[2], constants["BLOCK"]), active.shape[1], len(active)),
+            tuple(B.contiguous() for B in frozen), grams, upstream, gradient, len(upstream), upstream.stride(0),
+            constants=constants,
+        )  # fmt: skip
+    return gradient
+
+
+def _shape(B: Tensor) -> tuple[int, int, int]:
+    """Slots, outputs and ranks."""
+    _, slots, out, rank = B.shape
+    return slots, out, rank
+
+
+@cache
+def _of_penalties(active: tuple[int, int, int], frozen: tuple[tuple[int, int, int], ...]) -> Constants:
+    slots, out, rank = active
+    ranks = tuple(own for _, _, own in frozen)
+    return Constants(
+        OUT=out, RANK=rank, PADDED=power_of_two(rank, 16), RANKS=ranks, MOST=power_of_two(max(ranks), 16),
+        STEP=int(slots > 1), STEPS=tuple(int(own > 1) for own, _, _ in frozen),
+        BLOCK=128 if max(rank, *ranks) <= 16 else 32,
+    )  # fmt: skip
 
 
 def subspace_distances(U: Tensor) -> Tensor:
@@ -64,5 +89,11 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
 
     for rank in (8, 64):
         active, root, cluster = empty(24, 4, 768, rank), empty(24, 1, 768, rank), empty(24, 4, 768, rank)
-        yield f"r {rank} against {rank}, {rank}", partial(penalties, active, [root, cluster], [0.1, 0.1])
+        yield f"r {rank} against {rank}, {rank}", partial(_step, active, [root, cluster], [0.1, 0.1])
         yield f"r {rank}", partial(subspace_distances, empty(100, 24, 768, rank))
+
+
+def _step(active: Tensor, frozen: Sequence[Tensor], gammas: Sequence[float]) -> None:
+    """Forward and backward."""
+    value, grams = penalties(active, frozen, gammas)
+    penalty_gradients(active, frozen, grams, value)

@@ -10,12 +10,12 @@ import triton.language as tl
 
 
 @triton.jit
-def penalty_and_gradient(
+def weighted_grams(
     active,  # [P, S or 1, OUT, RANK]
     frozen,  # each [P, S or 1, OUT, RANKS[f]]
     gammas,
     value,  # [P, S]
-    gradient,  # [P, S, OUT, RANK]
+    grams,  # [P, S, frozen, MOST, PADDED]
     OUT: tl.constexpr,
     RANK: tl.constexpr,
     PADDED: tl.constexpr,  # RANK, to the next power of two and at least 16
@@ -25,12 +25,11 @@ def penalty_and_gradient(
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`Σ_f γ_f ‖B_fᵀ B‖²` of one projection and slot, and `2 Σ_f γ_f B_f (B_fᵀ B)`."""
+    """`Σ_f γ_f ‖B_fᵀ B‖²` of one projection and slot, and `2 γ_f B_fᵀ B`."""
     s = tl.program_id(0)
     p = tl.program_id(1).to(tl.int64)
     slots = tl.num_programs(0)
     own = active + (p * (slots if STEP else 1) + s * STEP) * OUT * RANK
-    gradient += (p * slots + s) * OUT * RANK
     i = tl.arange(0, PADDED)[None, :]
     j = tl.arange(0, MOST)
     total = 0.0
@@ -45,19 +44,47 @@ def penalty_and_gradient(
             right = tl.load(own + n[:, None] * RANK + i, (n < OUT)[:, None] & (i < RANK), other=0.0)
             gram = tl.dot(left.to(tl.float32), right.to(tl.float32), gram, input_precision="ieee")
         total += gammas[f] * tl.sum(gram * gram)
-        for n0 in range(0, OUT, BLOCK):
-            n = n0 + tl.arange(0, BLOCK)
+        target = grams + ((p * slots + s) * len(frozen) + f) * MOST * PADDED
+        tl.store(target + j[:, None] * PADDED + i, gram * (2 * gammas[f]))
+    tl.store(value + p * slots + s, total)
+
+
+@triton.jit
+def penalty_gradient(
+    frozen,  # each [P, S or 1, OUT, RANKS[f]]
+    grams,  # [P, S, frozen, MOST, PADDED]
+    upstream,  # [S], any stride
+    gradient,  # [P, S or 1, OUT, RANK]
+    slots,
+    stride_u,
+    OUT: tl.constexpr,
+    RANK: tl.constexpr,
+    PADDED: tl.constexpr,
+    RANKS: tl.constexpr,
+    MOST: tl.constexpr,
+    STEP: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`Σ_f B_f (2 γ_f B_fᵀ B)` times what comes from above, for some rows of one projection and slot; summed over the
+    slots where one B serves all."""
+    p = tl.program_id(2).to(tl.int64)
+    i = tl.arange(0, PADDED)[None, :]
+    j = tl.arange(0, MOST)
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    own = tl.program_id(1)
+    tile = tl.zeros([BLOCK, PADDED], tl.float32)
+    for s in range(own, own + 1 if STEP else slots):
+        above = tl.load(upstream + s * stride_u).to(tl.float32)
+        for f in tl.static_range(len(frozen)):
+            other = frozen[f] + (p * (slots if STEPS[f] else 1) + s * STEPS[f]) * OUT * RANKS[f]
             left = tl.load(
                 other + n[:, None] * RANKS[f] + j[None, :], (n < OUT)[:, None] & (j < RANKS[f])[None, :], other=0.0
             )
-            tile = tl.dot(left.to(tl.float32), gram, input_precision="ieee") * (2 * gammas[f])
-            target = gradient + n[:, None] * RANK + i
-            inside = (n < OUT)[:, None] & (i < RANK)
-            if f > 0:
-                tile += tl.load(target, inside, other=0.0)
-            tl.store(target, tile, inside)
-        tl.debug_barrier()
-    tl.store(value + p * slots + s, total)
+            gram = tl.load(grams + ((p * slots + s) * len(frozen) + f) * MOST * PADDED + j[:, None] * PADDED + i)
+            tile = tl.dot(left.to(tl.float32), gram * above, tile, input_precision="ieee")
+    target = gradient + ((p * tl.num_programs(1) + own) * OUT + n[:, None]) * RANK + i
+    tl.store(target, tile.to(gradient.dtype.element_ty), (n < OUT)[:, None] & (i < RANK))
 
 
 @triton.jit
