@@ -12,7 +12,7 @@ test: lint types test-oldest
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 # Kernels, torch.compile and export on the oldest torch: where tracing and Triton's code differ most.
-OLDEST := .venv-oldest
+OLDEST ?= .venv-oldest
 COMPILED := $(addprefix tests/,adapters/test_by_weight.py adapters/test_injection.py adapters/test_mixed_passes.py \
 	adapters/test_tools.py models/test_heads.py)
 
