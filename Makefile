@@ -2,14 +2,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types docs bench gpu-report install fuzz soak
+.PHONY: demo test test-oldest lint types docs bench gpu-report install fuzz soak
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed
 	$(BIN)/python examples/federated_cifar100.py --out runs/demo
 
-test: lint types
+test: lint types test-oldest
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+# Kernels, torch.compile and export on the oldest torch: where tracing and Triton's code differ most.
+OLDEST ?= .venv-oldest
+COMPILED := $(addprefix tests/,adapters/test_by_weight.py adapters/test_injection.py adapters/test_mixed_passes.py \
+	adapters/test_tools.py models/test_heads.py)
+
+test-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/python -m pytest --numprocesses auto --dist worksteal tests/kernels
+	$(OLDEST)/bin/python -m pytest --numprocesses auto --dist worksteal $(COMPILED) -k "compile or export"
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -46,4 +55,11 @@ install: .venv/installed
 .venv/installed: setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+# By Python 3.12 where there is one, pyenv's too; else by that of the main environment.
+$(OLDEST)/installed: tests/oldest.txt .venv/installed
+	PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | grep '^3\.12' | tail -n 1) python3.12 -m venv $(OLDEST) \
+		|| $(BIN)/python -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --requirement tests/oldest.txt
 	touch $@

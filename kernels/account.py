@@ -3,7 +3,7 @@
 `python -m hilora.kernels.account --rows 12608 --width 768` goes the way that a call goes, with tensors that have no
 values, compiles each kernel that would be launched, and runs all of its programs in the emulator, on zeros: nothing is
 measured on a part and scaled. Integers, such as slots, count up from 0. Operations of torch stand beside the kernels,
-with the bytes of their arguments and results. It needs gcc, and takes some minutes at the shape of a ViT-B.
+with the bytes of their arguments and results. It needs gcc, and half a minute of a core at the shape of a ViT-B.
 
 - asked MB: what programs ask memory for, of which caches have a part;
 - DRAM MB: what has to come from DRAM or go there, in distinct sectors of 32 bytes;
