@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import resources
 
 import pytest
 import torch
@@ -21,10 +22,10 @@ def test_a_device_without_a_row_has_that_of_its_architecture(arch: int, row: str
 
 
 def test_a_measured_device_has_its_own(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = json.loads(devices.resources.files(devices.__package__).joinpath(devices.TABLE).read_text())
+    rows = json.loads(resources.files(devices.__package__).joinpath(devices.TABLE).read_text())
     rows["NVIDIA H200"] = rows["sm_90"] | {"source": "measured", "one_kernel_from": 512}
     (tmp_path / devices.TABLE).write_text(json.dumps(rows))
-    monkeypatch.setattr(devices.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(resources, "files", lambda package: tmp_path)
     devices._row.cache_clear()
     found, other = devices._row("NVIDIA H200", 90), devices._row("NVIDIA H100 PCIe", 90)
     devices._row.cache_clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -12,12 +13,14 @@ import pytest
 
 pytest.importorskip("triton")
 FOLDER = Path(__file__).parent / "emulator"
+ARCHITECTURES = ("sm_90", "sm_80")
+EVERYWHERE = ("emulated_kernels.py", "broken_kernels.py", "descriptor_kernels.py")
+ON_ONE = (("hopper_kernels.py", "sm_90"),)
 ROOT = FOLDER.parents[2]
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="Triton's launcher is compiled by gcc")
-@pytest.mark.parametrize("architecture", ["sm_90", "sm_80"])
-@pytest.mark.parametrize("file", ["emulated_kernels.py", "broken_kernels.py", "descriptor_kernels.py"])
+@pytest.mark.parametrize(("file", "architecture"), [*itertools.product(EVERYWHERE, ARCHITECTURES), *ON_ONE])
 def test_in_the_emulator(file: str, architecture: str, request: pytest.FixtureRequest) -> None:
     if request.config.getoption("--emulate"):
         pytest.skip("all tests of kernels are in the emulator")
