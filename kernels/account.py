@@ -109,7 +109,7 @@ class _Operations(TorchDispatchMode):
         result = func(*args, **kwargs)
         name = str(func).removeprefix("aten.")
         if not name.removeprefix("new_").startswith(_FREE):
-            counted = flop_registry.get(func._overloadpacket)
+            counted = flop_registry.get(getattr(torch.ops.aten, func._overloadpacket.__name__.removesuffix("_"), None))
             flops = counted(*args, **kwargs, out_val=result) if counted else 0
             given = args[1:] if name.startswith(_OVERWRITES) else args
             read, written = (_size(part) for part in ((given, kwargs), result))

@@ -16,19 +16,37 @@ from .tiles import tile_at
 
 
 @gluon.jit
-def _fetch_backward(
-    dy, w, w_thin, A, A_thin, B, dys, ws, ws_thin, Bs, ready, step, index, k, tiles, tiles_n, tiles_m, blocks,
-    RANKS: gl.constexpr, R: gl.constexpr, WIDTH: gl.constexpr, STARTS: gl.constexpr, WIDTHS: gl.constexpr,
-    FIRST: gl.constexpr, REST: gl.constexpr, TALL: gl.constexpr, STAGES: gl.constexpr,
+def _multiply(buffers, ready, step, acc, acc_thin):
+    """The products with w of a step whose copies have arrived, begun."""
+    dys, ws, ws_thin, _ = buffers
+    place = step % ready.shape[0]
+    mbarrier.wait(ready.index(place), step // ready.shape[0] & 1)
+    left = dys.index(place).reshape([dys.shape[2], dys.shape[3]])
+    acc = warpgroup_mma(left, ws.index(place), acc, is_async=True)
+    acc_thin = warpgroup_mma(left, ws_thin.index(place), acc_thin, is_async=True)
+    return left, place, acc, acc_thin
+
+
+@gluon.jit
+def _fetch(
+    tensors, buffers, ready, cursor, tiles, RANKS: gl.constexpr, R: gl.constexpr, WIDTH: gl.constexpr,
+    STARTS: gl.constexpr, WIDTHS: gl.constexpr, FIRST: gl.constexpr, REST: gl.constexpr, TALL: gl.constexpr,
 ):  # fmt: skip
-    """Start the copies of a step, and say which comes next: its tile, and its number within."""
+    """Start the copies of the step at the cursor: its number, its tile, and its number in the tile. Gives the next.
+
+    After the steps of a segment comes one that has its tile of A, in the buffers of w; then those of the next segment;
+    last the columns outside of all.
+    """
+    dy, w, w_thin, A, A_thin, B = tensors
+    dys, ws, ws_thin, Bs = buffers
+    step, index, k = cursor
     BM: gl.constexpr = dy.block_type.shape[1]
     BK: gl.constexpr = dy.block_type.shape[2]
     BN: gl.constexpr = w.block_type.shape[1]
     THIN: gl.constexpr = w_thin.block_type.shape[1]
-    group, block_m, block_n = tile_at(index, tiles_n, tiles_m, blocks, TALL)
+    group, block_m, block_n = tile_at(index, tiles, TALL)
     n0 = block_n * (BN + THIN)
-    place = step % STAGES
+    place = step % ready.shape[0]
     bar = ready.index(place)
     steps = 0
     column = 0
@@ -45,21 +63,20 @@ def _fetch_backward(
         column = gl.where(k >= steps, REST[i][0] + (k - steps) * BK, column)
         steps += (REST[i][1] + BK - 1) // BK
     tile_bytes: gl.constexpr = dy.block_type.nbytes + w.block_type.nbytes + w_thin.block_type.nbytes
-    if index < tiles:
-        if ended >= 0:
-            mbarrier.expect(bar, A.block_type.nbytes + A_thin.block_type.nbytes)
-            tma.async_copy_global_to_shared(A, [group * RANKS + ended * R, n0], bar, ws.index(place).slice(0, R))
-            first = [group * RANKS + ended * R, n0 + BN]
-            tma.async_copy_global_to_shared(A_thin, first, bar, ws_thin.index(place).slice(0, R))
+    if (index < tiles[0]) & (ended >= 0):
+        mbarrier.expect(bar, A.block_type.nbytes + A_thin.block_type.nbytes)
+        first = group * RANKS + ended * R
+        tma.async_copy_global_to_shared(A, [first, n0], bar, ws.index(place).slice(0, R))
+        tma.async_copy_global_to_shared(A_thin, [first, n0 + BN], bar, ws_thin.index(place).slice(0, R))
+    elif index < tiles[0]:
+        if in_segment:
+            mbarrier.expect(bar, tile_bytes + B.block_type.nbytes)
+            tma.async_copy_global_to_shared(B, [group * WIDTH + row, 0], bar, Bs.index(place))
         else:
-            if in_segment:
-                mbarrier.expect(bar, tile_bytes + B.block_type.nbytes)
-                tma.async_copy_global_to_shared(B, [group * WIDTH + row, 0], bar, Bs.index(place))
-            else:
-                mbarrier.expect(bar, tile_bytes)
-            tma.async_copy_global_to_shared(dy, [group, block_m * BM, column], bar, dys.index(place))
-            tma.async_copy_global_to_shared(w, [column, n0], bar, ws.index(place))
-            tma.async_copy_global_to_shared(w_thin, [column, n0 + BN], bar, ws_thin.index(place))
+            mbarrier.expect(bar, tile_bytes)
+        tma.async_copy_global_to_shared(dy, [group, block_m * BM, column], bar, dys.index(place))
+        tma.async_copy_global_to_shared(w, [column, n0], bar, ws.index(place))
+        tma.async_copy_global_to_shared(w_thin, [column, n0 + BN], bar, ws_thin.index(place))
     k += 1
     return step + 1, gl.where(k >= steps, index + gl.num_programs(0), index), gl.where(k >= steps, 0, k)
 
@@ -119,20 +136,17 @@ def backward_tiles(
         x_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         mbarrier.init(x_ready, count=1)
     tiles_n: gl.constexpr = (IN + BN + THIN - 1) // (BN + THIN)
-    tiles = tiles_m * tiles_n
-    fetched = 0
-    next_tile = gl.program_id(0)
-    next_k = 0
+    tensors = (dy, w, w_thin, A, A_thin, B)
+    buffers = (dys, ws, ws_thin, Bs)
+    tiles = (tiles_m * tiles_n, tiles_m, blocks)
+    cursor = (0, gl.program_id(0), 0)
     for _stage in gl.static_range(STAGES - 1):
-        fetched, next_tile, next_k = _fetch_backward(
-            dy, w, w_thin, A, A_thin, B, dys, ws, ws_thin, Bs, ready, fetched, next_tile, next_k, tiles, tiles_n,
-            tiles_m, blocks, RANKS, R, WIDTH, STARTS, WIDTHS, FIRST, REST, TALL, STAGES,
-        )  # fmt: skip
+        cursor = _fetch(tensors, buffers, ready, cursor, tiles, RANKS, R, WIDTH, STARTS, WIDTHS, FIRST, REST, TALL)
     step = 0
     s_uses = 0
     x_uses = 0
-    for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        group, block_m, block_n = tile_at(index, tiles_n, tiles_m, blocks, TALL)
+    for index in range(gl.program_id(0), tiles[0], gl.num_programs(0)):
+        group, block_m, block_n = tile_at(index, tiles, TALL)
         n0 = block_n * (BN + THIN)
         program = (group * blocks + block_m).to(gl.int64)
         acc = gl.zeros([BM, BN], gl.float32, wide)
@@ -151,11 +165,7 @@ def backward_tiles(
                 mbarrier.wait(s_ready, s_uses & 1)
                 s_uses += 1
                 for k in range(WIDTHS[c] // BK):
-                    place = step % STAGES
-                    mbarrier.wait(ready.index(place), step // STAGES & 1)
-                    left = dys.index(place).reshape([BM, BK])
-                    acc = warpgroup_mma(left, ws.index(place), acc, is_async=True)
-                    acc_thin = warpgroup_mma(left, ws_thin.index(place), acc_thin, is_async=True)
+                    left, place, acc, acc_thin = _multiply(buffers, ready, step, acc, acc_thin)
                     dS = warpgroup_mma(left, Bs.index(place), dS, is_async=True)
                     none = gl.zeros([BK, R], gl.float32, part)
                     own = warpgroup_mma(left.permute([1, 0]), s.reshape([BM, R]), none, is_async=True)
@@ -164,24 +174,18 @@ def backward_tiles(
                     r = gl.arange(0, R, gl.SliceLayout(0, part))
                     target = (program * WIDTH + FIRST[c] + n)[:, None] * TRAINED + r[None, :]
                     gl.store(dB + target, own, (r < TRAINED)[None, :])
-                    fetched, next_tile, next_k = _fetch_backward(
-                        dy, w, w_thin, A, A_thin, B, dys, ws, ws_thin, Bs, ready, fetched, next_tile, next_k, tiles,
-                        tiles_n, tiles_m, blocks, RANKS, R, WIDTH, STARTS, WIDTHS, FIRST, REST, TALL, STAGES,
-                    )  # fmt: skip
+                    cursor = _fetch(
+                        tensors, buffers, ready, cursor, tiles, RANKS, R, WIDTH, STARTS, WIDTHS, FIRST, REST, TALL
+                    )
                     step += 1
             else:
                 for _k in range(WIDTHS[c] // BK):
-                    place = step % STAGES
-                    mbarrier.wait(ready.index(place), step // STAGES & 1)
-                    left = dys.index(place).reshape([BM, BK])
-                    acc = warpgroup_mma(left, ws.index(place), acc, is_async=True)
-                    acc_thin = warpgroup_mma(left, ws_thin.index(place), acc_thin, is_async=True)
+                    left, place, acc, acc_thin = _multiply(buffers, ready, step, acc, acc_thin)
                     dS = warpgroup_mma(left, Bs.index(place), dS, is_async=True)
                     acc, acc_thin, dS = warpgroup_mma_wait(3, [acc, acc_thin, dS])
-                    fetched, next_tile, next_k = _fetch_backward(
-                        dy, w, w_thin, A, A_thin, B, dys, ws, ws_thin, Bs, ready, fetched, next_tile, next_k, tiles,
-                        tiles_n, tiles_m, blocks, RANKS, R, WIDTH, STARTS, WIDTHS, FIRST, REST, TALL, STAGES,
-                    )  # fmt: skip
+                    cursor = _fetch(
+                        tensors, buffers, ready, cursor, tiles, RANKS, R, WIDTH, STARTS, WIDTHS, FIRST, REST, TALL
+                    )
                     step += 1
                 acc, acc_thin, dS = warpgroup_mma_wait(0, [acc, acc_thin, dS])
             dS16 = dS.to(dtype)
@@ -195,23 +199,15 @@ def backward_tiles(
             rows_thin = gl.convert_layout(dS16, gl.DotOperandLayout(0, thin, 2))
             acc_thin = warpgroup_mma(rows_thin, ws_thin.index(place).slice(0, R), acc_thin, is_async=True)
             acc, acc_thin = warpgroup_mma_wait(0, [acc, acc_thin])
-            fetched, next_tile, next_k = _fetch_backward(
-                dy, w, w_thin, A, A_thin, B, dys, ws, ws_thin, Bs, ready, fetched, next_tile, next_k, tiles, tiles_n,
-                tiles_m, blocks, RANKS, R, WIDTH, STARTS, WIDTHS, FIRST, REST, TALL, STAGES,
-            )  # fmt: skip
+            cursor = _fetch(tensors, buffers, ready, cursor, tiles, RANKS, R, WIDTH, STARTS, WIDTHS, FIRST, REST, TALL)
             step += 1
         for i in gl.static_range(len(REST)):
             for _k in range((REST[i][1] + BK - 1) // BK):
-                place = step % STAGES
-                mbarrier.wait(ready.index(place), step // STAGES & 1)
-                left = dys.index(place).reshape([BM, BK])
-                acc = warpgroup_mma(left, ws.index(place), acc, is_async=True)
-                acc_thin = warpgroup_mma(left, ws_thin.index(place), acc_thin, is_async=True)
+                left, place, acc, acc_thin = _multiply(buffers, ready, step, acc, acc_thin)
                 acc, acc_thin = warpgroup_mma_wait(2, [acc, acc_thin])
-                fetched, next_tile, next_k = _fetch_backward(
-                    dy, w, w_thin, A, A_thin, B, dys, ws, ws_thin, Bs, ready, fetched, next_tile, next_k, tiles,
-                    tiles_n, tiles_m, blocks, RANKS, R, WIDTH, STARTS, WIDTHS, FIRST, REST, TALL, STAGES,
-                )  # fmt: skip
+                cursor = _fetch(
+                    tensors, buffers, ready, cursor, tiles, RANKS, R, WIDTH, STARTS, WIDTHS, FIRST, REST, TALL
+                )
                 step += 1
         acc, acc_thin = warpgroup_mma_wait(0, [acc, acc_thin])
         if TRAINED > 0:

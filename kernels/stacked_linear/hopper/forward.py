@@ -41,26 +41,28 @@ def _as_b(w, B):
 
 
 @gluon.jit
-def _fetch_forward(
-    x, w, A, B, xs, ws, As, ready, step, index, k, tiles, tiles_n, tiles_m, blocks,
-    STEPS: gl.constexpr, RANKS: gl.constexpr, R: gl.constexpr, WIDTH: gl.constexpr, STARTS: gl.constexpr,
-    WIDTHS: gl.constexpr, FIRST: gl.constexpr, TALL: gl.constexpr, STAGES: gl.constexpr,
+def _fetch(
+    tensors, buffers, ready, cursor, tiles, STEPS: gl.constexpr, RANKS: gl.constexpr, R: gl.constexpr,
+    WIDTH: gl.constexpr, STARTS: gl.constexpr, WIDTHS: gl.constexpr, FIRST: gl.constexpr, TALL: gl.constexpr,
 ):  # fmt: skip
-    """Start the copies of a step, and say which comes next: its tile, and its number within."""
+    """Start the copies of the step at the cursor: its number, its tile, and its number in the tile. Gives the next."""
+    x, w, A, B = tensors
+    xs, ws, As = buffers
+    step, index, k = cursor
     BN: gl.constexpr = w.block_type.shape[0]
     BK: gl.constexpr = w.block_type.shape[1]
     BM: gl.constexpr = x.block_type.shape[1]
-    group, block_m, block_n = tile_at(index, tiles_n, tiles_m, blocks, TALL)
+    group, block_m, block_n = tile_at(index, tiles, TALL)
     n0 = block_n * BN
     c = _segment(n0, STARTS, WIDTHS)
-    place = step % STAGES
+    place = step % ready.shape[0]
     bar = ready.index(place)
-    if (index < tiles) & (k < STEPS):
+    if (index < tiles[0]) & (k < STEPS):
         mbarrier.expect(bar, x.block_type.nbytes + w.block_type.nbytes + A.block_type.nbytes)
         tma.async_copy_global_to_shared(x, [group, block_m * BM, k * BK], bar, xs.index(place))
         tma.async_copy_global_to_shared(w, [n0, k * BK], bar, ws.index(place))
         tma.async_copy_global_to_shared(A, [group * RANKS + gl.maximum(c, 0) * R, k * BK], bar, As.index(place))
-    elif index < tiles:
+    elif index < tiles[0]:
         mbarrier.expect(bar, B.block_type.nbytes)
         first = group * WIDTH + _choose(c, FIRST) + n0 - _choose(c, STARTS)
         tma.async_copy_global_to_shared(B, [first, 0], bar, _as_b(ws.index(place), B))
@@ -109,19 +111,15 @@ def forward_tiles(
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
-    tiles_n: gl.constexpr = (N + BN - 1) // BN
-    tiles = tiles_m * tiles_n
-    fetched = 0
-    next_tile = gl.program_id(0)
-    next_k = 0
+    tensors = (x, w, A, B)
+    buffers = (xs, ws, As)
+    tiles = (tiles_m * ((N + BN - 1) // BN), tiles_m, blocks)
+    cursor = (0, gl.program_id(0), 0)
     for _stage in gl.static_range(STAGES - 1):
-        fetched, next_tile, next_k = _fetch_forward(
-            x, w, A, B, xs, ws, As, ready, fetched, next_tile, next_k, tiles, tiles_n, tiles_m, blocks,
-            STEPS, RANKS, R, WIDTH, STARTS, WIDTHS, FIRST, TALL, STAGES,
-        )  # fmt: skip
+        cursor = _fetch(tensors, buffers, ready, cursor, tiles, STEPS, RANKS, R, WIDTH, STARTS, WIDTHS, FIRST, TALL)
     step = 0
-    for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        group, block_m, block_n = tile_at(index, tiles_n, tiles_m, blocks, TALL)
+    for index in range(gl.program_id(0), tiles[0], gl.num_programs(0)):
+        group, block_m, block_n = tile_at(index, tiles, TALL)
         n0 = block_n * BN
         c = _segment(n0, STARTS, WIDTHS)
         acc = gl.zeros([BM, BN], gl.float32, wide)
@@ -134,10 +132,9 @@ def forward_tiles(
                 acc = warpgroup_mma(left, ws.index(place).permute([1, 0]), acc, is_async=True)
                 s = warpgroup_mma(left, As.index(place).permute([1, 0]), s, is_async=True)
                 acc, s = warpgroup_mma_wait(2, [acc, s])
-                fetched, next_tile, next_k = _fetch_forward(
-                    x, w, A, B, xs, ws, As, ready, fetched, next_tile, next_k, tiles, tiles_n, tiles_m, blocks,
-                    STEPS, RANKS, R, WIDTH, STARTS, WIDTHS, FIRST, TALL, STAGES,
-                )  # fmt: skip
+                cursor = _fetch(
+                    tensors, buffers, ready, cursor, tiles, STEPS, RANKS, R, WIDTH, STARTS, WIDTHS, FIRST, TALL
+                )
                 step += 1
             acc, s = warpgroup_mma_wait(0, [acc, s])
             s16 = s.to(dtype)
@@ -151,10 +148,7 @@ def forward_tiles(
             b = _as_b(ws.index(place), B)
             acc = warpgroup_mma(gl.convert_layout(s16, operand), b.permute([1, 0]), acc, is_async=True)
             acc = warpgroup_mma_wait(0, [acc])
-            fetched, next_tile, next_k = _fetch_forward(
-                x, w, A, B, xs, ws, As, ready, fetched, next_tile, next_k, tiles, tiles_n, tiles_m, blocks,
-                STEPS, RANKS, R, WIDTH, STARTS, WIDTHS, FIRST, TALL, STAGES,
-            )  # fmt: skip
+            cursor = _fetch(tensors, buffers, ready, cursor, tiles, STEPS, RANKS, R, WIDTH, STARTS, WIDTHS, FIRST, TALL)
             step += 1
         else:
             for _k in range(STEPS):
@@ -164,10 +158,9 @@ def forward_tiles(
                     xs.index(place).reshape([BM, BK]), ws.index(place).permute([1, 0]), acc, is_async=True
                 )
                 acc = warpgroup_mma_wait(1, [acc])
-                fetched, next_tile, next_k = _fetch_forward(
-                    x, w, A, B, xs, ws, As, ready, fetched, next_tile, next_k, tiles, tiles_n, tiles_m, blocks,
-                    STEPS, RANKS, R, WIDTH, STARTS, WIDTHS, FIRST, TALL, STAGES,
-                )  # fmt: skip
+                cursor = _fetch(
+                    tensors, buffers, ready, cursor, tiles, STEPS, RANKS, R, WIDTH, STARTS, WIDTHS, FIRST, TALL
+                )
                 step += 1
             acc = warpgroup_mma_wait(0, [acc])
         if bias is not None:
