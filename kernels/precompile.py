@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from importlib.util import find_spec
@@ -88,11 +89,12 @@ def products() -> set[str]:
     return {name for plan in plans() for name in getattr(plan, "PRODUCTS", ())}
 
 
-def compile_all(arch: int) -> list[Compiled]:
+def compile_all(arch: int, dtypes: Sequence[str] = tuple(DTYPES)) -> list[Compiled]:
     """All kernels for an architecture, e.g. 90, in the configurations in which they are launched."""
     triton.runtime.driver.set_active(Pretended(arch))
     found: dict[tuple[str, str, str], Compiled] = {}
-    for dtype_name, dtype in DTYPES.items():
+    for dtype_name in dtypes:
+        dtype = DTYPES[dtype_name]
         torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype_name == "tf32" else "ieee"
         for case, call in (one for plan in plans() for one in plan.cases(dtype)):
 
@@ -125,14 +127,16 @@ def _examine(compiled: Any, arch: int, kernel: str, case: str, dtype: str, const
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m hilora.kernels.precompile", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_MEMORY, default=ARCHITECTURES)
-    archs = parser.parse_args(arguments).arch
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of x")
+    given = parser.parse_args(arguments)
+    tasks = [(arch, [dtype]) for arch in given.arch for dtype in given.dtype]
     if launch.interpreting():
         parser.error("nothing is compiled where TRITON_INTERPRET=1: unset it")
-    workers = min(len(archs), os.cpu_count() or 1)
+    workers = min(len(tasks), os.cpu_count() or 1)
     print(f"{'sm':>3}  {'kernel':22}{'for':32}{'x':6}{'tile':20}{'regs':>5}{'stack':>6}{'shared':>8}  instructions")
     faults = 0
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for table in pool.map(compile_all, archs):
+        for table in pool.map(compile_all, *zip(*tasks, strict=True)):
             for row in table:
                 faults += bool(row.fault)
                 print(

@@ -105,10 +105,10 @@ def _slower_fused(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Ti
 
 
 def _row() -> str:
-    from .devices import TABLE, device
+    from .devices import PATH, device
 
     row = device()
-    return f"by the row {row.name} of {TABLE}, {row.source}"
+    return f"by the row {row.name} of {PATH.name}, {row.source}"
 
 
 def _fold(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier], dropout: float) -> Tensor:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from importlib import resources
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from ..launch import SMALL, Tile, architecture
 
-TABLE = "devices.json"
+PATH = Path(__file__).with_name("devices.json")
 FEW = 64  # rows of a group
 
 
@@ -70,7 +70,7 @@ def device() -> Device:
 
 @cache
 def _row(name: str, arch: int) -> Device:
-    rows = json.loads(resources.files(__package__).joinpath(TABLE).read_text())
+    rows = json.loads(PATH.read_text())
     if name not in rows:
         name = max(
             (row for row in rows if row.startswith("sm_") and int(row[3:]) <= arch), key=lambda row: int(row[3:])

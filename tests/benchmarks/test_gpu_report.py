@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from benchmarks.ledger import read
 from benchmarks.operations import operations
 from benchmarks.operations.layer import WIDTHS, shapes
 from benchmarks.timing import SCALES
+from hilora.kernels.stacked_linear import devices
 
 pytestmark = pytest.mark.slow
 
@@ -24,11 +26,17 @@ FIVE = {"PEFT", "PEFT, compiled", "stacked addmm", "merged + 1 LoRA", "frozen la
 def test_a_toy_run(tmp_path: Path) -> None:
     (tmp_path / "benchmarks.md").write_text((ROOT / "docs" / "benchmarks.md").read_text())
     ledger = tmp_path / "figures.jsonl"
-    where = ["--figures", str(ledger), "--docs", str(tmp_path)]
+    table = tmp_path / "devices.json"
+    table.write_text(devices.PATH.read_text())
+    where = ["--figures", str(ledger), "--docs", str(tmp_path), "--table", str(table)]
     command = [sys.executable, "-m", "benchmarks.gpu_report", "--scale", "toy", *where]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(": done, ") == 3
+    assert done.stdout.count(": done, ") == 8
+    (own,) = json.loads(table.read_text()).keys() - json.loads(devices.PATH.read_text()).keys()
+    assert json.loads(table.read_text())[own]["source"].startswith("measured ")
+    assert "layer, step, over the frozen layer" in done.stdout
+    assert "not measured" not in done.stdout
     found = read(ledger)
     first = shapes("toy")[0]._asdict()
     for phase in ("forward", "step"):

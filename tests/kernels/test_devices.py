@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib import resources
 
 import pytest
 import torch
@@ -22,10 +21,11 @@ def test_a_device_without_a_row_has_that_of_its_architecture(arch: int, row: str
 
 
 def test_a_measured_device_has_its_own(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = json.loads(resources.files(devices.__package__).joinpath(devices.TABLE).read_text())
+    rows = json.loads(devices.PATH.read_text())
     rows["NVIDIA H200"] = rows["sm_90"] | {"source": "measured", "one_kernel_from": 512}
-    (tmp_path / devices.TABLE).write_text(json.dumps(rows))
-    monkeypatch.setattr(resources, "files", lambda package: tmp_path)
+    table = tmp_path / "devices.json"
+    table.write_text(json.dumps(rows))
+    monkeypatch.setattr(devices, "PATH", table)
     devices._row.cache_clear()
     found, other = devices._row("NVIDIA H200", 90), devices._row("NVIDIA H100 PCIe", 90)
     devices._row.cache_clear()

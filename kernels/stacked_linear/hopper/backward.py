@@ -82,6 +82,23 @@ def _fetch(
 
 
 @gluon.jit
+def _steps(
+    count, tensors, buffers, ready, cursor, tiles, step, acc, acc_thin, dS, RANKS: gl.constexpr, R: gl.constexpr,
+    WIDTH: gl.constexpr, STARTS: gl.constexpr, WIDTHS: gl.constexpr, FIRST: gl.constexpr, REST: gl.constexpr,
+    TALL: gl.constexpr,
+):  # fmt: skip
+    """The steps of a segment: products with w and with B."""
+    for _k in range(count):
+        left, place, acc, acc_thin = _multiply(buffers, ready, step, acc, acc_thin)
+        dS = warpgroup_mma(left, buffers[3].index(place), dS, is_async=True)
+        acc, acc_thin, dS = warpgroup_mma_wait(3, [acc, acc_thin, dS])
+        cursor = _fetch(tensors, buffers, ready, cursor, tiles, RANKS, R, WIDTH, STARTS, WIDTHS, FIRST, REST, TALL)
+        step += 1
+    acc, acc_thin, dS = warpgroup_mma_wait(0, [acc, acc_thin, dS])
+    return cursor, step, acc, acc_thin, dS
+
+
+@gluon.jit
 def backward_tiles(
     dy,  # [G, M, OUT]
     w,  # [OUT, IN], in wide boxes of columns and in thin ones
@@ -128,11 +145,11 @@ def backward_tiles(
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
-    s = gl.allocate_shared_memory(dtype, [1, BM, R], S.layout)
-    s_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(s_ready, count=1)
     if TRAINED > 0:
+        s = gl.allocate_shared_memory(dtype, [1, BM, R], S.layout)
         dSs = gl.allocate_shared_memory(dtype, [len(STARTS), 1, BM, R], S.layout)
+        s_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(s_ready, count=1)
         x_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         mbarrier.init(x_ready, count=1)
     tiles_n: gl.constexpr = (IN + BN + THIN - 1) // (BN + THIN)
@@ -159,7 +176,12 @@ def backward_tiles(
                 tma.async_copy_global_to_shared(x, first, x_ready, out.index(piece))
         for c in gl.static_range(len(STARTS)):
             dS = gl.zeros([BM, R], gl.float32, low)
-            if (TRAINED > 0) & (block_n == c % tiles_n):
+            if TRAINED == 0:
+                cursor, step, acc, acc_thin, dS = _steps(
+                    WIDTHS[c] // BK, tensors, buffers, ready, cursor, tiles, step, acc, acc_thin, dS, RANKS, R, WIDTH,
+                    STARTS, WIDTHS, FIRST, REST, TALL,
+                )  # fmt: skip
+            elif block_n == c % tiles_n:
                 mbarrier.expect(s_ready, S.block_type.nbytes)
                 tma.async_copy_global_to_shared(S, [group, block_m * BM, c * R], s_ready, s)
                 mbarrier.wait(s_ready, s_uses & 1)
@@ -179,15 +201,10 @@ def backward_tiles(
                     )
                     step += 1
             else:
-                for _k in range(WIDTHS[c] // BK):
-                    left, place, acc, acc_thin = _multiply(buffers, ready, step, acc, acc_thin)
-                    dS = warpgroup_mma(left, Bs.index(place), dS, is_async=True)
-                    acc, acc_thin, dS = warpgroup_mma_wait(3, [acc, acc_thin, dS])
-                    cursor = _fetch(
-                        tensors, buffers, ready, cursor, tiles, RANKS, R, WIDTH, STARTS, WIDTHS, FIRST, REST, TALL
-                    )
-                    step += 1
-                acc, acc_thin, dS = warpgroup_mma_wait(0, [acc, acc_thin, dS])
+                cursor, step, acc, acc_thin, dS = _steps(
+                    WIDTHS[c] // BK, tensors, buffers, ready, cursor, tiles, step, acc, acc_thin, dS, RANKS, R, WIDTH,
+                    STARTS, WIDTHS, FIRST, REST, TALL,
+                )  # fmt: skip
             dS16 = dS.to(dtype)
             if TRAINED > 0:
                 dSs.index(c).reshape([BM, R]).store(dS16)

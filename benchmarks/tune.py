@@ -1,0 +1,131 @@
+"""Measure on this GPU what `devices.json` says of it, and write its row: `python -m benchmarks.tune`.
+
+Tiles of the kernels that own rows and of the product, one after another at the shape of a ViT-B; then from how many
+rows on one kernel a direction is ahead, and up to which width the fused plan is. A tile that does not fit is passed
+over. Nothing is written but the row of this device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from triton.runtime.errors import OutOfResources
+
+from benchmarks.kernels import SHAPES
+from benchmarks.layer_calls import again, launches, passes
+from benchmarks.timing import DEVICE, SCALES, SECONDS, Turn, ready, take_turns
+from hilora.kernels.launch import Tile
+from hilora.kernels.stacked_linear import devices, hopper, plan
+from hilora.reporting.machine import device_name, today, versions
+
+CANDIDATES = {
+    "rows": [Tile(BM, 64, 64, warps, stages) for BM in (64, 128) for warps in (4, 8) for stages in (2, 3, 4)],
+    "gemm of wide tiles": [Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 4), Tile(256, 128, 64, 8, 3)],
+    "gemm": [Tile(128, 128, 64, warps, stages) for warps in (4, 8) for stages in (3, 4)],
+}
+OF = {"rows": ("shrink_expand", "backward_rows"), "gemm": ("gemm",), "gemm of wide tiles": ("gemm",)}
+ROWS, WIDTHS = (64, 128, 256, 512, 1024, 4096), (192, 384, 512, 768, 1024, 1280)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=SCALES, default=DEVICE)
+    parser.add_argument("--table", type=Path, default=devices.PATH, help="to write to (default: the package's)")
+    given = parser.parse_args(arguments)
+    rows, width = SHAPES[given.scale]
+    row = devices.device()._replace(source=f"measured {today()}, {_toolchain()}")
+    for case, candidates in CANDIDATES.items():
+        if case in row.tiles:
+            few = candidates[:1] if given.scale == "toy" else candidates
+            row = row._replace(tiles=row.tiles | {case: _best_tile(row, case, few, rows, width, given.scale)})
+    tuned = row
+    if row.one_kernel_from is not None:
+        ahead = _least(ROWS, lambda many: _one_kernel_is_ahead(tuned, many, width, given.scale))
+        row = row._replace(one_kernel_from=ahead)
+    widths = WIDTHS if given.scale == "cuda" else (64,)
+    lost = _least(widths, lambda wide: not _fused_is_ahead(tuned, rows, wide, given.scale))
+    if lost is not None:
+        row = row._replace(fused_below=round(2 * 3 * lost * lost / (4 * lost)))
+    write(given.table, device_name(torch.device(DEVICE)), row)
+
+
+def write(table: Path, name: str, row: devices.Device) -> None:
+    """Put a row into a table, in the place of the device's own if there is one."""
+    fields = {key: value for key, value in row._asdict().items() if key != "name" and value is not None}
+    found = json.loads(table.read_text()) | {name: fields}
+    table.write_text(json.dumps(found, indent=2) + "\n")
+    print(f"{table}: {name}: {fields}", flush=True)
+
+
+def _best_tile(row: devices.Device, case: str, candidates: list[Tile], rows: int, width: int, scale: str) -> Tile:
+    times = {}
+    for tile in candidates:
+        tried = row._replace(tiles=row.tiles | {case: tile}, one_kernel_from=None)
+        name = "split" if case == "rows" else "fused"
+        try:
+            with _as(tried), launches() as found:
+                passes(rows, width, name).step()
+            turns = {str(i): ready(again(one), [()]) for i, one in enumerate(found) if one[0].__name__ in OF[case]}
+        except OutOfResources as error:
+            print(f"{case} {tile}: {error}", flush=True)
+            continue
+        times[tile] = sum(timing.seconds for timing in take_turns(turns, SECONDS[scale] / 10).values())
+        print(f"{case} {tile}: {1e6 * times[tile]:.1f} µs", flush=True)
+    return min(times, key=lambda tile: times[tile]) if times else row.tiles[case]
+
+
+def _one_kernel_is_ahead(row: devices.Device, rows: int, width: int, scale: str) -> bool:
+    with _as(row._replace(one_kernel_from=0)):
+        one = ready(passes(rows, width, "fused").step, [()])
+    with _as(row._replace(one_kernel_from=None)):
+        others = {name: ready(passes(rows, width, name).step, [()]) for name in ("fused", "split")}
+    return _first_is_ahead({"one kernel": one, **others}, f"{rows} rows", scale)
+
+
+def _fused_is_ahead(row: devices.Device, rows: int, width: int, scale: str) -> bool:
+    with _as(row._replace(one_kernel_from=None)):
+        turns = {name: ready(passes(rows, width, name).step, [()]) for name in ("fused", "split")}
+    return _first_is_ahead(turns, f"width {width}", scale)
+
+
+def _first_is_ahead(turns: dict[str, Turn], where: str, scale: str) -> bool:
+    times = {name: timing.seconds for name, timing in take_turns(turns, SECONDS[scale] / 5).items()}
+    print(f"{where}: " + ", ".join(f"{name} {1e6 * seconds:.1f} µs" for name, seconds in times.items()), flush=True)
+    first = next(iter(times))
+    return times[first] == min(times.values())
+
+
+def _least(values: Sequence[int], holds: Callable[[int], bool]) -> int | None:
+    """The smallest value from which on it holds for all."""
+    found = None
+    for value in sorted(values, reverse=True):
+        if not holds(value):
+            break
+        found = value
+    return found
+
+
+@contextmanager
+def _as(row: devices.Device) -> Iterator[None]:
+    """Let a row be this device's."""
+    modules = (plan, hopper)
+    for module in modules:
+        module.device = lambda: row  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.device = devices.device  # type: ignore[attr-defined]
+
+
+def _toolchain() -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions("torch", "triton").items())
+
+
+if __name__ == "__main__":
+    main()
