@@ -17,7 +17,9 @@ COMPILED := $(addprefix tests/,adapters/test_by_weight.py adapters/test_injectio
 	adapters/test_tools.py models/test_heads.py)
 
 test-oldest: $(OLDEST)/installed
-	$(OLDEST)/bin/python -m pytest --numprocesses auto --dist worksteal tests/kernels
+	$(OLDEST)/bin/python -m hilora.kernels.precompile --arch 90  # for all of them it takes as long as all else here
+	$(OLDEST)/bin/python -m pytest --numprocesses auto --dist worksteal tests/kernels \
+		--deselect tests/kernels/test_precompile.py::test_every_kernel_compiles_without_a_spill_for_every_architecture
 	$(OLDEST)/bin/python -m pytest --numprocesses auto --dist worksteal $(COMPILED) -k "compile or export"
 
 lint: .venv/installed

@@ -107,3 +107,8 @@ def test_cases_of_precompile() -> None:
     done = run("-m", "hilora.kernels.account", "--case", "r 8 against 8, 8", "--dtype", "fp32", "--arch", "sm_80")
     assert done.returncode == 0, done.stderr
     assert re.search(r"^penalty_and_gradient ", done.stdout, re.MULTILINE)
+
+
+def test_the_library_does_not_load_what_only_this_needs() -> None:
+    code = "import sys, hilora, hilora.kernels; hilora.kernels.backends.operations(); print(*sys.modules)"
+    assert "emulator" not in run("-c", code).stdout
