@@ -55,7 +55,7 @@ def _of_penalties(active: tuple[int, int, int], frozen: tuple[tuple[int, int, in
     return Constants(
         OUT=out, RANK=rank, PADDED=power_of_two(rank, 16), RANKS=ranks, MOST=power_of_two(max(ranks), 16),
         STEP=int(slots > 1), STEPS=tuple(int(own > 1) for own, _, _ in frozen),
-        BLOCK=128 if max(rank, *ranks) <= 16 else 32,
+        BLOCK=128 if max(rank, *ranks) <= 16 else 32, num_warps=4 if max(rank, *ranks) <= 16 else 8,
     )  # fmt: skip
 
 

@@ -70,19 +70,20 @@ def penalty_gradient(
     slots where one B serves all."""
     p = tl.program_id(2).to(tl.int64)
     i = tl.arange(0, PADDED)[None, :]
-    j = tl.arange(0, MOST)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     own = tl.program_id(1)
     tile = tl.zeros([BLOCK, PADDED], tl.float32)
-    for s in range(own, own + 1 if STEP else slots):
+    for s in tl.range(own, own + 1 if STEP else slots, num_stages=1):
         above = tl.load(upstream + s * stride_u).to(tl.float32)
         for f in tl.static_range(len(frozen)):
             other = frozen[f] + (p * (slots if STEPS[f] else 1) + s * STEPS[f]) * OUT * RANKS[f]
-            left = tl.load(
-                other + n[:, None] * RANKS[f] + j[None, :], (n < OUT)[:, None] & (j < RANKS[f])[None, :], other=0.0
-            )
-            gram = tl.load(grams + ((p * slots + s) * len(frozen) + f) * MOST * PADDED + j[:, None] * PADDED + i)
-            tile = tl.dot(left.to(tl.float32), gram * above, tile, input_precision="ieee")
+            for j0 in tl.range(0, RANKS[f], 16, num_stages=1):
+                j = j0 + tl.arange(0, 16)
+                left = tl.load(
+                    other + n[:, None] * RANKS[f] + j[None, :], (n < OUT)[:, None] & (j < RANKS[f])[None, :], other=0.0
+                )
+                gram = tl.load(grams + ((p * slots + s) * len(frozen) + f) * MOST * PADDED + j[:, None] * PADDED + i)
+                tile = tl.dot(left.to(tl.float32), gram * above, tile, input_precision="ieee")
     target = gradient + ((p * tl.num_programs(1) + own) * OUT + n[:, None]) * RANK + i
     tl.store(target, tile.to(gradient.dtype.element_ty), (n < OUT)[:, None] & (i < RANK))
 
