@@ -1,8 +1,7 @@
-"""A layer's adapters as parameters, and the flat tensors that they are pieces of."""
+"""A layer's adapters as parameters, and what a bank has in their place."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,25 +35,6 @@ class Factors(nn.ParameterDict):
             )
         return super().__getitem__(tier)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A plain pickle would write the whole of the flat tensor with each piece of it.
-        return {**self.__dict__, "_parameters": {name: _alone(value) for name, value in self._parameters.items()}}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Factors:
-        other = type(self).__new__(type(self))
-        memo[id(self)] = other
-        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return other
-
-
-def _alone(parameter: Tensor | None) -> Tensor | None:
-    """A parameter in memory of its own."""
-    if type(parameter) is not nn.Parameter:
-        return parameter
-    if parameter.untyped_storage().nbytes() == parameter.numel() * parameter.element_size():
-        return parameter
-    return nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-
 
 def pieces(parameter: Tensor, projections: int) -> list[Tensor]:
     """A layer's parameter as one table for each of its projections: `[S, r, in]`, `[S, out, r]`."""
@@ -74,10 +54,8 @@ def squeezed(table: Tensor) -> Tensor:
 
 
 def joined(parameters: Sequence[Tensor], projections: Sequence[int]) -> Tensor:
-    """The parameters of a bank's layers as one tensor, `[P, S, r, in]` or `[P, S, out, r]`.
-
-    It is the memory itself, without a copy, while they are consecutive pieces of one tensor and nobody wants a
-    gradient; else they are concatenated, those that FSDP has sharded after they are gathered, and gradients go through.
+    """The parameters of a bank's layers as one new tensor, `[P, S, r, in]` or `[P, S, out, r]`, through which gradients
+    go; those that FSDP has sharded are gathered.
 
     Args:
         parameters: one a layer.
@@ -86,17 +64,12 @@ def joined(parameters: Sequence[Tensor], projections: Sequence[int]) -> Tensor:
     parameters = [whole(parameter) for parameter in parameters]
     first = parameters[0]
     slots = slot_count(first, projections[0])
-    shape = (sum(projections), slots, *first.shape[-2:])
-    differentiable = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
-    if not differentiable and _consecutive(parameters):
-        strides = torch.empty(shape, device="meta").stride()
-        return first.detach().as_strided(shape, strides, first.storage_offset())
-    tables = [
-        parameter.reshape(count, slots, *parameter.shape[-2:]).to(first.device, first.dtype)
-        for parameter, count in zip(parameters, projections, strict=True)
-    ]
-    found = torch.cat(tables)
-    return found if differentiable else found.detach()
+    return torch.cat(
+        [
+            parameter.reshape(count, slots, *parameter.shape[-2:]).to(first.device, first.dtype)
+            for parameter, count in zip(parameters, projections, strict=True)
+        ]
+    )
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -113,26 +86,6 @@ def sharded_as(parameter: Tensor, value: Tensor) -> Tensor:
 
     assert isinstance(parameter, DTensor)
     return distribute_tensor(value.to(parameter.device, parameter.dtype), parameter.device_mesh, parameter.placements)
-
-
-def _consecutive(parameters: Sequence[Tensor]) -> bool:
-    """Whether tensors lie one after the other in one memory."""
-    if torch.compiler.is_compiling() or in_transform():
-        return False
-    first = parameters[0]
-    if any(type(parameter) not in (nn.Parameter, Tensor) for parameter in parameters):
-        return False  # a sharded one, or a stand-in
-    address, after = first.untyped_storage().data_ptr(), first.storage_offset()
-    for parameter in parameters:
-        if (
-            parameter.dtype != first.dtype
-            or not parameter.is_contiguous()
-            or parameter.storage_offset() != after
-            or parameter.untyped_storage().data_ptr() != address
-        ):
-            return False
-        after += parameter.numel()
-    return address != 0  # as on the device "meta"
 
 
 class Held:

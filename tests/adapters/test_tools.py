@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
@@ -147,6 +147,27 @@ def test_a_state_dict_is_a_file(tmp_path: Path) -> None:
     torch.save(model, tmp_path / "m.pt")
     again = torch.load(tmp_path / "m.pt", weights_only=False)
     assert torch.equal(output(again, images(2)), output(model, images(2)))
+
+
+def test_tools_that_drop_shared_tensors_write_every_adapter(tmp_path: Path) -> None:
+    model, other = deep(), deep()
+    save_model(model, str(tmp_path / "m.safetensors"))
+    randomise(other, seed=4)
+    load_model(other, str(tmp_path / "m.safetensors"))
+    assert same(values(other), values(model))
+    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
+    hilora.set_active_tier(model, "leaf")
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    prepared, optimiser = accelerator.prepare(model, optimiser)
+    accelerator.backward(prepared(images(2)).sum())
+    optimiser.step()
+    trained = values(model)
+    accelerator.save_state(str(tmp_path / "state"))
+    accelerator.save_model(prepared, str(tmp_path / "model"))
+    assert set(load_file(tmp_path / "model" / "model.safetensors")) == set(model.state_dict())
+    randomise(model, seed=5)
+    accelerator.load_state(str(tmp_path / "state"))
+    assert same(values(model), trained)
 
 
 def test_averaging_of_weights_sees_the_adapters() -> None:
