@@ -93,7 +93,7 @@ class AdapterBank:
 
     @property
     def device(self) -> torch.device:
-        return self.layers[0].frozen_weight.device
+        return self.layers[0].device
 
     @property
     def slots(self) -> dict[str, Tensor | None]:
@@ -186,7 +186,7 @@ class AdapterBank:
                 weight = self.layers[0].frozen_weight
                 dtype = torch.promote_types(weight.dtype, torch.float32)
                 for layer, piece in zip(self.layers, table.split(self._counts), strict=True):
-                    value = squeezed(piece).to(layer.frozen_weight.device, dtype, copy=True)
+                    value = squeezed(piece).to(layer.device, dtype, copy=True)
                     getattr(layer, factor)[tier] = nn.Parameter(value)
         self.activate(self.tiers[0])
 

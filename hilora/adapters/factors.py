@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hilora.adapters.offload import check_brought
 from hilora.adapters.torch_internals import in_transform, version
-from hilora.errors import InvalidValueError
 
 
 class Factors(nn.ParameterDict):
@@ -27,12 +27,7 @@ class Factors(nn.ParameterDict):
         return {tier: parameter for tier, parameter in self._parameters.items() if parameter is not None}
 
     def __getitem__(self, tier: str) -> Any:
-        parameter = self._parameters.get(tier)
-        if "_hf_hook" in self.__dict__ and parameter is not None and parameter.is_meta:
-            raise InvalidValueError(
-                "the adapters are offloaded by accelerate, and here in forward passes alone: bring them back first, by "
-                "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
-            )
+        check_brought(self, self._parameters.get(tier), "adapters")
         return super().__getitem__(tier)
 
 
@@ -73,9 +68,15 @@ def joined(parameters: Sequence[Tensor], projections: Sequence[int]) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor, gathered where FSDP has sharded it: then all processes must call this."""
-    gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return gathered
+    """A tensor's numbers: gathered where FSDP has sharded it (then all processes must call this), and as they count
+    where a library has quantised them."""
+    found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return found.dequantize() if is_quantised(found) else found
+
+
+def is_quantised(tensor: Tensor) -> bool:
+    """Whether a library keeps a tensor's numbers in fewer bits, in a class of its own."""
+    return type(tensor).dequantize is not Tensor.dequantize
 
 
 def sharded_as(parameter: Tensor, value: Tensor) -> Tensor:
