@@ -2,13 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types docs bench gpu-report install fuzz soak
+.PHONY: demo test lint types docs bench gpu-report install fuzz soak peft-oldest
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed
 	$(BIN)/python examples/federated_cifar100.py --out runs/demo
 
-test: lint types
+test: lint types peft-oldest
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: .venv/installed
@@ -17,6 +17,16 @@ lint: .venv/installed
 
 types: .venv/installed
 	$(BIN)/mypy
+
+# Adapters to and from the oldest version of PEFT that can be imported beside today's transformers.
+PEFT_OLDEST := 0.8.0
+
+peft-oldest: .venv/peft-$(PEFT_OLDEST)
+	PYTHONPATH=$< $(BIN)/python -m pytest --quiet tests/adapters/io/test_peft.py
+
+.venv/peft-$(PEFT_OLDEST): .venv/installed
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ peft==$(PEFT_OLDEST)
+	touch $@
 
 docs: .venv/installed  # the site, into site/
 	$(BIN)/mkdocs build --strict

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ def _as_peft_has_them(
     ranks = {path: len(A) for path, (A, _) in adapters.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     # The scale is in B: so alpha / r is 1.
-    others = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != usual}
+    others = {_pattern(path, ranks): rank for path, rank in ranks.items() if rank != usual}
     described = {
         "peft_type": "LORA",
         "task_type": None,
@@ -160,12 +160,17 @@ def _as_peft_has_them(
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
         "modules_to_save": [_anchored(model, path) for path in saved] or None,
         "target_modules": _targets(model, list(adapters)),
     }
     return described, tensors
+
+
+def _pattern(path: str, among: Iterable[str]) -> str:
+    """What PEFT finds the rank of this layer by: its path, which old versions look for as it stands; where others end
+    like it, an expression of the whole of it."""
+    alike = [other for other in among if re.match(rf"(.*\.)?({path})$", other)]
+    return path if alike == [path] else f"^{re.escape(path)}"
 
 
 def _targets(model: nn.Module, paths: list[str]) -> list[str] | str:
