@@ -2,13 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types docs bench gpu-report install fuzz soak peft-oldest
+.PHONY: demo test lint types docs bench gpu-report install fuzz soak compat
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed
 	$(BIN)/python examples/federated_cifar100.py --out runs/demo
 
-test: lint types peft-oldest
+test: lint types compat
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: .venv/installed
@@ -18,14 +18,14 @@ lint: .venv/installed
 types: .venv/installed
 	$(BIN)/mypy
 
-# Adapters to and from the oldest version of PEFT that can be imported beside today's transformers.
-PEFT_OLDEST := 0.8.0
+# Beside others: the oldest PEFT that can be imported with today's transformers, and a base that torchao has quantised.
+BESIDE := peft==0.8.0 torchao
 
-peft-oldest: .venv/peft-$(PEFT_OLDEST)
-	PYTHONPATH=$< $(BIN)/python -m pytest --quiet tests/adapters/io/test_peft.py
+compat: .venv/beside
+	PYTHONPATH=$< $(BIN)/python -m pytest --quiet tests/adapters/io/test_peft.py tests/adapters/test_quantised.py
 
-.venv/peft-$(PEFT_OLDEST): .venv/installed
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ peft==$(PEFT_OLDEST)
+.venv/beside: .venv/installed Makefile
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ $(BESIDE)
 	touch $@
 
 docs: .venv/installed  # the site, into site/

@@ -23,7 +23,6 @@ DEV = [
     "transformers>=4.56",
     "peft>=0.17",
     "accelerate>=1.0",
-    "torchao>=0.14",
     "onnxscript>=0.5",
     "onnxruntime>=1.20",
     "pytest>=8",
