@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
@@ -26,15 +27,6 @@ class Noise(Dataset[dict[str, Any]]):
         return {"pixel_values": torch.randn(3, 32, 32, generator=generator), "labels": index % 10}
 
 
-class Cascade(Trainer):
-    """A Trainer whose loss keeps the tier in training orthogonal to the others."""
-
-    def compute_loss(self, model: nn.Module, *args: Any, return_outputs: bool = False, **options: Any) -> Any:
-        loss, outputs = super().compute_loss(model, *args, return_outputs=True, **options)
-        total: Tensor = loss + hilora.orthogonality_penalty(model, gamma_root=0.1, gamma_cluster=0.1)
-        return (total, outputs) if return_outputs else total
-
-
 def main(folder: str = "runs/hf_trainer") -> None:
     torch.manual_seed(0)
     model = ViTForImageClassification(
@@ -46,9 +38,14 @@ def main(folder: str = "runs/hf_trainer") -> None:
         folder, num_train_epochs=2, per_device_train_batch_size=16, learning_rate=3e-3, report_to=[],
         save_strategy="epoch", save_total_limit=1, logging_strategy="epoch", disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
+
+    def loss(outputs: Any, labels: Tensor, **_: Any) -> Tensor:
+        penalty = hilora.orthogonality_penalty(model, gamma_root=0.1, gamma_cluster=0.1)
+        return cross_entropy(outputs.logits, labels) + penalty
+
     for tier in ("root", "cluster", "leaf"):
         hilora.set_active_tier(model, tier)  # and a Trainer of its own, with an optimiser for this tier
-        done = Cascade(model, arguments, train_dataset=Noise()).train()
+        done = Trainer(model, arguments, train_dataset=Noise(), compute_loss_func=loss).train()
         print(f"{tier:7} trained, loss {done.training_loss:.3f}")
     hilora.save_adapters(model, f"{folder}/adapters.safetensors")
 
