@@ -2,13 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-oldest lint types docs bench gpu-report install fuzz soak
+.PHONY: demo test test-oldest compat lint types docs bench gpu-report install fuzz soak
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed
 	$(BIN)/python examples/federated_cifar100.py --out runs/demo
 
-test: lint types test-oldest
+test: lint types compat test-oldest
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 # Kernels, torch.compile and export on the oldest torch: where tracing and Triton's code differ most.
@@ -28,6 +28,16 @@ lint: .venv/installed
 
 types: .venv/installed
 	$(BIN)/mypy
+
+# Beside others: the oldest PEFT that can be imported with today's transformers, and a base that torchao has quantised.
+BESIDE := peft==0.8.0 torchao
+
+compat: .venv/beside
+	PYTHONPATH=$< $(BIN)/python -m pytest --quiet tests/adapters/io/test_peft.py tests/adapters/test_quantised.py
+
+.venv/beside: .venv/installed Makefile
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ $(BESIDE)
+	touch $@
 
 docs: .venv/installed  # the site, into site/
 	$(BIN)/mkdocs build --strict

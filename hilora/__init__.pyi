@@ -26,6 +26,7 @@ from .adapters.merging import unmerge as unmerge
 from .adapters.orthogonality import orthogonality_penalty as orthogonality_penalty
 from .adapters.table import AdapterTable as AdapterTable
 from .errors import HiLoRAError as HiLoRAError
+from .federated.finished import load_client as load_client
 from .models.targets import find_targets as find_targets
 
 __version__: str

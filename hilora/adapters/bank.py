@@ -1,4 +1,4 @@
-"""AdapterBank: the adapters of all projections of one shape, as one flat tensor per tier and factor."""
+"""AdapterBank: the adapters of all projections of one shape, seen as one tensor per tier and factor."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ class AdapterBank:
     """Adapters of P projections `in → out`, S of them (slots) in each tier.
 
     The parameters belong to the layers; a bank is how they are seen together: a tier is one batch of matrices, so that
-    a penalty, an aggregation and a file see two tensors a tier, however many layers the model has. `hilora.inject` lays
-    the parameters out as consecutive pieces of one flat tensor, which `A` and `B` then give without a copy.
+    a penalty, an aggregation and a file see two tensors a tier, however many layers the model has. Each parameter has
+    memory of its own: tools drop, when they write files, what seems to be one tensor under several names.
 
     Attributes:
         layers: the layers of a model, in its order, that share the adapters' shape.
@@ -93,7 +93,7 @@ class AdapterBank:
 
     @property
     def device(self) -> torch.device:
-        return self.layers[0].frozen_weight.device
+        return self.layers[0].device
 
     @property
     def slots(self) -> dict[str, Tensor | None]:
@@ -116,7 +116,7 @@ class AdapterBank:
         self.shared.composition = composition
 
     def A(self, tier: str) -> Tensor:
-        """A of the tier, `[P, S, r, in]`: to be read, see `factors.joined`; what is held, if something is."""
+        """A of the tier, `[P, S, r, in]`: a copy, with a history; what is held, if something is."""
         held = self.shared.held.get(tier)
         return held.A if held is not None else self._joined("lora_A", tier)
 
@@ -150,7 +150,7 @@ class AdapterBank:
         return ranks.cpu().long()
 
     def table(self, tier: str) -> AdapterTable:
-        """The tier's adapters, to be read: `[S, P, r, in]`, `[S, P, out, r]`, views of `A` and `B`."""
+        """The tier's adapters: `[S, P, r, in]`, `[S, P, out, r]`, views of `A` and `B`."""
         A, B = (factor(tier).detach().transpose(0, 1) for factor in (self.A, self.B))
         return AdapterTable([A], [B], self.rank_of(tier))
 
@@ -184,9 +184,10 @@ class AdapterBank:
         for tier in self.tiers:
             for factor, table in zip(("lora_A", "lora_B"), self.fresh(tier, self.config.slot_count(tier)), strict=True):
                 weight = self.layers[0].frozen_weight
-                flat = table.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-                for layer, piece in zip(self.layers, flat.split(self._counts), strict=True):
-                    getattr(layer, factor)[tier] = nn.Parameter(squeezed(piece).to(layer.frozen_weight.device))
+                dtype = torch.promote_types(weight.dtype, torch.float32)
+                for layer, piece in zip(self.layers, table.split(self._counts), strict=True):
+                    value = squeezed(piece).to(layer.device, dtype, copy=True)
+                    getattr(layer, factor)[tier] = nn.Parameter(value)
         self.activate(self.tiers[0])
 
     def grow(self, tier: str, slots: int) -> None:
@@ -218,18 +219,14 @@ class AdapterBank:
         self.shared.release([tier])
         for factor, table in (("lora_A", A), ("lora_B", B)):
             parameters = self._parameters(factor, tier)
-            flat: Tensor | None = None
             start = 0
             for parameter, count in zip(parameters, self._counts, strict=True):
-                value = squeezed(table[start : start + count])
+                value = squeezed(table[start : start + count].detach())
                 if parameter.shape == value.shape:
                     parameter.copy_(sharded_as(parameter, value))
                     parameter.grad = None
                 else:
-                    if flat is None:
-                        flat = table.detach().to(parameter.device, parameter.dtype, copy=True).contiguous()
-                    piece = squeezed(flat[start : start + count])
-                    reshape_parameter(parameter, piece.to(parameter.device, parameter.dtype))
+                    reshape_parameter(parameter, value.to(parameter.device, parameter.dtype, copy=True).contiguous())
                 start += count
         full = rank is None or bool((rank == self.config.rank(tier)).all())
         self.shared.ranks[tier] = None if full or rank is None else rank.to(parameters[0].device, torch.int32)

@@ -47,7 +47,8 @@ class AdaptedWeightLinear(TieredLoRALinear):
             raise AttributeError("weight")
         if not torch.compiler.is_compiling():
             self.__dict__[READ] = True
-        return self.frozen_weight if self.shared.disabled else self._adapted()
+        away = self.frozen_weight.is_meta and "_hf_hook" in self.__dict__  # accelerate reads it before it brings it
+        return self.frozen_weight if self.shared.disabled or away else self._adapted()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight":  # torch would read what is there

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hilora.adapters.by_weight import AdaptedWeightLinear, end_watch, was_read, watch_reading
 from hilora.adapters.layers import TieredLoRALinear
-from hilora.adapters.torch_internals import hooks, remove_hook, walk
+from hilora.adapters.torch_internals import hooks, is_compiled, remove_hook, walk
 from hilora.errors import HiLoRAError, InvalidValueError
 
 CALLED = "_hilora_called"  # attribute of a layer
@@ -62,7 +62,7 @@ def check_calls(model: nn.Module, layers: Mapping[str, TieredLoRALinear], exampl
     for layer in layers.values():
         watch_reading(layer)
         layer.register_forward_pre_hook(_called)
-    model.register_forward_hook(_finished)
+    model.register_forward_hook(_finished, with_kwargs=True)
     if example is None:
         return
     try:
@@ -82,12 +82,14 @@ def _called(layer: nn.Module, args: Any) -> None:
     layer.__dict__[CALLED] = True
 
 
-def _finished(model: nn.Module, args: Any, output: Any) -> None:
+def _finished(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    unseen = [
-        (path, layer) for path, layer in walk(model, TieredLoRALinear) if _waits(layer) and not _was_called(layer)
-    ]
+    remove_hook(model, _finished)
+    if _unseen(model) and any(map(is_compiled, model.modules())):
+        with _quiet(model):  # and not compiled
+            model(*args, **kwargs)
+    unseen = _unseen(model)
     uncalled = [path for path, layer in unseen if not was_read(layer)]
     read = {layer: path for path, layer in unseen if was_read(layer)}
     end_check(model, read)
@@ -99,6 +101,11 @@ def _finished(model: nn.Module, args: Any, output: Any) -> None:
             f"the model uses {with_dropout[0]} by its weight, so that nothing of its input can be dropped: choose "
             "lora_dropout=0"
         )
+
+
+def _unseen(model: nn.Module) -> list[tuple[str, TieredLoRALinear]]:
+    """The layers, with their paths, that were not called since they are watched."""
+    return [(path, layer) for path, layer in walk(model, TieredLoRALinear) if _waits(layer) and not _was_called(layer)]
 
 
 def _waits(layer: nn.Module) -> bool:
@@ -232,7 +239,7 @@ def _same_first_half(one: Tensor, other: Tensor) -> bool:
 
 @contextmanager
 def _quiet(model: nn.Module) -> Iterator[None]:
-    """In eval mode, without gradients and adapters; then as it was."""
+    """In eval mode, without gradients, adapters and compilation; then as it was."""
     modes = {module: module.training for module in model.modules()}
     layers = _layers(model)
     disabled = {layer.shared: layer.shared.disabled for layer in layers}
@@ -241,7 +248,7 @@ def _quiet(model: nn.Module) -> Iterator[None]:
             module.training = False
         for shared in disabled:
             shared.disabled = True
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for shared, was in disabled.items():

@@ -1,16 +1,15 @@
-"""A layer's adapters as parameters, and the flat tensors that they are pieces of."""
+"""A layer's adapters as parameters, and what a bank has in their place."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hilora.adapters.offload import check_brought
 from hilora.adapters.torch_internals import in_transform, version
-from hilora.errors import InvalidValueError
 
 
 class Factors(nn.ParameterDict):
@@ -28,32 +27,8 @@ class Factors(nn.ParameterDict):
         return {tier: parameter for tier, parameter in self._parameters.items() if parameter is not None}
 
     def __getitem__(self, tier: str) -> Any:
-        parameter = self._parameters.get(tier)
-        if "_hf_hook" in self.__dict__ and parameter is not None and parameter.is_meta:
-            raise InvalidValueError(
-                "the adapters are offloaded by accelerate, and here in forward passes alone: bring them back first, by "
-                "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
-            )
+        check_brought(self, self._parameters.get(tier), "adapters")
         return super().__getitem__(tier)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A plain pickle would write the whole of the flat tensor with each piece of it.
-        return {**self.__dict__, "_parameters": {name: _alone(value) for name, value in self._parameters.items()}}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Factors:
-        other = type(self).__new__(type(self))
-        memo[id(self)] = other
-        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return other
-
-
-def _alone(parameter: Tensor | None) -> Tensor | None:
-    """A parameter in memory of its own."""
-    if type(parameter) is not nn.Parameter:
-        return parameter
-    if parameter.untyped_storage().nbytes() == parameter.numel() * parameter.element_size():
-        return parameter
-    return nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
 
 
 def pieces(parameter: Tensor, projections: int) -> list[Tensor]:
@@ -74,10 +49,8 @@ def squeezed(table: Tensor) -> Tensor:
 
 
 def joined(parameters: Sequence[Tensor], projections: Sequence[int]) -> Tensor:
-    """The parameters of a bank's layers as one tensor, `[P, S, r, in]` or `[P, S, out, r]`.
-
-    It is the memory itself, without a copy, while they are consecutive pieces of one tensor and nobody wants a
-    gradient; else they are concatenated, those that FSDP has sharded after they are gathered, and gradients go through.
+    """The parameters of a bank's layers as one new tensor, `[P, S, r, in]` or `[P, S, out, r]`, through which gradients
+    go; those that FSDP has sharded are gathered.
 
     Args:
         parameters: one a layer.
@@ -86,23 +59,24 @@ def joined(parameters: Sequence[Tensor], projections: Sequence[int]) -> Tensor:
     parameters = [whole(parameter) for parameter in parameters]
     first = parameters[0]
     slots = slot_count(first, projections[0])
-    shape = (sum(projections), slots, *first.shape[-2:])
-    differentiable = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
-    if not differentiable and _consecutive(parameters):
-        strides = torch.empty(shape, device="meta").stride()
-        return first.detach().as_strided(shape, strides, first.storage_offset())
-    tables = [
-        parameter.reshape(count, slots, *parameter.shape[-2:]).to(first.device, first.dtype)
-        for parameter, count in zip(parameters, projections, strict=True)
-    ]
-    found = torch.cat(tables)
-    return found if differentiable else found.detach()
+    return torch.cat(
+        [
+            parameter.reshape(count, slots, *parameter.shape[-2:]).to(first.device, first.dtype)
+            for parameter, count in zip(parameters, projections, strict=True)
+        ]
+    )
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor, gathered where FSDP has sharded it: then all processes must call this."""
-    gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return gathered
+    """A tensor's numbers: gathered where FSDP has sharded it (then all processes must call this), and as they count
+    where a library has quantised them."""
+    found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return found.dequantize() if is_quantised(found) else found
+
+
+def is_quantised(tensor: Tensor) -> bool:
+    """Whether a library keeps a tensor's numbers in fewer bits, in a class of its own."""
+    return type(tensor).dequantize is not Tensor.dequantize
 
 
 def sharded_as(parameter: Tensor, value: Tensor) -> Tensor:
@@ -113,26 +87,6 @@ def sharded_as(parameter: Tensor, value: Tensor) -> Tensor:
 
     assert isinstance(parameter, DTensor)
     return distribute_tensor(value.to(parameter.device, parameter.dtype), parameter.device_mesh, parameter.placements)
-
-
-def _consecutive(parameters: Sequence[Tensor]) -> bool:
-    """Whether tensors lie one after the other in one memory."""
-    if torch.compiler.is_compiling() or in_transform():
-        return False
-    first = parameters[0]
-    if any(type(parameter) not in (nn.Parameter, Tensor) for parameter in parameters):
-        return False  # a sharded one, or a stand-in
-    address, after = first.untyped_storage().data_ptr(), first.storage_offset()
-    for parameter in parameters:
-        if (
-            parameter.dtype != first.dtype
-            or not parameter.is_contiguous()
-            or parameter.storage_offset() != after
-            or parameter.untyped_storage().data_ptr() != address
-        ):
-            return False
-        after += parameter.numel()
-    return address != 0  # as on the device "meta"
 
 
 class Held:

@@ -14,6 +14,8 @@ from hilora.adapters.bank import AdapterBank, Shared
 from hilora.adapters.callcheck import UncalledLayerError, check_calls, end_check, watch_rows
 from hilora.adapters.config import HiLoRAConfig
 from hilora.adapters.layers import TieredLoRALinear
+from hilora.adapters.loading import adapters_may_stay
+from hilora.adapters.offload import brought
 from hilora.adapters.reduction import check_reduction, watch_reduction
 from hilora.adapters.statistics import freeze_statistics, thaw_statistics
 from hilora.adapters.torch_internals import remove_hook, walk
@@ -70,7 +72,7 @@ def adapted_layers(model: nn.Module, merged: bool = False) -> dict[str, TieredLo
             "the adapters are merged into the weights: take them out first, by hilora.unmerge(model)"
         )
     found = walk(model, TieredLoRALinear) if aside is None else aside.items()
-    return {plain_path(path): layer for path, layer in found}
+    return {plain_path(path, model): layer for path, layer in found}
 
 
 def _names(path: str, layer: TieredLoRALinear) -> list[str]:
@@ -155,8 +157,10 @@ def _inject(model: nn.Module, config: HiLoRAConfig, targets: list[Target], examp
             if module in by_original:
                 replace(model, path, by_original[module])
         freeze_statistics(model)
+        model.register_load_state_dict_post_hook(adapters_may_stay)
         check_calls(model, layers, example, given)
-        model.__dict__[FRESH_HEAD] = {name: p.detach().clone() for name, p in head_parameters(model).items()}
+        head = head_parameters(model).items()
+        model.__dict__[FRESH_HEAD] = {name: brought(model, p).detach().clone() for name, p in head}
         set_active_tier(model, config.tiers[0])
 
 
@@ -177,6 +181,7 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
     except BaseException:
         end_check(model)
         remove_hook(model, check_reduction)
+        remove_hook(model, adapters_may_stay)
         thaw_statistics(model)
         for path, linear in linears:
             replace(model, path, linear)
@@ -228,7 +233,8 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     heads = find_heads(model, config.modules_to_save if config is not None else None)
     members = {id(parameter) for head in heads for parameter in head.parameters()}
     members -= {id(parameter) for layer in adapted for parameter in layer.parameters()}
-    return {plain_path(name): parameter for name, parameter in model.named_parameters() if id(parameter) in members}
+    found = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in members]
+    return {plain_path(name, model): parameter for name, parameter in found}
 
 
 def set_active_tier(model: nn.Module, tier: str) -> None:
@@ -285,8 +291,7 @@ def set_slots(model: nn.Module, /, **slots: Tensor | None) -> None:
         lengths = {tier: len(table) for tier, table in {**bank.slots, **tables}.items() if table is not None}
         if len(set(lengths.values())) > 1:
             raise InvalidValueError(f"all tiers need slots for the same number of groups, got {lengths}")
-    several = any(table is not None and len(table) > 1 for table in tables.values())
-    if several:
+    if any(table is not None and len(table) > 1 for table in tables.values()):
         watch_rows(model)
     for bank in found:
         for tier, table in tables.items():

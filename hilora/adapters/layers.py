@@ -14,6 +14,7 @@ from hilora import kernels
 from hilora.adapters.bank import AdapterBank, Shared
 from hilora.adapters.config import HiLoRAConfig
 from hilora.adapters.factors import Factors, pieces
+from hilora.adapters.offload import check_brought, device_of, own_forward, take_over_offloading
 from hilora.adapters.torch_internals import owns_weight, take_over_hooks
 from hilora.errors import InvalidTypeError, InvalidValueError, SlotError
 
@@ -81,6 +82,11 @@ class TieredLoRALinear(nn.Linear):
         """W, `[out, in]`."""
         return self.weight
 
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes."""
+        return device_of(self, self.frozen_weight)
+
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` → `[..., out]`. Where slots tell clients apart, the leading rows are in G equal groups.
 
@@ -142,11 +148,12 @@ class TieredLoRALinear(nn.Linear):
             ValueError: for an unknown tier, or one of several adapters that is not named.
             IndexError: for a slot that a tier does not have.
         """
+        check_brought(self, self._parameters.get("weight"), "weights")
         slots = slots or {}
         for tier in slots:
             self.config.rank(tier)
         wide = torch.promote_types(self.frozen_weight.dtype, torch.float32)
-        delta = torch.zeros_like(self.frozen_weight, dtype=wide)
+        delta = torch.zeros(self.out_features, self.in_features, dtype=wide, device=self.frozen_weight.device)
         for tier in self.config.tiers:
             slot = self.slot(tier, slots.get(tier))
             if slot == -1:
@@ -172,8 +179,14 @@ class TieredLoRALinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        self.shared.to(self.frozen_weight.device)
+        self.shared.to(self.device)
         return self
+
+    def __prepare_scriptable__(self) -> Self:
+        raise InvalidTypeError(
+            "torch.jit.script cannot compile adapters: hilora.merge(model) first, or write the model down by "
+            "torch.jit.trace or torch.export"
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, tiers={self.config.tiers}, r={self.config.r}, alpha={self.config.lora_alpha}"
@@ -195,18 +208,14 @@ def adopt(layer: nn.Linear, base: nn.Linear, computed: bool = True) -> None:
     if computed:
         transfer_parametrizations_and_params(base, layer)
     take_over_hooks(layer, base)
+    take_over_offloading(layer, base)
     layer.training = base.training
 
 
 def _check_base(base: nn.Module) -> None:
     if not isinstance(base, nn.Linear) or isinstance(base, TieredLoRALinear):
         raise InvalidTypeError(f"expected a plain nn.Linear to adapt, got {type(base).__name__}")
-    if hasattr(base, "_hf_hook"):
-        raise InvalidTypeError(
-            f"{type(base).__name__} has a hook of accelerate, as device_map leaves it: inject the adapters first, or "
-            "take it off by accelerate.hooks.remove_hook_from_module(model, recurse=True), inject, and dispatch again"
-        )
-    in_its_own_way = getattr(base.forward, "__func__", None) is not nn.Linear.forward
+    in_its_own_way = getattr(own_forward(base), "__func__", None) is not nn.Linear.forward
     if in_its_own_way or not (owns_weight(base) or is_parametrized(base, "weight")):
         raise InvalidTypeError(
             f"{type(base).__name__} computes its output or its weight in its own way, which adapters would bypass: "

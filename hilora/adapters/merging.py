@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from hilora.adapters.callcheck import end_check
+from hilora.adapters.factors import whole
 from hilora.adapters.injection import FRESH_HEAD, MERGED, banks, linear_at, replace
 from hilora.adapters.layers import TieredLoRALinear, adopt
+from hilora.adapters.loading import adapters_may_stay
 from hilora.adapters.reduction import check_reduction
 from hilora.adapters.statistics import freeze_statistics, thaw_statistics
 from hilora.adapters.torch_internals import remove_hook, walk
@@ -61,6 +63,7 @@ def merge(model: nn.Module, /, **slots: int) -> nn.Module:
 
     Returns:
         The model. It keeps the adapters and weights aside, for `unmerge`; its `state_dict` is that of a plain model.
+        Where weights were quantised, the merged ones are not.
 
     Raises:
         ValueError: for an unknown tier, one of several adapters whose slot is not named, or a model that has no
@@ -73,7 +76,7 @@ def merge(model: nn.Module, /, **slots: int) -> nn.Module:
     again = MERGED in model.__dict__
     layers = _tiered_layers(model)
     weights = {
-        layer: (layer.frozen_weight.detach() + layer.delta_weight(slots).detach()).to(layer.frozen_weight.dtype)
+        layer: (whole(layer.frozen_weight.detach()) + layer.delta_weight(slots).detach()).to(layer.frozen_weight.dtype)
         for layer in layers.values()
     }
     if not again:
@@ -85,7 +88,8 @@ def merge(model: nn.Module, /, **slots: int) -> nn.Module:
         model.__dict__[MERGED] = layers
     for path, layer in layers.items():
         linear = linear_at(model, path)
-        linear.weight = nn.Parameter(weights[layer].to(linear.weight), requires_grad=False)
+        value = weights[layer].to(linear.weight.device, linear.weight.dtype)
+        linear.weight = nn.Parameter(value, requires_grad=False)
     return given
 
 
@@ -131,6 +135,7 @@ def unload(model: nn.Module) -> nn.Module:
     close_attentions(model)
     model.__dict__.pop(FRESH_HEAD, None)
     remove_hook(model, check_reduction)
+    remove_hook(model, adapters_may_stay)
     return given
 
 

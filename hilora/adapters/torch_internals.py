@@ -46,6 +46,11 @@ def walk(model: nn.Module, leaf: type[M]) -> Iterator[tuple[str, M]]:
             stack += reversed(children)
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile is around a module, or its own `compile` was called."""
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
 def hooks(module: nn.Module) -> list[object]:
     """The hooks that are called before and after a module's forward pass."""
     return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
@@ -53,15 +58,17 @@ def hooks(module: nn.Module) -> list[object]:
 
 def remove_hook(module: nn.Module, function: object) -> None:
     """Take a function out of a module's hooks, whoever registered it."""
-    for registered in (module._forward_pre_hooks, module._forward_hooks):
+    for registered in (module._forward_pre_hooks, module._forward_hooks, module._load_state_dict_post_hooks):
         for key in [key for key, hook in registered.items() if hook is function]:
             del registered[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
+            module._forward_hooks_with_kwargs.pop(key, None)
 
 
 def take_over_hooks(module: nn.Module, other: nn.Module) -> None:
     """Let a module have all hooks of another one, the same dictionaries of them."""
-    module.__dict__.update({name: value for name, value in other.__dict__.items() if "hook" in name})
+    names = [name for name in other.__dict__ if "hook" in name and name != "_hf_hook"]
+    module.__dict__.update({name: other.__dict__[name] for name in names})
 
 
 def owns_weight(module: nn.Module) -> bool:

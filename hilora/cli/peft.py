@@ -20,8 +20,9 @@ from hilora.adapters.io.files import read_tensors
 from hilora.adapters.io.from_peft import config_of, import_peft
 from hilora.adapters.io.native import load_adapters, save_adapters
 from hilora.adapters.io.peft import export_peft
-from hilora.cli.merge import adapted, plain
+from hilora.cli.fields import about
 from hilora.errors import InvalidValueError
+from hilora.federated.finished import with_classifier, with_path
 from hilora.reporting.progress import ending, say
 
 
@@ -63,20 +64,25 @@ def _slot(text: str) -> tuple[str, int]:
     return tier, int(number)
 
 
+def _plain(args: argparse.Namespace, classes: int) -> nn.Module:
+    with about(backbone=args.backbone, weights=args.weights):
+        return with_classifier(args.backbone, args.weights, args.img_size, classes)
+
+
 def _of_file(path: Path, args: argparse.Namespace) -> tuple[nn.Module, dict[str, int]]:
     """The ViT with a file's adapters, and the slots that were asked for."""
     if args.backbone is None:
         raise InvalidValueError(f"{path} does not say how its backbone is called: give --backbone")
     tensors, _ = read_tensors(path)
     head = next((len(value) for name, value in tensors.items() if name.startswith("head.")), 0)
-    return load_adapters(plain(args.backbone, args.weights, args.img_size, head), path), dict(args.slot)
+    return load_adapters(_plain(args, head), path), dict(args.slot)
 
 
 def _export(args: argparse.Namespace) -> int:
     if args.source.is_dir():
         if args.client is None or args.slot:
             raise InvalidValueError(f"{args.source} is of a run: give --client, and no --slot")
-        model, slots = adapted(args.source, args.client, args.backbone, args.weights)
+        model, slots = with_path(args.source, args.client, args.backbone, args.weights)
     else:
         if args.client is not None:
             raise InvalidValueError(f"{args.source} does not say which adapters are whose: give --slot TIER=N for each")
@@ -88,7 +94,7 @@ def _export(args: argparse.Namespace) -> int:
 
 def _import(args: argparse.Namespace) -> int:
     config = config_of(args.source)
-    model = inject(plain(args.backbone, args.weights, args.img_size, args.classes), config)
+    model = inject(_plain(args, args.classes), config)
     import_peft(model, args.source, tier=args.tier)
     save_adapters(model, args.out)
     say(f"{args.out}: {len(config.target_modules)} layers of rank up to {config.r}, as {args.tier}")

@@ -45,7 +45,8 @@ def _own(model: nn.Module) -> list[nn.Module]:
 
 
 def _named(model: nn.Module, name: str) -> list[nn.Module]:
-    found = {module for path, module in model.named_modules() if path and f".{plain_path(path)}".endswith(f".{name}")}
+    paths = {path: module for path, module in model.named_modules() if path}
+    found = {module for path, module in paths.items() if f".{plain_path(path, model)}".endswith(f".{name}")}
     if not found:
         children = ", ".join(name for name, _ in model.named_children())
         raise InvalidValueError(f"modules_to_save names {name!r}, which the model does not have; it has {children}")

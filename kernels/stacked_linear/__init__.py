@@ -65,6 +65,8 @@ def _cannot(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier], d
         return "there are no adapters"
     if dropout > 0:
         return "adapters with dropout are the reference's"
+    if not type(weight).__module__.startswith(("torch.", "torch._")) and type(weight) is not Tensor:
+        return "a weight of a class of its own, such as a quantised one, is the reference's"
     if any(tier.gain is not None for tier in tiers):
         return "tiers with a gain are the reference's"
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):

@@ -96,17 +96,16 @@ def test_one_tier_is_active() -> None:
     assert bank.active is None
 
 
-def test_the_layers_parameters_are_pieces_of_one_tensor() -> None:
+def test_what_a_bank_shows_is_a_copy_through_which_gradients_go() -> None:
     bank = make()
     bank.activate("leaf")
-    flat = bank.A("root")
-    assert flat.data_ptr() == bank.A("root").data_ptr() == bank.layers[0].lora_A["root"].data_ptr()
+    before = bank.A("root")
+    assert not before.requires_grad
     with torch.no_grad():
         bank.layers[2].lora_A["root"].fill_(3)
-    assert flat[2].eq(3).all()
+    assert bank.A("root")[2].eq(3).all()
+    assert not before.eq(3).any()
     bank.activate("root")
-    with torch.no_grad():
-        assert bank.A("root").data_ptr() == flat.data_ptr()
     assert bank.A("root").requires_grad, "a penalty on it reaches the layers"
 
 
@@ -129,11 +128,10 @@ def apart(bank: AdapterBank) -> list[tuple[str, AdapterBank]]:
     return [(name, banks(other)[0]) for name, other in found]
 
 
-def test_parameters_that_were_moved_apart_are_gathered_and_gradients_reach_them() -> None:
+def test_parameters_that_something_moved_are_gathered_and_gradients_reach_them() -> None:
     bank = make()
     for name, other in apart(bank):
         assert same(state(other), state(bank)), name
-        assert other.A("leaf").data_ptr() != other.layers[0].lora_A["leaf"].data_ptr(), name
         loss = (other.A("root") * torch.arange(1.0, 4)[:, None, None, None]).sum()
         loss.backward()
         for index, layer in enumerate(other.layers):
@@ -163,7 +161,6 @@ def test_growing_keeps_old_adapters_and_the_parameters() -> None:
     assert torch.equal(bank.B("leaf")[:, :2], before)
     assert not bank.B("leaf")[:, 2:].any()
     assert bank.A("leaf")[:, 2:].any()
-    assert bank.A("leaf").data_ptr() == bank.layers[0].lora_A["leaf"].data_ptr(), "they are in one tensor again"
     bank.grow("leaf", 3)
     assert bank.slot_count("leaf") == 5, "tables never shrink by growing"
 

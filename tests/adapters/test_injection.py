@@ -84,14 +84,13 @@ def test_injection_changes_no_bit_and_then_every_projection_counts(
     assert sorted((len(b.names), b.in_features, b.out_features) for b in banks(model)) == sorted(shapes)
     assert not model.training
     for bank in banks(model):
+        fresh = {tier: (bank.A(tier), bank.B(tier)) for tier in TIERS}
         for position in range(len(bank.names)):
-            with torch.no_grad():
-                for tier in TIERS:
-                    nn.init.normal_(bank.B(tier)[position])
+            for tier, (A, B) in fresh.items():
+                bank.assign(tier, A, B.index_fill(0, torch.tensor(position), 0.5))
             assert not torch.equal(output(model, x), before), f"{bank.names[position]} has no effect"
-            with torch.no_grad():
-                for tier in TIERS:
-                    bank.B(tier)[position].zero_()
+        for tier, (A, B) in fresh.items():
+            bank.assign(tier, A, B)
     assert torch.equal(output(model, x), before)
 
 

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils.parametrize import register_parametrization
+from torch.optim.swa_utils import AveragedModel
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import hilora
 from hilora import HiLoRAConfig, HiLoRAError, TieredLoRALinear
 from hilora.adapters.injection import banks
 from hilora.kernels import use_backend
-from tests.helpers import TIERS, gradients, images, injected, output, randomise, same, values, vit
+from tests.helpers import TIERS, compiled, gradients, images, injected, output, randomise, same, values, vit
 from tests.vits import timm_model
 
 
@@ -147,6 +150,59 @@ def test_a_state_dict_is_a_file(tmp_path: Path) -> None:
     torch.save(model, tmp_path / "m.pt")
     again = torch.load(tmp_path / "m.pt", weights_only=False)
     assert torch.equal(output(again, images(2)), output(model, images(2)))
+
+
+def test_tools_that_drop_shared_tensors_write_every_adapter(tmp_path: Path) -> None:
+    model, other = deep(), deep()
+    save_model(model, str(tmp_path / "m.safetensors"))
+    randomise(other, seed=4)
+    load_model(other, str(tmp_path / "m.safetensors"))
+    assert same(values(other), values(model))
+    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
+    hilora.set_active_tier(model, "leaf")
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    prepared, optimiser = accelerator.prepare(model, optimiser)
+    accelerator.backward(prepared(images(2)).sum())
+    optimiser.step()
+    trained = values(model)
+    accelerator.save_state(str(tmp_path / "state"))
+    accelerator.save_model(prepared, str(tmp_path / "model"))
+    assert set(load_file(tmp_path / "model" / "model.safetensors")) == set(model.state_dict())
+    randomise(model, seed=5)
+    accelerator.load_state(str(tmp_path / "state"))
+    assert same(values(model), trained)
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "torch.compile": compiled,
+    "checkpoint_wrapper": checkpoint_wrapper,
+    "DataParallel": nn.DataParallel,
+    "AveragedModel": AveragedModel,
+    "ModelEmaV2": ModelEmaV2,
+    "ModelEmaV3": ModelEmaV3,
+}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS.keys())
+def test_files_have_nothing_of_wrappers(wrap: Callable[[nn.Module], nn.Module], inside: bool, tmp_path: Path) -> None:
+    model, x = nn.Sequential(vit(), nn.Identity()), images(2)
+    hilora.inject(model, HiLoRAConfig(r=2, target_modules=("q", "fc1")))
+    randomise(model)
+    hilora.save_adapters(model, tmp_path / "plain")
+    hilora.export_peft(model, tmp_path / "plain_peft")
+    if inside:
+        wrapped: Any = nn.Sequential(wrap(vit()), nn.Identity())
+    else:
+        wrapped = wrap(nn.Sequential(vit(), nn.Identity()))
+    hilora.load_adapters(wrapped, tmp_path / "plain")
+    if not (inside and wrap in (ModelEmaV2, ModelEmaV3)):  # which cannot be called inside of a model
+        assert torch.equal(output(wrapped, x), output(model, x))
+    hilora.save_adapters(wrapped, tmp_path / "wrapped")
+    hilora.export_peft(wrapped, tmp_path / "wrapped_peft")
+    assert (tmp_path / "wrapped").read_bytes() == (tmp_path / "plain").read_bytes()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "wrapped_peft" / name).read_bytes() == (tmp_path / "plain_peft" / name).read_bytes()
 
 
 def test_averaging_of_weights_sees_the_adapters() -> None:
@@ -353,10 +409,80 @@ def test_offloaded_adapters_act_and_say_so_where_they_are_not_there() -> None:
     accelerate.hooks.remove_hook_from_module(model, recurse=True)
     assert torch.equal(output(model, x), expected)
     hilora.merge(model)
-    plain = vit()
-    accelerate.cpu_offload(plain, execution_device=torch.device("cpu"))
-    with pytest.raises(TypeError, match=r"has a hook of accelerate.*inject the adapters first"):
-        hilora.inject(plain, HiLoRAConfig())
+
+
+@pytest.mark.parametrize("way", ["dispatched", "offloaded", "on the disk"])
+def test_a_model_that_accelerate_spread_out_is_adapted(way: str, tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model, x, cpu = vit(), images(4), torch.device("cpu")
+    hilora.save_adapters(injected(), tmp_path / "a")
+    if way == "dispatched":
+        accelerate.dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    elif way == "offloaded":
+        accelerate.cpu_offload(model, execution_device=cpu)
+    else:
+        accelerate.disk_offload(model, str(tmp_path / "weights"), execution_device=cpu)
+    hilora.load_adapters(model, tmp_path / "a")
+    assert torch.equal(output(model, x), output(injected(), x))
+    hilora.set_active_tier(model, "leaf")
+    (model(x).sum() + hilora.orthogonality_penalty(model)).backward()
+    assert any(gradient.any() for gradient in gradients(model))
+    model.zero_grad()
+    hilora.save_adapters(model, tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes(), "of the same base"
+    if way != "dispatched":
+        with pytest.raises(HiLoRAError, match=r"the weights are offloaded by accelerate.*remove_hook_from_module"):
+            hilora.merge(model)
+        with pytest.raises(HiLoRAError, match="adapters of other frozen weights"):
+            hilora.load_adapters(offloaded(vit(seed=1)), tmp_path / "a")
+        with torch.no_grad():
+            (trained := injected()).head.bias.add_(1)
+        hilora.save_adapters(trained, tmp_path / "c")
+        with pytest.raises(HiLoRAError, match="accelerate offloaded that of the model: load the file before"):
+            hilora.load_adapters(model, tmp_path / "c")
+    hilora.unload(model)
+    assert torch.equal(output(model, x), output(vit(), x)), "and it is still spread out"
+    hilora.load_adapters(model, tmp_path / "a")
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    hilora.merge(model)
+    torch.testing.assert_close(output(model, x), output(injected(), x), rtol=1e-4, atol=1e-4)
+
+
+def offloaded(model: nn.Module) -> nn.Module:
+    found = pytest.importorskip("accelerate").cpu_offload(model, execution_device=torch.device("cpu"))
+    assert isinstance(found, nn.Module)
+    return found
+
+
+def test_a_checkpoint_of_the_plain_model_is_loaded_strictly() -> None:
+    model, plain, x = deep(2), vit(seed=9), images(2)
+    adapters = values(model)
+    for target in (model, nn.DataParallel(model), compiled(model)):
+        prefix = next(iter(target.state_dict())).removesuffix("cls_token")
+        target.load_state_dict({prefix + name: value for name, value in plain.state_dict().items()})
+        assert torch.equal(model.head.weight, plain.head.weight)
+    assert same(values(model), adapters)
+    with hilora.disable_adapters(model):
+        assert torch.equal(output(model, x), output(plain, x))
+    some = {name: value for name, value in model.state_dict().items() if "blocks.1.attn.qkv.lora_A.leaf" not in name}
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "blocks.1.attn.qkv.lora_A.leaf". $'):
+        model.load_state_dict(some)
+    del some["blocks.0.mlp.fc1.weight"]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict({name: value for name, value in some.items() if ".lora_" not in name})
+    hilora.unload(model)
+    assert not model._load_state_dict_post_hooks
+
+
+@pytest.mark.parametrize("layer", [False, True])
+def test_scripting_says_what_to_do_instead(layer: bool) -> None:
+    model: nn.Module = TieredLoRALinear(nn.Linear(3, 3)) if layer else deep(1)
+    with pytest.raises(HiLoRAError, match=r"hilora.merge\(model\) first, or .*torch.jit.trace or torch.export"):
+        torch.jit.script(model)
+    if not layer:
+        expected = output(model, images(2))
+        scripted = torch.jit.script(hilora.merge(model))
+        torch.testing.assert_close(output(scripted, images(2)), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_layer_is_one_node_of_a_graph_of_torch_fx() -> None:

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 import hilora
 from hilora.cli.contents import READERS
 from hilora.cli.main import COMMANDS, main
-from hilora.cli.merge import merged, plain
 from hilora.cli.train import command as train
 from hilora.cli.train import load
 from hilora.federated.data.images import prepare
@@ -199,7 +198,7 @@ def test_what_cannot_be_merged_is_said(runs: Path, tmp_path: Path, capsys: pytes
 def test_a_client_goes_to_peft_and_comes_back(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     peft = pytest.importorskip("peft")
     run, folder, file = runs / "hilora", tmp_path / "client-1", tmp_path / "a.safetensors"
-    expected = merged(run, 1).eval()
+    expected = hilora.load_client(run, 1)
     x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert main(["peft", "export", str(run), "--client", "1", "--out", str(folder)]) == 0
     theirs = peft.PeftModel.from_pretrained(new_glyph_vit(50), folder).eval()
@@ -208,7 +207,8 @@ def test_a_client_goes_to_peft_and_comes_back(runs: Path, tmp_path: Path, capsys
         torch.testing.assert_close(theirs(x), expected(x), rtol=1e-4, atol=1e-4)
     base = ["--backbone", "glyph_vit"]
     assert main(["peft", "import", str(folder), *base, "--classes", "50", "--tier", "leaf", "--out", str(file)]) == 0
-    back = plain("glyph_vit", None, None, 50)
+    back = new_glyph_vit(50)
+    back.load_state_dict(load_backbone("glyph_vit").model.state_dict(), strict=False)
     hilora.load_adapters(back, file)
     with torch.no_grad():
         torch.testing.assert_close(back.eval()(x), expected(x), rtol=1e-4, atol=1e-4)
@@ -271,3 +271,23 @@ def test_what_a_killed_run_of_several_methods_left_half_written_is_taken_away(tm
         path.write_text("half")
     assert main(["train", *SMALL, "--strategy", "fedit", "local-lora", "--quiet", "--out", str(tmp_path)]) == 0
     assert not any(path.exists() for path in half)
+
+
+def test_a_client_of_a_run_is_loaded_to_predict_and_to_train_further(runs: Path, tmp_path: Path) -> None:
+    run, x = runs / "hilora", torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert main(["merge", str(run), "--client", "1", "--out", str(tmp_path / "1.safetensors")]) == 0
+    plain = new_glyph_vit(50).eval()
+    plain.load_state_dict(load_file(tmp_path / "1.safetensors"))
+    model = hilora.load_client(run, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(hilora.load_client(str(run), 2)(x), plain(x), atol=1e-3)
+    trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"leaf", "weight", "bias"}
+    model(x).square().sum().backward()
+    with pytest.raises(ValueError, match=r"client 6: .* has clients 0 to 5"):
+        hilora.load_client(run, 6)
+    with pytest.raises(ValueError, match="Gate"):
+        hilora.load_client(runs / "fedalt", 0)
+    with pytest.raises(FileNotFoundError):
+        hilora.load_client(tmp_path, 0)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hilora.adapters.factors import whole
 from hilora.adapters.injection import adapted_layers, head_parameters
+from hilora.adapters.offload import brought
 from hilora.errors import FileError
 from hilora.models.registry import family_of
 from hilora.models.wrappers import plain_path, unwrapped
@@ -39,15 +40,15 @@ def _frozen(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     adapters = {id(p) for layer in adapted.values() for factor in (layer.lora_A, layer.lora_B) for p in factor.values()}
     head = head_parameters(model)
     for path, parameter in model.named_parameters():
-        name = plain_path(path)
+        name = plain_path(path, model)
         if id(parameter) not in adapters and name not in head:
-            yield name, whole(own.get(name, parameter).detach())
+            yield name, whole(brought(model, own.get(name, parameter)).detach())
 
 
 def check_base(model: nn.Module, saved: dict[str, Any], path: Any) -> None:
     """Raise a FileError unless a model has the frozen weights that the adapters of a file belong to, as far as that can
     be told."""
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if any(brought(model, parameter).is_meta for parameter in model.parameters()):
         return
     own = describe_base(model)
     if own["half"] == saved.get("half", False) and own["weights"] != saved.get("weights"):

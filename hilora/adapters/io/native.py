@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from hilora.adapters.bank import AdapterBank
 from hilora.adapters.config import HiLoRAConfig
-from hilora.adapters.factors import sharded_as, whole
+from hilora.adapters.factors import is_quantised, sharded_as, whole
 from hilora.adapters.injection import FRESH_HEAD, banks, has_adapters, head_parameters, inject, restored_on_error
 from hilora.adapters.io.base import check_base as same_base
 from hilora.adapters.io.base import describe_base
 from hilora.adapters.io.files import check_floating, read_tensors, write_tensors
+from hilora.adapters.offload import brought
 from hilora.errors import FileError, HiLoRAError, InvalidTypeError
 from hilora.models.wrappers import unwrapped
 
@@ -55,9 +56,10 @@ def save_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 def trained_head(model: nn.Module) -> dict[str, Tensor]:
     """`head_parameters`, if they are not what they were at injection; else nothing."""
-    fresh = unwrapped(model).__dict__.get(FRESH_HEAD, {})
-    head = {name: whole(value.detach()) for name, value in head_parameters(model).items()}
-    same = all(name in fresh and torch.equal(value.cpu(), fresh[name].cpu()) for name, value in head.items())
+    model = unwrapped(model)
+    fresh = model.__dict__.get(FRESH_HEAD, {})
+    head = {name: whole(brought(model, value).detach()) for name, value in head_parameters(model).items()}
+    same = all(name in fresh and torch.equal(value.cpu(), whole(fresh[name]).cpu()) for name, value in head.items())
     return {} if same else head
 
 
@@ -100,6 +102,10 @@ def load_adapters(model: nn.Module, path: str | os.PathLike[str], check_base: bo
             shapes, own_shapes = ({name: tuple(p.shape) for name, p in some.items()} for some in (head, own_head))
             if head and shapes != own_shapes:
                 raise FileError(f"{path} has a head {shapes}, the model {own_shapes}")
+            if any(is_quantised(own_head[name]) for name in head):
+                raise FileError(f"{path} has a head, and that of the model is quantised: load the file, then quantise")
+            if any(brought(model, own_head[name]) is not own_head[name] for name in head):
+                raise FileError(f"{path} has a head, and accelerate offloaded that of the model: load the file before")
             if check_base and isinstance(base, dict) and base:
                 same_base(model, base, path)
     for bank, tier, A, B, rank in tables:

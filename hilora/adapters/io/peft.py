@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +89,13 @@ def _layers(model: nn.Module) -> dict[str, tuple[TieredLoRALinear, AdapterBank]]
     of = {layer: bank for bank in banks(model, merged=True) for layer in bank.layers}
     layers = {path: (layer, of[layer]) for path, layer in adapted_layers(model, merged=True).items()}
     places = Counter(layer for layer, _ in layers.values())
+    opened = {module.in_proj for module in model.modules() if isinstance(module, OpenAttention)}
     for path, (layer, bank) in layers.items():
         if places[layer] > 1:
             raise InvalidValueError(f"{path} is used at {places[layer]} places of the model, which PEFT cannot say")
         if layer.parts is None:
             raise InvalidValueError(f"{path or 'the model'} was wrapped by itself: use hilora.inject to export it")
-        if isinstance(unwrapped(model).get_submodule(path.rpartition(".")[0]), OpenAttention):
+        if layer in opened:
             raise InvalidValueError(f"{path} is of an nn.MultiheadAttention, which PEFT adapts in a way of its own")
         if bank.composition is not None:
             raise InvalidValueError("a composition weighs the tiers against each other, which PEFT cannot say")
@@ -145,7 +146,7 @@ def _as_peft_has_them(
     ranks = {path: len(A) for path, (A, _) in adapters.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     # The scale is in B: so alpha / r is 1.
-    others = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != usual}
+    others = {_pattern(path, ranks): rank for path, rank in ranks.items() if rank != usual}
     described = {
         "peft_type": "LORA",
         "task_type": None,
@@ -159,26 +160,32 @@ def _as_peft_has_them(
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
         "modules_to_save": [_anchored(model, path) for path in saved] or None,
         "target_modules": _targets(model, list(adapters)),
     }
     return described, tensors
 
 
+def _pattern(path: str, among: Iterable[str]) -> str:
+    """What PEFT finds the rank of this layer by: its path, which old versions look for as it stands; where others end
+    like it, an expression of the whole of it."""
+    alike = [other for other in among if re.match(rf"(.*\.)?({path})$", other)]
+    return path if alike == [path] else f"^{re.escape(path)}"
+
+
 def _targets(model: nn.Module, paths: list[str]) -> list[str] | str:
     """What PEFT finds these layers and no others by: their last names, or else an expression of their paths."""
-    ends = {path.rpartition(".")[2] for path in paths}
-    found = {plain_path(path) for path, _ in unwrapped(model).named_modules()}
+    model, ends = unwrapped(model), {path.rpartition(".")[2] for path in paths}
+    found = {plain_path(path, model) for path, _ in model.named_modules()}
     alike = {path for path in found if path.rpartition(".")[2] in ends}
     return sorted(ends) if alike == set(paths) else "|".join(re.escape(path) for path in paths)
 
 
 def _anchored(model: nn.Module, path: str) -> str:
     """A path as PEFT finds this module by and no other: it looks for the end of a name, which may be within a word."""
-    others = [name for name, _ in unwrapped(model).named_modules() if name.endswith(path) and plain_path(name) != path]
-    return PREFIX + path if others else path
+    model = unwrapped(model)
+    others = {plain_path(name, model) for name, _ in model.named_modules()} - {path}
+    return PREFIX + path if any(name.endswith(path) for name in others) else path
 
 
 def _whole_modules(model: nn.Module, names: set[str]) -> list[str]:
@@ -189,7 +196,8 @@ def _whole_modules(model: nn.Module, names: set[str]) -> list[str]:
     adapted = set(adapted_layers(model, merged=True))
     found: list[str] = []
     for path, module in model.named_modules():
-        plain, within = plain_path(path), any(_inside(plain_path(path), other) for other in found)
+        plain = plain_path(path, model)
+        within = any(_inside(plain, other) for other in found)
         if within or not any(module is part for head in heads for part in head.modules()):
             continue
         if any(_inside(layer, plain) for layer in adapted):
@@ -211,5 +219,6 @@ def _inside(path: str, of: str) -> bool:
 
 def _state(model: nn.Module, modules: list[str]) -> dict[str, Tensor]:
     """All tensors of some modules, by their names in the model."""
-    state = {plain_path(name): value for name, value in unwrapped(model).state_dict().items()}
+    model = unwrapped(model)
+    state = {plain_path(name, model): value for name, value in model.state_dict().items()}
     return {name: value for name, value in state.items() if any(_inside(name, path) for path in modules)}

@@ -156,7 +156,7 @@ def test_what_is_not_finite_is_not_saved(value: float, path: Path) -> None:
     hilora.save_adapters(model, path)
     before = path.read_bytes()
     with torch.no_grad():
-        banks(model)[0].B("cluster")[1, 0, 3, 1] = value
+        banks(model)[0].layers[0].lora_B["cluster"][1, 3, 1] = value
     with pytest.raises(ValueError, match=r"0.cluster.lora_B is not finite: nothing is saved to .*adapters.safetensors"):
         hilora.save_adapters(model, path)
     assert path.read_bytes() == before
