@@ -18,7 +18,7 @@ from torch import Tensor
 from ..torch_internals import without_autocast
 from ..twice import differentiable_gradients
 from . import reference
-from .reference import choose, within
+from .reference import choose, pick, within
 from .tier import Tier
 
 ENOUGH = 2  # rows that share adapters, over the width of x, from which on a pass over W is cheaper than over y and dX
@@ -29,8 +29,8 @@ def stacked_lora_linear(
 ) -> Tensor:
     """As `stacked_linear.stacked_lora_linear`, in this dtype, for a weight and a bias that need no gradient."""
     with without_autocast(x):
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        if x.dtype != dtype or weight.dtype != dtype:
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         factors = [factor for tier in tiers for factor in (tier.A, tier.B)]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *factors)):
             places = [_Place(tier.scale, tier.slot, tier.columns, tier.ranks) for tier in tiers]
@@ -76,19 +76,23 @@ class _Layout(NamedTuple):
 def _pack(x: Tensor, weight: Tensor, tiers: Sequence[Tier]) -> tuple[_Layout, Tensor, list[Tensor]]:
     """The layout, A of all tiers `[ranks, in]`, and B of each segment `[width, ranks]`; for each group, if grouped."""
     by_columns: dict[tuple[int, int], list[int]] = {}
+    grouped = False
     for index, tier in enumerate(tiers):
-        by_columns.setdefault(tier.columns or (0, len(weight)), []).append(index)
-    grouped = any(tier.tells_groups_apart for tier in tiers)
-    groups = len(x) if grouped else 1
+        by_columns.setdefault(tier.columns or (0, weight.shape[0]), []).append(index)
+        grouped = grouped or tier.tells_groups_apart
+    groups, dtype = x.shape[0] if grouped else 1, x.dtype
 
     def side_by_side(factors: list[Tensor], dim: int) -> Tensor:
-        wide = [factor if len(factor) == groups else factor.expand(groups, -1, -1) for factor in factors]
-        together = (wide[0] if len(wide) == 1 else torch.cat(wide, dim)).to(x.dtype)
+        if grouped:
+            factors = [factor if factor.shape[0] == groups else factor.expand(groups, -1, -1) for factor in factors]
+        together = factors[0] if len(factors) == 1 else torch.cat(factors, dim)
+        together = together if together.dtype == dtype else together.to(dtype)
         return together if grouped else together[0]
 
     segments: list[_Segment] = []
     As: list[Tensor] = []
     Bs: list[Tensor] = []
+    picked: dict[int, tuple[Tensor, Tensor | None]] = {}
     start = 0
     for columns, members in by_columns.items():
         scales = {tiers[index].scale for index in members}
@@ -96,16 +100,18 @@ def _pack(x: Tensor, weight: Tensor, tiers: Sequence[Tier]) -> tuple[_Layout, Te
         own, places, count = [], {}, 0
         for index in members:
             tier = tiers[index]
-            A, B = choose(tier)
+            if tier.slot is not None and id(tier.slot) not in picked:  # q and v have the same slots
+                picked[id(tier.slot)] = pick(tier.slot.to(x.device))
+            A, B = choose(tier, picked.get(id(tier.slot)))
             As.append(A)
             own.append(B if tier.scale == scale else B * tier.scale)
-            places[index] = count, tier.rank
-            count += tier.rank
+            places[index] = count, A.shape[1]
+            count += A.shape[1]
         segments.append(_Segment(columns, start, count, scale, places))
         Bs.append(side_by_side(own, 2))
         start += count
     rows = x.shape[1] if grouped else x.numel() // max(x.shape[-1], 1)
-    fold = x.dtype.itemsize >= 4 and rows >= ENOUGH * x.shape[-1]
+    fold = dtype.itemsize >= 4 and rows >= ENOUGH * x.shape[-1]
     return _Layout(grouped, fold, segments), side_by_side(As, 1), Bs
 
 
@@ -114,7 +120,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """y, and what backward needs beside x: the weight with all adapters folded in, or `x Aᵀ` of all of them."""
     if layout.fold:
-        folded = weight.expand(len(x), -1, -1).clone() if layout.grouped else weight.clone()
+        folded = weight.expand(x.shape[0], -1, -1).clone() if layout.grouped else weight.clone()
         for segment, B in zip(layout.segments, Bs, strict=True):
             own = A.narrow(-2, segment.first, segment.ranks)
             _add_product(folded.narrow(-2, *segment.columns), B, own, segment.scale)
@@ -194,16 +200,16 @@ def _by_slot(gradient: Tensor, scale: float, place: _Place, factor: Tensor, dim:
     """The gradient of a tier's adapters `[S, ...]` from those of the groups, `[G, ...]` or one for all; ranks lie along
     `dim`."""
     gradient = gradient.to(factor.dtype) * scale
-    slots, slot = len(factor), place.slot
+    slots, slot = factor.shape[0], place.slot
     if gradient.dim() == 2:
         gradient = gradient.unsqueeze(0)
     elif slot is not None:
-        slot = slot.to(gradient.device, torch.long)
-        of_used = gradient.where((slot >= 0)[:, None, None], 0)
-        gradient = gradient.new_zeros(slots, *gradient.shape[1:]).index_add_(0, slot.clamp_min(0), of_used)
-    elif len(gradient) != slots:
+        chosen, used = pick(slot.to(gradient.device))
+        gradient = gradient if used is None else gradient.where(used[:, None, None], 0)
+        gradient = gradient.new_zeros(slots, *gradient.shape[1:]).index_add_(0, chosen, gradient)
+    elif gradient.shape[0] != slots:
         gradient = gradient.sum(0, keepdim=True)
     if place.ranks is None:
         return gradient
-    used = within(place.ranks, factor.shape[dim])
-    return gradient.where(used[:, :, None] if dim == 1 else used[:, None, :], 0)
+    inside = within(place.ranks, factor.shape[dim])
+    return gradient.where(inside[:, :, None] if dim == 1 else inside[:, None, :], 0)
