@@ -202,6 +202,7 @@ PENALTIES = {
     "one tier": ((3, 1, 7, 2), [(3, 1, 7, 4)]),
     "root for all, cluster for each": ((2, 3, 7, 2), [(2, 1, 7, 3), (2, 3, 7, 1)]),
     "one active against several": ((2, 1, 7, 2), [(2, 3, 7, 2), (2, 1, 7, 2)]),
+    "wide ranks": ((2, 1, 20, 17), [(2, 3, 20, 16), (2, 1, 20, 3)]),
     "rank above the width": ((1, 2, 3, 5), [(1, 2, 3, 4)]),
 }
 
