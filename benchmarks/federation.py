@@ -47,6 +47,7 @@ class Federation:
         backbone: with its weights; by default random ones, which make no difference to the time.
         images: of all clients, who have equal shares; by default random ones.
         noise: standard deviation of B of the root and of the clusters.
+        targets: the adapted projections: whole `qkv`, or q and v by themselves.
     """
 
     def __init__(
@@ -57,9 +58,10 @@ class Federation:
         images: ImageSet | None = None,
         shares: list[Tensor] | None = None,
         noise: float = 0.02,
+        targets: tuple[str, ...] = ("qkv",),
     ) -> None:
         self.shape, self.device = shape, device
-        self.settings = TrainingSettings(batch_size=shape.batch, target_modules=("qkv",))
+        self.settings = TrainingSettings(batch_size=shape.batch, target_modules=targets)
         self.backbone = backbone or _random_vit(shape)
         model: Any = self.backbone.model
         self.tokens, self.depth = model.pos_embed.shape[1], len(model.blocks)
@@ -71,7 +73,7 @@ class Federation:
     def engine(self, size: int | None, dtype: torch.dtype) -> BatchedEngine:
         """Trains so many clients at once."""
         settings = self.settings.changed(clients_at_once=size)
-        config = HiLoRAConfig(r=settings.rank, lora_alpha=settings.lora_alpha, target_modules=("qkv",))
+        config = HiLoRAConfig(r=settings.rank, lora_alpha=settings.lora_alpha, target_modules=settings.target_modules)
         return BatchedEngine(self.backbone, config, settings, self.device, dtype)
 
     @property
@@ -118,7 +120,9 @@ class Federation:
 def local_epoch(shape: Round, tokens: int, width: int, depth: int) -> Cost:
     """Forward and backward of the frozen ViT for each image: no gradients of weights, so twice the forward pass.
 
-    A block takes `2·T·12w²` FLOPs for its linear layers and `4·T²w` for attention. Everything else counts nothing.
+    A block takes `2·T·12w²` FLOPs for its linear layers and `4·T²w` for attention. Everything else counts nothing. So
+    `floor / time` is the share of the device's rate of products that a training reaches, as FLOPs are usually counted:
+    that the last block may leave out all but the class token is not taken off.
     """
     forward = depth * (2 * tokens * 12 * width**2 + 4 * tokens**2 * width)
     return Cost(((2 * forward * shape.clients * shape.images, 0),))

@@ -29,6 +29,7 @@ from .torch_internals import Scoped, exporting, in_transform
 
 BACKENDS = ("fused", "split", "folded", "reference")  # the first that can serve does
 TRITON = ("fused", "split")
+_WITHOUT_A_GPU = tuple(name for name in BACKENDS if name not in TRITON)
 _HAS_TRITON = find_spec("triton") is not None and torch.version.hip is None
 
 
@@ -99,7 +100,8 @@ class Operation:
 
     def _backend(self, call: tuple[Any, ...]) -> str:
         chosen = chosen_backend()
-        for name in BACKENDS if chosen is None else (chosen,):
+        likely = _WITHOUT_A_GPU if call[0].is_cpu else BACKENDS
+        for name in likely if chosen is None else (chosen,):
             if not self._why_not(name, call, chosen):
                 return name
         return "reference"

@@ -86,3 +86,9 @@ class Scoped(Generic[T]):
         finally:
             self._own.reset(token)
             self._last = before
+
+
+def softmax_gradient(upstream: Tensor, result: Tensor) -> Tensor:
+    """The gradient of what went into `result = softmax(…, -1)`, in one pass."""
+    found: Tensor = torch.ops.aten._softmax_backward_data(upstream, result, -1, result.dtype)
+    return found

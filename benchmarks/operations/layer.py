@@ -49,6 +49,7 @@ def shapes(scale: str) -> list[Layer]:
         return [Layer(32, 24, compiled=True), Layer(32, 24, "q, k, v"), Layer(32, 24, groups=2, tiers=2)]
     if scale == "cpu":
         centre = Layer(192, 16 * TOKENS, compiled=True)
+        narrow = centre._replace(dtype="bfloat16", compiled=False)
         return _distinct(
             [centre._replace(width=width) for width in (192, 384, 768)]
             + [centre._replace(form="q, k, v", width=width) for width in (192, 384, 768)]
@@ -58,6 +59,8 @@ def shapes(scale: str) -> list[Layer]:
             + [centre._replace(rank=rank) for rank in (4, 16, 32)]
             + [centre._replace(rows=4 * TOKENS, width=width) for width in (384, 768, 1024)]
             + [centre._replace(rows=4 * TOKENS, width=768, groups=4, compiled=False)]
+            + [narrow, narrow._replace(groups=16), narrow._replace(rows=TOKENS)]
+            + [narrow._replace(rows=4 * TOKENS, width=width) for width in (192, 768)]
         )
     centre = Layer(768, 64 * TOKENS, dtype="bfloat16", compiled=True)
     plain = centre._replace(compiled=False)

@@ -33,9 +33,9 @@ def lineup(shape: Round, phase: str, scale: str) -> Lineup:
     }
     flower = None
     if find_spec("flwr") and scale != "toy":
-        from benchmarks.peers.flower_round import FlowerRounds
+        from benchmarks.peers.flower_process import FlowerProcess
 
-        flower = FlowerRounds(federation)
+        flower = FlowerProcess(shape)
         steps["Flower, PEFT"] = (flower.round, full)
     rivals = {name: Contestant(step, step, federation.cost, TOLERANCE[dtype]) for name, (step, dtype) in steps.items()}
     found = Lineup(rivals, {"": expected}, dtype=quick, capture=False)

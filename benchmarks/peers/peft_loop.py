@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ class PeftLoop:
     """Trains the leaf adapter and the head of one client after another.
 
     Args:
-        federation: the clients; PEFT adapts the fused `qkv` of its ViT as a whole.
+        federation: the clients, with adapters on `targets`: PEFT adapts the fused `qkv` of timm's ViT as a whole.
         merged: fold root and cluster into the weights for each client, instead of three active adapters.
         tuned: forward passes under autocast to bf16, and on a CPU attention without torch's fused kernel, whose
             backward is slow there; instead of fp32 and timm's defaults.
@@ -54,11 +54,9 @@ class PeftLoop:
         self.backbone, self.settings, self.device = backbone, run, federation.device
         self.merged, self.tuned = merged, tuned
         self.head = nn.Linear(backbone.features, len(federation.images.classes)).to(self.device)
-        base: Any = copy.deepcopy(backbone.model).to(self.device).requires_grad_(False)
-        for block in base.blocks:
-            block.attn.fused_attn = not tuned or self.device.type == "cuda"
         tiers = TIERS[2:] if merged else TIERS
-        config = LoraConfig(r=run.rank["leaf"], lora_alpha=run.lora_alpha["leaf"], target_modules=["qkv"])
+        config = LoraConfig(r=run.rank["leaf"], lora_alpha=run.lora_alpha["leaf"], target_modules=self.targets)
+        base: Any = self.base(backbone).to(self.device).requires_grad_(False)
         self.model = get_peft_model(base, config, adapter_name=tiers[0])
         for tier in tiers[1:]:
             self.model.add_adapter(tier, config)
@@ -67,6 +65,25 @@ class PeftLoop:
             parameter.requires_grad_(".leaf." in name)
         self.layers = [layer for layer in self.model.modules() if isinstance(layer, LoraLayer)]
         self.frozen = [layer.get_base_layer().weight.clone() for layer in self.layers]
+
+    targets: ClassVar[list[str]] = ["qkv"]
+
+    def base(self, backbone: Backbone) -> nn.Module:
+        """The ViT that PEFT adapts, in memory of its own."""
+        model: Any = copy.deepcopy(backbone.model)
+        for block in model.blocks:
+            block.attn.fused_attn = not self.tuned or self.device.type == "cuda"
+        found: nn.Module = model
+        return found
+
+    def batches(self, images: ImageSet, order: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """Images and labels of a client, in this order."""
+        return DataLoader(Subset(Images(images, self.backbone), order.tolist()), batch_size=self.settings.batch_size)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """`[b, D]`."""
+        found: Tensor = self.model(pixels)
+        return found
 
     def train(self, images: ImageSet, orders: Sequence[Tensor], models: Models) -> tuple[AdapterTable, Head]:
         """A local epoch of each client.
@@ -79,15 +96,14 @@ class PeftLoop:
         Returns:
             Leaf adapters and heads, as the batched engine gives them.
         """
-        dataset, found = Images(images, self.backbone), []
+        found = []
         for client, order in enumerate(orders):
             self._load(models.of(torch.tensor([client])))
-            loader = DataLoader(Subset(dataset, order.tolist()), batch_size=self.settings.batch_size)
-            found.append(self._fit(loader))
+            found.append(self._fit(self.batches(images, order)))
         A, B, weight, bias = (torch.stack(values) for values in zip(*found, strict=True))
         return AdapterTable([A], [B]), Head(weight, bias)
 
-    def _fit(self, loader: DataLoader[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A and B `[P, …]` of the leaf, weight and bias of the head."""
         leaves = [p for p in self.model.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(
@@ -98,9 +114,9 @@ class PeftLoop:
             weight_decay=self.settings.weight_decay,
         )
         self.model.train()
-        for pixels, labels in loader:
+        for pixels, labels in batches:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.tuned):
-                features = self.model(pixels.to(self.device))
+                features = self.features(pixels.to(self.device))
             logits = self.head(features.float())
             loss = F.cross_entropy(logits, labels.to(self.device)) + self._penalty()
             optimiser.zero_grad()

@@ -100,14 +100,21 @@ class Held:
     def __init__(self, A: Tensor, B: Tensor) -> None:
         self.A, self.B = A, B
         self._parts: dict[str, tuple[int, list[Tensor | None]]] = {}
+        self._views: dict[str, tuple[int, Sequence[Tensor]]] = {}  # those without a history
 
     def part(self, index: int) -> tuple[Tensor, Tensor]:
         """The adapters of one projection: A `[S, r, in]`, B `[S, out, r]`."""
         return self._part("A", self.A, index), self._part("B", self.B, index)
 
     def _part(self, factor: str, table: Tensor, index: int) -> Tensor:
-        if not (table.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling() or in_transform():
+        if torch.compiler.is_compiling() or in_transform():
             return table[index]
+        if not (table.requires_grad and torch.is_grad_enabled()):
+            address, views = self._views.get(factor, (-1, ()))
+            if address != table.data_ptr():
+                with torch.no_grad():
+                    address, views = self._views[factor] = table.data_ptr(), table.unbind(0)
+            return views[index]
         written, parts = self._parts.get(factor, (-1, []))
         if written != version(table) or parts[index] is None:
             written, parts = self._parts[factor] = version(table), list(table.unbind(0))

@@ -107,25 +107,24 @@ class TieredLoRALinear(nn.Linear):
             x = x.unflatten(0, (groups, shape[0] // groups)).flatten(1, -2)
         dropout = self.config.lora_dropout if self.training else 0.0
         y = kernels.stacked_lora_linear(x, self.frozen_weight, self.bias, self.tiers(x), dropout)
-        return y.reshape(*shape[:-1], self.out_features)
+        return y if groups is None else y.reshape(*shape[:-1], self.out_features)
 
     def tiers(self, x: Tensor) -> list[kernels.Tier]:
         """What is added to `x Wᵀ`, x `[..., in]`: for each projection, its tiers."""
         shared, tiers = self.shared, []
         A_of, B_of = self.lora_A(), self.lora_B()
-        factors = {name: self._used(name, A_of[name], B_of[name]) for name in self.config.tiers}
+        found = []
+        for name in self.config.tiers:
+            tables, slot = self._used(name, A_of[name], B_of[name]), shared.slots[name]
+            if slot is None and (count := tables[0][0].shape[0]) > 1:
+                raise InvalidValueError(f"tier {name!r} has {count} adapters: say which to use by hilora.set_slots")
+            found.append((name, tables, self.config.scale(name), slot, shared.ranks[name]))
         for index, columns in enumerate(self.columns):
             gains = shared.composition(self.position + index, x) if shared.composition is not None else {}
-            for name, tables in factors.items():
-                A, B = tables[index]
-                slot = shared.slots[name]
-                if slot is None and A.shape[0] > 1:
-                    raise InvalidValueError(
-                        f"tier {name!r} has {A.shape[0]} adapters: say which to use by hilora.set_slots"
-                    )
-                scale, gain = self.config.scale(name), gains.get(name, 1.0)
+            for name, tables, scale, slot, ranks in found:
+                gain = gains.get(name, 1.0)
                 number, of_rows = (1.0, gain) if isinstance(gain, Tensor) else (gain, None)
-                tiers.append(kernels.Tier(A, B, scale * number, slot, columns, of_rows, shared.ranks[name]))
+                tiers.append(kernels.Tier(*tables[index], scale * number, slot, columns, of_rows, ranks))
         return tiers
 
     def factors(self, tier: str) -> list[tuple[Tensor, Tensor]]:

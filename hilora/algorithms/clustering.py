@@ -218,9 +218,16 @@ def _stand_out(distances: Array, silhouettes: Array, noise: float) -> bool:
 
 
 def _silhouette(distances: Array, labels: Array) -> float:
-    from sklearn.metrics import silhouette_score
-
-    return float(silhouette_score(distances, labels, metric="precomputed")) if labels.any() else 0.0
+    """The mean silhouette (Rousseeuw, 1987), as scikit-learn has it, but for five hundred groupings in a blink."""
+    if not labels.any():
+        return 0.0
+    member = labels[:, None] == np.arange(labels.max() + 1)  # [N, K]
+    sums, sizes = distances @ member, member.sum(0)
+    own = sums[member] / np.maximum(sizes[labels] - 1, 1)
+    next_best = np.where(member, np.inf, sums / sizes).min(1)
+    larger = np.maximum(own, next_best)
+    values = np.divide(next_best - own, larger, out=np.zeros_like(own), where=(larger > 0) & (sizes[labels] > 1))
+    return float(values.mean())
 
 
 def _labels(vectors: Array) -> Array:

@@ -76,19 +76,8 @@ def _cannot(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier], d
     return ""
 
 
-def _cannot_fold(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier], dropout: float) -> str:
-    why = _cannot(x, weight, bias, tiers, dropout)
-    if not why and (_dtype(x) != x.dtype or x.dtype not in (torch.float32, torch.float64)):
-        why = "adapters folded into a weight of 16 bits, or under autocast, are rounded away"
-    return why
-
-
 def _slower_folded(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier], dropout: float) -> str:
-    if x.device.type == "cuda":
-        return "it is for tensors without a GPU"
-    out, width = weight.shape
-    enough = _rows(x, tiers) * (out + width) >= out * width
-    return "" if enough else "so few rows do not pay for folding adapters into the weight"
+    return "it is for tensors without a GPU" if x.device.type == "cuda" else ""
 
 
 def _slower_fused(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier], dropout: float) -> str:
@@ -114,7 +103,7 @@ def _row() -> str:
 
 
 def _fold(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier], dropout: float) -> Tensor:
-    return folded.stacked_lora_linear(x, weight, bias, tiers)
+    return folded.stacked_lora_linear(x, weight, bias, tiers, _dtype(x))
 
 
 def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier], dropout: float) -> Tensor:
@@ -136,7 +125,7 @@ OPERATIONS = (
         {
             "fused": Implementation(_fused, _cannot, _slower_fused, _row),
             "split": Implementation(_split, _cannot, because=_row),
-            "folded": Implementation(_fold, _cannot_fold, _slower_folded),
+            "folded": Implementation(_fold, _cannot, _slower_folded),
         },
         _prepare,
         _dtype,

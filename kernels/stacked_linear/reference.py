@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..torch_internals import exporting
 from .tier import Tier
 
 
@@ -56,19 +57,28 @@ def _low_rank(x: Tensor, tiers: list[Tier]) -> Tensor:
     return F.linear(shrunk, B[0]) if groups == 1 else shrunk @ B.mT
 
 
-def choose(tier: Tier) -> tuple[Tensor, Tensor]:
+def choose(tier: Tier, picked: tuple[Tensor, Tensor | None] | None = None) -> tuple[Tensor, Tensor]:
     """The adapters that the groups use: `[G or 1, r, in]`, `[G or 1, width, r]`; B is zero where they use none, and
-    both are beyond a slot's rank."""
+    both are beyond a slot's rank. `picked`: what `pick` says of the tier's slots, where that is known."""
     A, B, ranks = tier.A, tier.B, tier.ranks
     if tier.slot is not None:
-        slot = tier.slot.to(A.device, torch.long)
-        chosen = slot.clamp_min(0)
-        A, B = A[chosen], B[chosen].where((slot >= 0)[:, None, None], 0)
+        chosen, used = picked or pick(tier.slot.to(A.device))
+        A, B = A[chosen], B[chosen]
+        if used is not None:
+            B = B.where(used[:, None, None], 0)
         ranks = None if ranks is None else ranks[chosen]
     if ranks is not None:
-        used = within(ranks, tier.rank)
+        used = within(ranks, A.shape[1])
         A, B = A.where(used[:, :, None], 0), B.where(used[:, None, :], 0)
     return A, B
+
+
+def pick(slot: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The rows of a table that groups use, int64 `[G]`, and which of them use one; None: all do."""
+    slot = slot.long()
+    used = slot >= 0
+    known = slot.is_cpu and not torch.compiler.is_compiling() and not exporting()
+    return (slot, None) if known and bool(used.all()) else (slot.clamp_min(0), used)
 
 
 def within(ranks: Tensor, most: int) -> Tensor:

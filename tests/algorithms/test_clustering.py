@@ -2,14 +2,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import SpectralClustering
-from sklearn.metrics import adjusted_rand_score
+from sklearn.metrics import adjusted_rand_score, silhouette_score
 from torch import Tensor
 
+from hilora.algorithms import clustering
 from hilora.algorithms.clustering import (
     cluster_bases,
     cluster_clients,
@@ -343,3 +345,14 @@ def test_k_means_on_whole_updates() -> None:
         cluster_updates(noise, 3, 2)
     with pytest.raises(ValueError, match="finite"):
         cluster_updates(torch.full((3, 2), torch.nan), 1, 2)
+
+
+@pytest.mark.parametrize(("clients", "groups"), [(4, 2), (20, 3), (20, 12), (9, 8)])
+def test_a_silhouette_is_that_of_sklearn(clients: int, groups: int) -> None:
+    points = random(clients, 5).double()
+    distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(0).numpy()
+    labels = np.arange(clients) % groups  # some groups have one client
+    want = silhouette_score(distances, labels, metric="precomputed")
+    assert clustering._silhouette(distances, labels) == pytest.approx(want, abs=1e-9)
+    assert clustering._silhouette(distances, np.zeros(clients, np.int64)) == 0
+    assert clustering._silhouette(np.zeros_like(distances), labels) == 0

@@ -42,17 +42,18 @@ def nothing_chosen() -> Iterator[None]:
         yield
 
 
-def test_without_a_gpu_folding_serves_many_rows_in_fp32_and_fp64() -> None:
+def test_without_a_gpu_gradients_in_closed_form_serve_all_dtypes_and_any_rows() -> None:
     many, few, weight = torch.empty(2, 50, 60), torch.empty(2, 10, 60), torch.empty(60, 60)
-    assert backend(many, weight) == "folded"
-    assert backend(many.double(), weight.double()) == "folded"
-    assert backend(few, weight) == "reference", "folding costs more than it saves"
-    assert backend(few, weight, slots=3) == "reference", "20 rows are 10 for each client"
-    assert backend(many, weight, slots=3) == "folded"
-    assert backend(many.bfloat16(), weight.bfloat16()) == "reference", "a bf16 weight would round adapters away"
+    for x in (many, few):
+        for slots in (1, 3):
+            assert backend(x, weight, slots=slots) == "folded"
+            assert backend(x.double(), weight.double(), slots=slots) == "folded"
+            assert backend(x.bfloat16(), weight.bfloat16(), slots=slots) == "folded"
+    assert backend(many, weight.bfloat16()) == "reference", "which says what dtypes do not fit"
     with torch.autocast("cpu", torch.bfloat16):
-        assert backend(many, weight) == "reference"
+        assert backend(many, weight) == "folded"
         assert backend(many.double(), weight.double()) == "folded", "autocast leaves fp64 alone"
+        assert backend(many.double(), weight) == "reference"
 
 
 def test_the_reference_serves_what_the_others_do_not() -> None:
@@ -106,7 +107,7 @@ def test_a_kernel_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -
 def test_what_a_chosen_backend_does_not_do_is_the_references() -> None:
     x, weight, bias, tiers = make(CASES["one tier"], torch.bfloat16)
     with use_backend("folded"):
-        assert explain(stacked_lora_linear, x, weight, bias, tiers).backend == "reference"
+        assert explain(stacked_lora_linear, x, weight, bias, tiers, 0.5).backend == "reference"
         assert explain(subspace_distances, random(2, 1, 7, 2)).backend == "reference"
     with use_backend("fused"):
         assert explain(stacked_lora_linear, x.double(), weight.double(), bias, []).backend == "reference"

@@ -20,12 +20,18 @@ from hilora.kernels import (
     subspace_distances,
     use_backend,
 )
+from hilora.kernels.stacked_linear import folded
 from tests.kernels.cases import CASES, Adapters, Case, Q, V, dense, gradients, make, random
 
+WAYS = {"reference": None, "folded": 0.0, "folded, beside": float("inf")}  # rows that are enough to fold into a weight
 
-@pytest.fixture(params=["reference", "folded"], autouse=True)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with use_backend(request.param):
+
+@pytest.fixture(params=WAYS, autouse=True)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    enough = WAYS[request.param]
+    if enough is not None:
+        monkeypatch.setattr(folded, "ENOUGH", enough)
+    with use_backend("reference" if enough is None else "folded"):
         yield request.param
 
 
@@ -196,6 +202,7 @@ PENALTIES = {
     "one tier": ((3, 1, 7, 2), [(3, 1, 7, 4)]),
     "root for all, cluster for each": ((2, 3, 7, 2), [(2, 1, 7, 3), (2, 3, 7, 1)]),
     "one active against several": ((2, 1, 7, 2), [(2, 3, 7, 2), (2, 1, 7, 2)]),
+    "wide ranks": ((2, 1, 20, 17), [(2, 3, 20, 16), (2, 1, 20, 3)]),
     "rank above the width": ((1, 2, 3, 5), [(1, 2, 3, 4)]),
 }
 
@@ -385,7 +392,7 @@ def test_a_gain_has_a_value_for_each_row() -> None:
 
 def test_gradients_can_be_differentiated_once_more_where_that_is_asked_for() -> None:
     x, weight, bias, tiers = make(CASES["three tiers of mixed ranks, no bias"])
-    wide = x.detach().repeat(8, 1, 1, 1)  # so many rows that the path without a GPU folds
+    wide = x.detach().repeat(8, 1, 1, 1)
 
     def slope(B: torch.Tensor) -> torch.Tensor:
         y = kernels.stacked_lora_linear(wide, weight, bias, [tiers[0]._replace(B=B)])

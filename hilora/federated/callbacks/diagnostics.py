@@ -11,9 +11,12 @@ from torch import Tensor
 from hilora import kernels
 from hilora.federated.callbacks.base import Callback, Round
 from hilora.federated.client import Models
+from hilora.federated.streams import stream
 
 if TYPE_CHECKING:
     from hilora.federated.simulation import Simulation
+
+SAMPLE = 32  # training images of each client, drawn at random, that its empirical loss is measured on
 
 
 class Diagnostics(Callback):
@@ -31,7 +34,10 @@ class Diagnostics(Callback):
     def _diagnose(self, simulation: Simulation, round: Round) -> dict[str, Any]:
         seen, images = simulation.population.seen, simulation.train_images
         models = simulation.models(seen)
-        loss = simulation.trainer(seen, "diagnosis").scores(models).loss
+        shares = [simulation.population.clients[client].train for client in seen.tolist()]
+        draws = [stream(simulation.settings.seed, "diagnosis", client) for client in seen.tolist()]
+        some = [own[torch.randperm(len(own), generator=d)[:SAMPLE]] for own, d in zip(shares, draws, strict=True)]
+        loss = simulation.engine.evaluate(images, some, models).loss
         counts = simulation.population.class_counts(images.labels, len(images.classes))[seen]
         member = torch.zeros(len(seen), dtype=torch.long) if models.cluster is None else models.cluster
         alone = round.stage.private or not simulation.server.travels
@@ -55,7 +61,7 @@ def diagnose(loss: Tensor, models: Models, counts: Tensor, member: Tensor | None
     """The three terms for the models of n clients.
 
     Args:
-        loss: `[n]`, each client's mean cross entropy on its training images; NaN where it has none.
+        loss: `[n]`, each client's mean cross entropy on training images of its own; NaN where it has none.
         models: of these clients.
         counts: `[n, classes]`, their training images by class.
         member: int64 `[n]`, the group that the tier was trained in; None where each client trained alone.

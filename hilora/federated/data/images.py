@@ -111,7 +111,7 @@ def prepare(images: Tensor, size: int, mean: Tensor, std: Tensor, dtype: torch.d
     if images.shape[-2:] != (size, size):
         pixels = F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)
     mean, std = (value.to(images.device, exact).view(3, 1, 1) for value in (mean, std))
-    return ((pixels / 255).clamp(0, 1) - mean).div(std).to(dtype)
+    return pixels.div_(255).clamp_(0, 1).sub_(mean).div_(std).to(dtype)
 
 
 def draw(count: int, height: int, width: int, generator: torch.Generator, mirror: bool) -> Tensor:

@@ -24,6 +24,7 @@ from hilora.federated.engine.placement import Placement, arranged
 from hilora.federated.protocol import Head, Rows
 from hilora.federated.settings import TrainingSettings
 from hilora.models.backbone import Backbone
+from hilora.models.quick import hasten
 
 log = logging.getLogger(__name__)
 EVALUATION_ROWS = 512
@@ -67,6 +68,7 @@ class Predictor:
         self.mean, self.std = backbone.mean.to(device), backbone.std.to(device)  # a graph cannot fetch them
         self.room, self.config = settings.clients_at_once, config
         self.model = inject(copy.deepcopy(backbone.model).to(device, dtype), config)
+        hasten(self.model)
         self.banks = banks(self.model)
         for bank in self.banks:
             for tier in config.tiers:
