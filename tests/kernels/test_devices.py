@@ -49,8 +49,9 @@ def test_who_serves_on_a_gpu(
 ) -> None:
     monkeypatch.setattr(backends, "_kernels_cannot", lambda *call: "")
     monkeypatch.setattr(devices, "architecture", lambda: arch)
-    x, weight = torch.empty(1, rows, width, dtype=dtype), torch.empty(3 * width, width, dtype=dtype)
-    tiers = [Tier(torch.empty(1, rank, width), torch.empty(1, width, rank), 1.0, None, (0, width))]
+    with torch.device("meta"):
+        x, weight = torch.empty(1, rows, width, dtype=dtype), torch.empty(3 * width, width, dtype=dtype)
+        tiers = [Tier(torch.empty(1, rank, width), torch.empty(1, width, rank), 1.0, None, (0, width))]
     found = explain(stacked_lora_linear, x, weight, None, tiers)
     assert found.backend == serves
     assert f"by the row sm_{arch} of devices.json" in str(found)
