@@ -45,7 +45,9 @@ class Model(NamedTuple):
         torch.manual_seed(0)
         return lively(self.make())
 
-    def inputs(self, count: int = 2, dtype: torch.dtype = torch.float32) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    def inputs(
+        self, count: int = 2, dtype: torch.dtype = torch.float32
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         """Positional and keyword arguments of a forward pass, of which floating-point ones have a dtype."""
         if self.feed is None:
             return (images(count, self.size, dtype=dtype),), {}
@@ -115,14 +117,33 @@ TIMM: dict[str, dict[str, Any]] = {
     "pit_ti_distilled_224": {"img_size": 64, "base_dims": (16, 16, 16), "depth": (1, 1, 1), "heads": (1, 2, 4)},
     "pvt_v2_b0": {"size": 64, "depths": (1, 1, 1, 1)},
     "pvt_v2_b2_li": {"size": 64, "depths": (1, 1, 1, 1), "embed_dims": (16, 16, 40, 32)},
-    "sam2_hiera_tiny": {"size": 64, "embed_dim": 24, "stages": (1, 1, 1, 1), "global_att_blocks": (2,), "window_spec": (4, 4, 4, 4)},
+    "sam2_hiera_tiny": {
+        "size": 64,
+        "embed_dim": 24,
+        "stages": (1, 1, 2, 1),
+        "global_att_blocks": (3,),
+        "window_spec": (4, 4, 4, 4),
+    },
     "samvit_base_patch16_224": PLAIN,
     "swin_s3_tiny_224": {"img_size": 64, "embed_dim": 24, "depths": (1, 1), "num_heads": (1, 2), "window_size": (4, 4)},
-    "swin_tiny_patch4_window7_224": {"img_size": 64, "embed_dim": 24, "depths": (2, 1), "num_heads": (1, 2), "window_size": 4},
+    "swin_tiny_patch4_window7_224": {
+        "img_size": 64,
+        "embed_dim": 24,
+        "depths": (2, 1),
+        "num_heads": (1, 2),
+        "window_size": 4,
+    },
     "swinv2_cr_tiny_224": {"img_size": 64, "embed_dim": 24, "depths": (1, 1), "num_heads": (1, 2)},
     "swinv2_tiny_window8_256": {"img_size": 64, "embed_dim": 24, "depths": (1, 1), "num_heads": (1, 2)},
     "tiny_vit_5m_224": {"size": 224, "embed_dims": (16, 32, 32, 64), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4)},
-    "tnt_s_patch16_224": {"img_size": 32, "embed_dim": 48, "depth": 2, "inner_dim": 16, "num_heads_inner": 2, "num_heads_outer": 3},
+    "tnt_s_patch16_224": {
+        "img_size": 32,
+        "embed_dim": 48,
+        "depth": 2,
+        "inner_dim": 16,
+        "num_heads_inner": 2,
+        "num_heads_outer": 3,
+    },
     "twins_pcpvt_small": {"img_size": 64, "embed_dims": (16, 32, 40, 64), "depths": (1, 1, 1, 1)},
     "twins_svt_small": {"img_size": 64, "embed_dims": (16, 32, 64, 128), "depths": (2, 2, 2, 2)},
     "visformer_tiny": {"img_size": 64, "embed_dim": 48, "num_heads": 3, "depth": (1, 1, 1)},
@@ -172,7 +193,6 @@ def _timm(name: str, fields: dict[str, Any]) -> Model:
         return model
 
     return Model("timm", name, make, size)
-
 
 
 SMALL = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3}
@@ -251,21 +271,25 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
 def _fields(name: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Fields of a config that are configs themselves."""
     if name.startswith("DPT"):
-        return IMAGES | {"is_hybrid": False, "backbone_out_indices": [0, 0, 1, 1], "fusion_hidden_size": 16} | {
-            "neck_hidden_sizes": [16, 16, 16, 16],
-            "num_hidden_layers": 4,
-            "backbone_out_indices": [0, 1, 2, 3],
-            "use_auxiliary_head": False,
-        }
+        return (
+            IMAGES
+            | {"is_hybrid": False, "backbone_out_indices": [0, 0, 1, 1], "fusion_hidden_size": 16}
+            | {
+                "neck_hidden_sizes": [16, 16, 16, 16],
+                "num_hidden_layers": 4,
+                "backbone_out_indices": [0, 1, 2, 3],
+                "use_auxiliary_head": False,
+            }
+        )
     if name == "Sam2VisionModel":
         hiera = transformers.Sam2HieraDetConfig(
             image_size=[64, 64],
             hidden_size=16,
-            blocks_per_stage=[1, 1, 1, 1],
+            blocks_per_stage=[1, 1, 2, 1],
             embed_dim_per_stage=[16, 32, 64, 128],
             num_attention_heads_per_stage=[1, 2, 4, 8],
             window_size_per_stage=[4, 4, 4, 4],
-            global_attention_blocks=[2],
+            global_attention_blocks=[3],
         )
         sizes = [[16, 16], [8, 8], [4, 4]]
         return {
@@ -361,15 +385,18 @@ MODELS = {
 
 if __name__ == "__main__":
     import sys, time
+
     for name, m in MODELS.items():
-        if len(sys.argv) > 1 and not any(a in name for a in sys.argv[1:]): continue
+        if len(sys.argv) > 1 and not any(a in name for a in sys.argv[1:]):
+            continue
         t = time.time()
         try:
             b = m.built()
             a, k = m.inputs()
-            with torch.no_grad(): y = b(*a, **k)
+            with torch.no_grad():
+                y = b(*a, **k)
             n = sum(p.numel() for p in b.parameters())
             dt = time.time() - t
-            print(f"{name:40s} {n/1e6:.2f}M {dt:.1f}s" + ("  BIG" if n > 2e6 or dt > 2 else ""), flush=True)
+            print(f"{name:40s} {n / 1e6:.2f}M {dt:.1f}s" + ("  BIG" if n > 2e6 or dt > 2 else ""), flush=True)
         except Exception as e:
             print(f"{name:40s} FAIL {type(e).__name__}: {str(e)[:250]}", flush=True)
