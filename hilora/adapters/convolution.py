@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from hilora.adapters.layers import TieredLoRALinear
-from hilora.kernels.stacked_linear import check
 from hilora.kernels.stacked_linear.reference import sheets
+from hilora.kernels.stacked_linear.tier import check
 
 
 class TieredLoRAConv2d(TieredLoRALinear):
@@ -26,7 +26,7 @@ class TieredLoRAConv2d(TieredLoRALinear):
             ValueError: as `TieredLoRALinear.forward`.
         """
         if isinstance(x, Proxy):
-            return super().forward(x)
+            return self.as_node(x)
         y = F.conv2d(x, self.frozen_weight, self.bias)
         if self.shared.disabled:
             return y

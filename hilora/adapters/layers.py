@@ -105,14 +105,19 @@ class TieredLoRALinear(nn.Linear):
         Raises:
             ValueError: if the rows are not G equal groups, or it was never said which of several adapters to use.
         """
-        if isinstance(x, Proxy):  # torch.fx writes a graph down: this layer is one node of it
-            call: Any = x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
-            return call
+        if isinstance(x, Proxy):
+            return self.as_node(x)
         if self.shared.disabled:
             return super().forward(x)
         grouped = self.grouped(x)
         y = kernels.stacked_lora_linear(grouped, self.frozen_weight, self.bias, self.tiers(grouped), self.dropout)
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    def as_node(self, x: Proxy) -> Tensor:
+        """What the layer gives where torch.fx writes a graph down: it is one node of that."""
+        tracer: Any = x.tracer
+        node: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
+        return node
 
     def grouped(self, x: Tensor) -> Tensor:
         """x as `[G, M, in]`, where slots tell clients apart."""
@@ -122,7 +127,8 @@ class TieredLoRALinear(nn.Linear):
             return x
         if x.dim() < 2 or x.shape[0] % groups:
             raise InvalidValueError(f"the rows of x {tuple(x.shape)} are not {groups} equal groups, as the slots say")
-        return x.unflatten(0, (groups, x.shape[0] // groups)).flatten(1, -2)
+        grouped: Tensor = x.unflatten(0, (groups, x.shape[0] // groups)).flatten(1, -2)
+        return grouped
 
     @property
     def dropout(self) -> float:

@@ -74,12 +74,9 @@ def fused(model: nn.Module, path: str, out: int) -> Fused | None:
     parts = HOLDS.get(name, "")
     if not parts:
         return None
-    if (key := _key_width(attention)) is not None:
-        heads = 1 if of_one_head else _heads(attention, key, out)
-        values = out // heads - key * (len(parts) - 1) if heads else 0
-        each = {part: values if part == "v" else key for part in parts}
-        told = heads * sum(each.values()) == out and values > 0
-        return Fused(each, heads) if told else Fused(dict.fromkeys(parts, 0))
+    key = _key_width(attention)
+    if key is not None:
+        return _mixed(parts, key, 1 if of_one_head else _heads(attention, key, out), out)
     if out == 1 + 2 * getattr(attention, "embed_dim", 0):
         return Fused({"q": 1, "k": out // 2, "v": out // 2})  # a linear attention of MobileViT V2
     taken = _taken_afterwards(attention, out)
@@ -100,6 +97,14 @@ def _attention(model: nn.Module, path: str) -> tuple[nn.Module, str, bool]:
     if listed:
         parent, _, name = parent.rpartition(".")
     return model.get_submodule(parent), name, listed
+
+
+def _mixed(parts: str, key: int, heads: int, out: int) -> Fused:
+    """What a layer holds where heads come one after the other, of which keys have a width."""
+    values = out // heads - key * (len(parts) - 1) if heads else 0
+    each = {part: values if part == "v" else key for part in parts}
+    told = heads * sum(each.values()) == out and values > 0
+    return Fused(each, heads) if told else Fused(dict.fromkeys(parts, 0))
 
 
 def _key_width(attention: nn.Module) -> int | None:

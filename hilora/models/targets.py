@@ -62,14 +62,14 @@ def find_targets(
     Args:
         model: any module.
         names: names and patterns as `HiLoRAConfig.target_modules` explains them, for linear layers and 1 × 1
-            convolutions; or a string: "all-linear" for all linear layers but the classifier's, else a regular expression that the whole of a path must match. None:
-            all that there are.
+            convolutions; or a string: "all-linear" for all linear layers but the classifier's, else a regular
+            expression that the whole of a path must match. None: all that there are.
         blocks: only those of which the first number in the path is one of these.
         modules_to_save: what is trained whole, which only a name of its own means; None: the classifier.
 
     Raises:
-        ValueError: if a name or a block finds nothing, if projections overlap (`qkv` beside `q`), or if it cannot be told
-            where a fused layer holds q, k and v.
+        ValueError: if a name or a block finds nothing, if projections overlap (`qkv` beside `q`), or if it is not known where
+            a fused layer holds q, k and v.
     """
     candidates = [target for path, out in _layers(model).items() for target in _projections(model, path, out)]
     if names is None:

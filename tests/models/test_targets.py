@@ -134,7 +134,7 @@ def test_a_layer_that_is_shared_is_found_once() -> None:
             r"target 'fc3' finds no linear layer; the last names of those there are: \['fc1', 'fc2', 'head'",
         ),
         (vit(), ["q", "quv"], "target 'quv' finds no linear layer"),
-        (nn.Conv2d(1, 1, 1), ["q"], r"of those there are: \[\]"),
+        (nn.Conv2d(1, 1, 3), ["q"], r"of those there are: \[\]"),
         (vit(), ["patch_embed.proj"], "'patch_embed.proj' finds no linear layer"),
         (vit(), ["q", "qkv"], r"blocks.0.attn.qkv and its slice blocks.0.attn.q are both targets: choose one of them"),
         (vit(), ["blocks.0.*", "v"], "blocks.0.attn.qkv and its slice blocks.0.attn.v are both targets"),

@@ -13,7 +13,6 @@ import transformers
 from torch import Tensor, nn
 
 from tests.helpers import images, random
-from tests.vits import lively
 
 Inputs = Callable[[int], tuple[Mapping[str, Tensor], ...] | tuple[Tensor, ...]]
 
@@ -41,9 +40,17 @@ class Model(NamedTuple):
     def key(self) -> str:
         return f"{self.library} {self.name}"
 
+    @torch.no_grad()
     def built(self) -> nn.Module:
+        """In eval mode, without zeros that would hide what an adapter does (heads, layer scales), and without values
+        so large that a softmax hides it."""
         torch.manual_seed(0)
-        return lively(self.make())
+        model = self.make()
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            deviation = 0.1 if parameter.dim() < 2 else min(0.1, 0.3 / parameter[0].numel() ** 0.5)
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=deviation)
+        return model.eval()
 
     def inputs(
         self, count: int = 2, dtype: torch.dtype = torch.float32
@@ -67,7 +74,7 @@ TIMM: dict[str, dict[str, Any]] = {
     "beit3_base_patch16_224": PLAIN,
     "beit_base_patch16_224": PLAIN,
     "beitv2_base_patch16_224": PLAIN,
-    "caformer_s18": {"size": 64},
+    "caformer_s18": {"size": 64, "shallow": True},
     "cait_xxs24_224": PLAIN,
     "coat_lite_tiny": {"img_size": 64, "embed_dims": (32, 32, 64, 64), "serial_depths": (1, 1, 1, 1)},
     "coatnet_0_224": MAXXVIT,
@@ -80,7 +87,13 @@ TIMM: dict[str, dict[str, Any]] = {
         "mlp_ratio": [2, 2, 1],
         "size": 240,
     },
-    "csatv2": {"size": 64, "dims": (16, 24, 32, 48), "depths": (1, 1, 2, 2), "transformer_depths": (0, 0, 1, 1)},
+    "csatv2": {
+        "size": 64,
+        "dims": (16, 24, 32, 48),
+        "depths": (1, 1, 2, 2),
+        "transformer_depths": (0, 0, 1, 1),
+        "targets": ("v",),
+    },
     "davit_tiny": {"size": 64, "depths": (1, 1), "embed_dims": (16, 32), "num_heads": (1, 2)},
     "deit3_small_patch16_224": PLAIN,
     "deit_tiny_distilled_patch16_224": PLAIN,
@@ -89,29 +102,29 @@ TIMM: dict[str, dict[str, Any]] = {
     "efficientformer_l1": {"size": 224, "depths": (1, 1, 1, 2), "embed_dims": (16, 16, 32, 32)},
     "efficientformerv2_s0": {"img_size": 64, "depths": (1, 1, 1, 1), "embed_dims": (16, 16, 32, 32)},
     "efficientvit_b0": {"size": 64},
-    "efficientvit_m0": {"img_size": 64, "size": 64},
+    "efficientvit_m0": {"img_size": 128},
     "eva02_base_patch14_224": PLAIN_14,
     "eva02_base_patch16_clip_224": PLAIN,
     "eva02_tiny_patch14_224": PLAIN_14,
     "eva_giant_patch14_224": PLAIN_14,
     "fastvit_sa12": {"size": 64},
     "flexivit_small": PLAIN,
-    "focalnet_tiny_srf": {"size": 64},
+    "focalnet_tiny_srf": {"size": 64, "shallow": True, "targets": ("fc1", "fc2")},
     "gcvit_xxtiny": {"img_size": 64, "window_ratio": (16, 16, 16, 32)},
     "hiera_small_abswin_256": {"img_size": 64, "embed_dim": 24, "num_heads": 1, "stages": (1, 1, 1, 1)},
     "hiera_tiny_224": {"img_size": 64, "embed_dim": 24, "num_heads": 1, "stages": (1, 1, 1, 1)},
-    "levit_128s": {"img_size": 64, "embed_dim": (32, 48, 64), "depth": (1, 1, 1)},
-    "levit_conv_128s": {"img_size": 64, "embed_dim": (32, 48, 64), "depth": (1, 1, 1)},
+    "levit_128s": {"img_size": 128, "embed_dim": (32, 48, 64), "depth": (1, 1, 1)},
+    "levit_conv_128s": {"img_size": 128, "embed_dim": (32, 48, 64), "depth": (1, 1, 1)},
     "maxvit_rmlp_nano_rw_256": MAXXVIT,
     "maxvit_tiny_tf_224": MAXXVIT,
     "mobilevit_xxs": {"size": 64},
-    "mobilevitv2_050": {"size": 64},
-    "mvitv2_base_cls": {"img_size": 64},
-    "mvitv2_tiny": {"img_size": 64},
+    "mobilevitv2_050": {"size": 128},
+    "mvitv2_base_cls": {"img_size": 64, "shallow": True},
+    "mvitv2_tiny": {"img_size": 64, "shallow": True},
     "naflexvit_base_patch16_gap": NAFLEX,
     "naflexvit_base_patch16_parfac_gap": NAFLEX,
     "naflexvit_base_patch16_siglip": NAFLEX,
-    "nest_tiny": {"img_size": 64},
+    "nest_tiny": {"img_size": 64, "shallow": True},
     "nextvit_small": {"size": 64, "depths": (2, 2, 5, 2)},
     "pit_ti_224": {"img_size": 64, "base_dims": (16, 16, 16), "depth": (1, 1, 1), "heads": (1, 2, 4)},
     "pit_ti_distilled_224": {"img_size": 64, "base_dims": (16, 16, 16), "depth": (1, 1, 1), "heads": (1, 2, 4)},
@@ -186,13 +199,24 @@ TIMM: dict[str, dict[str, Any]] = {
 
 def _timm(name: str, fields: dict[str, Any]) -> Model:
     given = dict(fields)
-    size = given.pop("size", given.get("img_size", 32))
+    size, targets = given.pop("size", given.get("img_size", 32)), given.pop("targets", ("q", "v"))
+    shallow = given.pop("shallow", False)
 
     def make() -> nn.Module:
         model: nn.Module = timm.create_model(name, pretrained=False, num_classes=5, **given)
-        return model
+        return _with_one_block(model) if shallow else model
 
-    return Model("timm", name, make, size)
+    return Model("timm", name, make, size, targets)
+
+
+def _with_one_block(model: nn.Module) -> nn.Module:
+    """A model whose depth `create_model` cannot choose, with the first block of each stage."""
+    for module in list(model.modules()):
+        for name in ("blocks", "transformer_encoder"):
+            blocks = getattr(module, name, None)
+            if isinstance(blocks, nn.Sequential | nn.ModuleList):
+                setattr(module, name, blocks[:1])
+    return model
 
 
 SMALL = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3}
@@ -231,7 +255,7 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "IJepaForImageClassification": ("IJepa", IMAGES),
     "InternVLVisionModel": ("InternVLVision", IMAGES | {"image_size": [32, 32], "patch_size": [16, 16]}),
-    "LevitForImageClassification": ("Levit", {"image_size": 64, "depths": [1, 1, 1], "num_labels": 5}),
+    "LevitForImageClassification": ("Levit", {"image_size": 128, "depths": [1, 1, 1], "num_labels": 5}),
     "MLCDVisionModel": ("MLCDVision", IMAGES | {"num_key_value_groups": 1}),
     "MobileViTForImageClassification": ("MobileViT", {"image_size": 64, "num_labels": 5}),
     "PvtForImageClassification": ("Pvt", {"image_size": 64, "hidden_sizes": [16, 32, 40, 64]} | STAGES),
@@ -328,16 +352,18 @@ def _transformers(name: str, config: str, fields: dict[str, Any]) -> Model:
             return {"pixel_values": images(count, size), "noise": random(count, 4)}
         return {"pixel_values": images(count, size)}
 
-    return Model("transformers", name, make, size, feed=feed)
+    targets = ("fc1", "fc2") if name.startswith("FocalNet") else ("q", "v")  # which has no q and v
+    return Model("transformers", name, make, size, targets, feed)
 
 
 def _swin(version: int) -> nn.Module:
-    of = torchvision.models.swin_transformer
+    of: Any = torchvision.models.swin_transformer
     kinds = {"block": of.SwinTransformerBlockV2, "downsample_layer": of.PatchMergingV2} if version == 2 else {}
-    return of.SwinTransformer([4, 4], 24, [2, 1], [1, 2], [4, 4], num_classes=5, **kinds)
+    model: nn.Module = of.SwinTransformer([4, 4], 24, [2, 1], [1, 2], [4, 4], num_classes=5, **kinds)
+    return model
 
 
-def _clip(**fields: Any) -> nn.Module:
+def _clip(**fields: Any) -> Any:
     vision = open_clip.CLIPVisionCfg(**({"image_size": 32, "patch_size": 16} | fields))
     text = open_clip.CLIPTextCfg(context_length=8, vocab_size=99, width=32, heads=2, layers=2)
     return open_clip.CLIP(24, vision, text)
@@ -384,7 +410,8 @@ MODELS = {
 
 
 if __name__ == "__main__":
-    import sys, time
+    import sys
+    import time
 
     for name, m in MODELS.items():
         if len(sys.argv) > 1 and not any(a in name for a in sys.argv[1:]):
