@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ def fused(model: nn.Module, path: str, out: int) -> Fused | None:
         out: its width.
     """
     attention, name, of_one_head = _attention(model, path)
-    split = getattr(attention, "in_split", None)
+    split: Any = getattr(attention, "in_split", None)
     if name == "in_proj" and isinstance(split, list) and len(split) == 4 and sum(split) == out:
         mlp, width = split[:2]  # a parallel block of timm: the MLP's first layer comes before q, k and v
         return Fused(dict.fromkeys("qkv", width), start=mlp)

@@ -68,8 +68,8 @@ def find_targets(
         modules_to_save: what is trained whole, which only a name of its own means; None: the classifier.
 
     Raises:
-        ValueError: if a name or a block finds nothing, if projections overlap (`qkv` beside `q`), or if it is not known where
-            a fused layer holds q, k and v.
+        ValueError: if a name or a block finds nothing, if projections overlap (`qkv` beside `q`), or if it is not known
+            where a fused layer holds q, k and v.
     """
     candidates = [target for path, out in _layers(model).items() for target in _projections(model, path, out)]
     if names is None:
