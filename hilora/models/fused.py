@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -65,9 +65,9 @@ def fused(model: nn.Module, path: str, out: int) -> Fused | None:
         out: its width.
     """
     attention, name, of_one_head = _attention(model, path)
-    split: Any = getattr(attention, "in_split", None)
+    split = getattr(attention, "in_split", None)
     if name == "in_proj" and isinstance(split, list) and len(split) == 4 and sum(split) == out:
-        mlp, width = split[:2]  # a parallel block of timm: the MLP's first layer comes before q, k and v
+        mlp, width = map(int, split[:2])  # a parallel block of timm: the MLP's first layer comes before q, k and v
         return Fused(dict.fromkeys("qkv", width), start=mlp)
     if name == PACKED and isinstance(attention, nn.MultiheadAttention):
         return Fused(dict.fromkeys("qkv", out // 3))
