@@ -6,8 +6,14 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import open_clip
+import timm
+import torchvision
+import transformers
+
 from tests.sweep.models import MODELS
 
+LIBRARIES = (timm, transformers, torchvision, open_clip)
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "models.md"
 PASSED, NOT_OURS = "yes", "–"
 
@@ -25,25 +31,24 @@ COLUMNS = {
 
 HEAD = """# Models that were tried
 
-{passed} of {count} models pass all of the following; {refused} are refused, with the reason that stands in their row{failed}. `make sweep`
-tries them, in {minutes} minutes on two cores, and writes this page. They are the models of timm {timm}, transformers
-{transformers}, torchvision {torchvision} and open_clip {open_clip}, made two or three blocks deep from their configs, with random weights, on a CPU.
-Others of these families have the same layers.
+{passed} of {count} models pass all of the following; {refused} are refused, with the reason that stands in their row{failed}.
+`make sweep` tries them, in {minutes} minutes of one core, and writes this page. They are models of {versions}, made two or
+three blocks deep from their configs, with random weights, on a CPU.
 
 | column | what is true |
 | :-- | :-- |
 | bits | injection changes no bit of an output, and no key of the state dict |
 | acts | the adapters of every single projection change the output, and none does where they are disabled |
 | gradients | for each tier, gradients reach all of its adapters, the head, and nothing else |
-| merge | merged outputs are the adapted ones up to rounding; those after `unmerge`, and after `unload`, are so to the bit |
+| merge | merged outputs are the adapted ones up to rounding; `unmerge` and `unload` bring each bit back |
 | files | a file of adapters, and a state dict, give a fresh model the same bits; an unloaded one has the plain keys |
 | compiled | `torch.compile(fullgraph=True, backend="aot_eager")` gives the same outputs and gradients |
-| copies | so do `deepcopy` and pickle; a copy shares nothing with the original |
+| copies | `deepcopy` and pickle give the same bits, and share nothing with the original |
 | bf16 | outputs and gradients are finite, adapters act, and can be merged |
 | checkpoints | gradients under checkpointing are the same: of the whole model, and by the model's own switch |
 
-"–" is what the plain model cannot do, either. Attention of PyTorch's own has its inference kernel switched off, which rounds
-otherwise. `q, v` are the targets where nothing else is said: FocalNet has no q and v, and in CSATv2 no output depends on q.
+"–" is what the plain model cannot do, either. PyTorch's attention has its inference kernel switched off, which rounds
+otherwise. FocalNet has no q and v, and in the spatial attention of CSATv2 q changes nothing: other layers are adapted there.
 """
 
 
@@ -54,7 +59,7 @@ class Verdict(NamedTuple):
         key: of the model.
         checks: by their names: PASSED, NOT_OURS where the plain model cannot do it, either, or what went wrong.
         refused: why it cannot be adapted; empty where it can.
-        seconds: that it took.
+        seconds: of a processor that it took.
     """
 
     key: str
@@ -74,11 +79,6 @@ class Verdict(NamedTuple):
 
 def page(verdicts: Collection[Verdict]) -> str:
     """The page in Markdown."""
-    import open_clip
-    import timm
-    import torchvision
-    import transformers
-
     found = {verdict.key: verdict for verdict in verdicts}
     failed = sum(bool(verdict.wrong) for verdict in verdicts)
     text = HEAD.format(
@@ -86,11 +86,8 @@ def page(verdicts: Collection[Verdict]) -> str:
         count=len(verdicts),
         refused=sum(bool(verdict.refused) for verdict in verdicts) or "none",
         failed=f"; {failed} fail" if failed else "",
-        minutes=round(sum(verdict.seconds for verdict in verdicts) / 120),
-        **{
-            module.__name__: module.__version__.partition("+")[0]
-            for module in (timm, transformers, torchvision, open_clip)
-        },
+        minutes=round(sum(verdict.seconds for verdict in verdicts) / 60),
+        versions=", ".join(f"{module.__name__} {module.__version__.partition('+')[0]}" for module in LIBRARIES),
     )
     for library in dict.fromkeys(model.library for model in MODELS.values()):
         rows = [_cells(found[key]) for key, model in sorted(MODELS.items()) if model.library == library]
