@@ -91,9 +91,10 @@ def fused(model: nn.Module, path: str, out: int) -> Fused | None:
 def _attention(model: nn.Module, path: str) -> tuple[nn.Module, str, bool]:
     """The module that a layer is part of, what it is called there, and whether it is one of a list."""
     parent, _, name = path.rpartition(".")
+    listed = False
     if name in INNER and parent:
         parent, _, name = parent.rpartition(".")
-    listed = name.isdigit() and bool(parent)
+        listed = name.isdigit() and bool(parent)
     if listed:
         parent, _, name = parent.rpartition(".")
     return model.get_submodule(parent), name, listed

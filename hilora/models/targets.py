@@ -169,9 +169,10 @@ def _meant(candidates: list[Target], name: str, aside: Collection[str] = ()) -> 
     return _whole_first(matched)
 
 
-# What has layers of the same names as blocks have: MLPs of positions, embeddings of patches, shortcuts.
+# What has layers of the same names as blocks have: MLPs of positions, embeddings of patches, shortcuts, and what weighs
+# channels (squeeze and excitation).
 OTHER = re.compile(
-    r"(?<![^.])(cpb_mlp|meta_mlp|rel_pos\w*|pos_\w+|\w*position\w*|\w*embeds?|embeddings|\w*shortcut\w*|downsample)(?![^.])"
+    r"(?<![^.])(cpb_mlp|meta_mlp|rel_pos\w*|pos_\w+|\w*position\w*|\w*embeds?|embeddings|\w*shortcut\w*|downsample|se|squeeze_\w+)(?![^.])"
 )
 
 

@@ -31,9 +31,10 @@ COLUMNS = {
 
 HEAD = """# Models that were tried
 
-{passed} of {count} models pass all of the following; {refused} are refused, with the reason that stands in their row{failed}.
-`make sweep` tries them, in {minutes} minutes of one core, and writes this page. They are models of {versions}, made two or
-three blocks deep from their configs, with random weights, on a CPU.
+{passed} of {count} models pass all of the following; {refused} are refused, with the reason in their row{failed}.
+They are models of {versions},
+made two or three blocks deep from their configs, with random weights, on a CPU. `make sweep` tries them, in {minutes}
+minutes of one core, and writes this page.
 
 | column | what is true |
 | :-- | :-- |
@@ -48,7 +49,7 @@ three blocks deep from their configs, with random weights, on a CPU.
 | checkpoints | gradients under checkpointing are the same: of the whole model, and by the model's own switch |
 
 "–" is what the plain model cannot do, either. PyTorch's attention has its inference kernel switched off, which rounds
-otherwise. FocalNet has no q and v, and in the spatial attention of CSATv2 q changes nothing: other layers are adapted there.
+otherwise. FocalNet has no q and v, and in the spatial attention of CSATv2 q changes nothing: there, others are adapted.
 """
 
 
