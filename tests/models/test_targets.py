@@ -189,10 +189,10 @@ def test_heads_one_after_the_other_have_slices(model: nn.Module, columns: Any, r
 
 
 def test_one_layer_a_head_and_a_q_of_one_feature() -> None:
-    lists = linears(*(f"attn.qkvs.{i}.conv" for i in (0, 1)), "attn.proj")
+    lists: Any = linears(*(f"attn.qkvs.{i}.conv" for i in (0, 1)), "attn.proj")
     lists.attn.key_dim, lists.attn.num_heads = 1, 2
     assert find_targets(lists, ["v"]) == [Target(f"attn.qkvs.{i}.v", f"attn.qkvs.{i}.conv", (2, 2)) for i in (0, 1)]
-    linear = tree({"attn.qkv_proj": nn.Conv2d(4, 9, 1)})
+    linear: Any = tree({"attn.qkv_proj": nn.Conv2d(4, 9, 1)})
     linear.attn.embed_dim = 4
     assert [target.columns for target in find_targets(linear, ("q", "k", "v"))] == [(0, 1), (1, 4), (5, 4)]
 

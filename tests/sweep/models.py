@@ -48,7 +48,7 @@ class Model(NamedTuple):
         model = self.make()
         generator = torch.Generator().manual_seed(0)
         for parameter in model.parameters():
-            deviation = 0.1 if parameter.dim() < 2 else min(0.1, 0.3 / parameter[0].numel() ** 0.5)
+            deviation = 0.1 if parameter.dim() < 2 else min(0.1, 0.3 / max(1, parameter[0].numel()) ** 0.5)
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=deviation)
         return model.eval()
 
@@ -231,7 +231,10 @@ ENDS = {"bos_token_id": 97, "eos_token_id": 98, "pad_token_id": 0}
 TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Aimv2VisionModel": ("Aimv2Vision", IMAGES),
     "BeitForImageClassification": ("Beit", IMAGES),
-    "BeitForSemanticSegmentation": ("Beit", IMAGES | {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]}),
+    "BeitForSemanticSegmentation": (
+        "Beit",
+        IMAGES | {"image_size": 64, "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
+    ),
     "BlipVisionModel": ("BlipVision", IMAGES),
     "CLIPForImageClassification": ("CLIP", {"vision_config": IMAGES, "text_config": TEXT | ENDS, "num_labels": 5}),
     "CLIPModel": ("CLIP", {"vision_config": IMAGES, "text_config": TEXT | ENDS, "projection_dim": 24}),
@@ -257,7 +260,7 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "InternVLVisionModel": ("InternVLVision", IMAGES | {"image_size": [32, 32], "patch_size": [16, 16]}),
     "LevitForImageClassification": ("Levit", {"image_size": 128, "depths": [1, 1, 1], "num_labels": 5}),
     "MLCDVisionModel": ("MLCDVision", IMAGES | {"num_key_value_groups": 1}),
-    "MobileViTForImageClassification": ("MobileViT", {"image_size": 64, "num_labels": 5}),
+    "MobileViTForImageClassification": ("MobileViT", {"image_size": 128, "num_labels": 5}),
     "PvtForImageClassification": ("Pvt", {"image_size": 64, "hidden_sizes": [16, 32, 40, 64]} | STAGES),
     "PvtV2ForImageClassification": ("PvtV2", {"image_size": 64} | STAGES),
     "Sam2VisionModel": ("Sam2Vision", {}),
@@ -292,19 +295,23 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+OTHER_TARGETS = {
+    "BeitForSemanticSegmentation": ("[0-2].*.q_proj", "[0-2].*.v_proj"),  # what the last block gives is not used
+    "FocalNetForImageClassification": ("fc1", "fc2"),  # it has no q and v
+}
+
+
 def _fields(name: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Fields of a config that are configs themselves."""
     if name.startswith("DPT"):
-        return (
-            IMAGES
-            | {"is_hybrid": False, "backbone_out_indices": [0, 0, 1, 1], "fusion_hidden_size": 16}
-            | {
-                "neck_hidden_sizes": [16, 16, 16, 16],
-                "num_hidden_layers": 4,
-                "backbone_out_indices": [0, 1, 2, 3],
-                "use_auxiliary_head": False,
-            }
-        )
+        return IMAGES | {
+            "is_hybrid": False,
+            "num_hidden_layers": 4,
+            "backbone_out_indices": [0, 1, 2, 3],
+            "fusion_hidden_size": 16,
+            "neck_hidden_sizes": [16, 16, 16, 16],
+            "use_auxiliary_head": False,
+        }
     if name == "Sam2VisionModel":
         hiera = transformers.Sam2HieraDetConfig(
             image_size=[64, 64],
@@ -332,8 +339,10 @@ def _transformers(name: str, config: str, fields: dict[str, Any]) -> Model:
             given = transformers.TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=args, num_labels=5)
         else:
             given = getattr(transformers, f"{config}Config")(**_fields(name, fields))
-        model: nn.Module = getattr(transformers, name)(given)
-        return model
+        model: Any = getattr(transformers, name)(given)
+        if name == "DPTForDepthEstimation":
+            model.head.head[-2].bias.fill_(1.0)  # else no depth is above zero
+        return model  # type: ignore[no-any-return]
 
     size = fields.get("image_size", 32)
     size = size[0] if isinstance(size, list) else size
@@ -352,7 +361,7 @@ def _transformers(name: str, config: str, fields: dict[str, Any]) -> Model:
             return {"pixel_values": images(count, size), "noise": random(count, 4)}
         return {"pixel_values": images(count, size)}
 
-    targets = ("fc1", "fc2") if name.startswith("FocalNet") else ("q", "v")  # which has no q and v
+    targets = OTHER_TARGETS.get(name, ("q", "v"))
     return Model("transformers", name, make, size, targets, feed)
 
 
@@ -407,23 +416,3 @@ MODELS = {
         *OTHERS,
     )
 }
-
-
-if __name__ == "__main__":
-    import sys
-    import time
-
-    for name, m in MODELS.items():
-        if len(sys.argv) > 1 and not any(a in name for a in sys.argv[1:]):
-            continue
-        t = time.time()
-        try:
-            b = m.built()
-            a, k = m.inputs()
-            with torch.no_grad():
-                y = b(*a, **k)
-            n = sum(p.numel() for p in b.parameters())
-            dt = time.time() - t
-            print(f"{name:40s} {n / 1e6:.2f}M {dt:.1f}s" + ("  BIG" if n > 2e6 or dt > 2 else ""), flush=True)
-        except Exception as e:
-            print(f"{name:40s} FAIL {type(e).__name__}: {str(e)[:250]}", flush=True)

@@ -49,7 +49,8 @@ minutes of one core, and writes this page.
 | checkpoints | gradients under checkpointing are the same: of the whole model, and by the model's own switch |
 
 "–" is what the plain model cannot do, either. PyTorch's attention has its inference kernel switched off, which rounds
-otherwise. FocalNet has no q and v, and in the spatial attention of CSATv2 q changes nothing: there, others are adapted.
+otherwise. Other targets than q and v are where a model has none (FocalNet) or does not use what they give: q in the spatial
+attention of CSATv2, and the last block of transformers' BEiT for segmentation. No error says so there.
 """
 
 
