@@ -21,7 +21,7 @@ class HiLoRAConfig:
     Attributes:
         r: rank; one for all tiers, or one for each, `{"root": 16, "cluster": 8, "leaf": 4}`.
         lora_alpha: a tier's product is scaled by `lora_alpha / r`; one for all tiers, or one for each.
-        target_modules: which linear layers to adapt. `"q"`, `"k"`, `"v"` mean a separate layer or the slice of a fused
+        target_modules: which layers to adapt, linear ones and 1 × 1 convolutions. `"q"`, `"k"`, `"v"` mean a separate layer or the slice of a fused
             `qkv`, `kv` or `qk`; `"proj"`, `"fc1"`, `"fc2"` the other layers of a block, whatever the library calls
             them; anything else is the end of a module's path (`"mlp.fc1"`) or a pattern for it (`"[0-5].*.fc1"`).
             A string in place of a tuple: `"all-linear"` for all linear layers but the classifier's, else a regular

@@ -49,8 +49,8 @@ minutes of one core, and writes this page.
 | checkpoints | gradients under checkpointing are the same: of the whole model, and by the model's own switch |
 
 "–" is what the plain model cannot do, either. PyTorch's attention has its inference kernel switched off, which rounds
-otherwise. Other targets than q and v are where a model has none (FocalNet) or does not use what they give: q in the spatial
-attention of CSATv2, and the last block of transformers' BEiT for segmentation. No error says so there.
+otherwise. Other targets than q and v are where a model has none (FocalNet) or does not use what they give: q in the
+spatial attention of CSATv2, the last block of transformers' BEiT for segmentation. No error can tell that.
 """
 
 
