@@ -31,7 +31,7 @@ COLUMNS = {
 
 HEAD = """# Models that were tried
 
-{passed} of {count} models pass all of the following{tried}; {refused} are refused, with the reason in their row{failed}.
+{passed} of {count} models pass all of the following{tried}; {refused} are refused, with a reason in their row{failed}.
 They are models of {versions},
 made two or three blocks deep from their configs, with random weights, on a CPU. `make sweep` tries them, in {minutes}
 minutes of one core, and writes this page.
@@ -48,9 +48,10 @@ minutes of one core, and writes this page.
 | bf16 | outputs and gradients are finite, adapters act, and can be merged |
 | checkpoints | gradients under checkpointing are the same: of the whole model, and by the model's own switch |
 
-"–" is what the plain model cannot do, either. PyTorch's attention has its inference kernel switched off, which rounds
-otherwise. Other targets than q and v are where a model has none (FocalNet) or does not use what they give: q in the
-spatial attention of CSATv2, the last block of transformers' BEiT for segmentation. No error can tell that.
+"–" is what the plain model cannot do, either. PyTorch rounds differently where weights are frozen, and in its inference
+kernel for attention: the plain models are frozen, and the kernel is off. Other targets than q and v are where a model has
+none (FocalNet) or does not use what they give: q in the spatial attention of CSATv2, the last block of transformers' BEiT
+for segmentation. No error can tell that.
 """
 
 
