@@ -298,6 +298,7 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
 OTHER_TARGETS = {
     "BeitForSemanticSegmentation": ("[0-2].*.q_proj", "[0-2].*.v_proj"),  # what the last block gives is not used
     "FocalNetForImageClassification": ("fc1", "fc2"),  # it has no q and v
+    "SiglipForImageClassification": ("q_proj", "v_proj"),  # its pooling's q and v go into nothing
 }
 
 
