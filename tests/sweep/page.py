@@ -49,9 +49,9 @@ minutes of one core, and writes this page.
 | checkpoints | gradients under checkpointing are the same: of the whole model, and by the model's own switch |
 
 "–" is what the plain model cannot do, either. PyTorch rounds differently where weights are frozen, and in its
-inference kernel for attention: the plain models are frozen, and the kernel is off. Other targets than q and v stand where
-a model has none (FocalNet) or does not use what they give, which no error can tell: q in the spatial attention of CSATv2,
-the last block of BEiT for segmentation, and the pooling of SigLIP for classification, both of transformers.
+inference kernel for attention: the plain models are frozen, and the kernel is off. Other targets than q and v stand
+where a model has none (FocalNet) or does not use what they give, which no error can tell: q in the spatial attention of
+CSATv2, the last block of BEiT for segmentation, and the pooling of SigLIP for classification, both of transformers.
 """
 
 
