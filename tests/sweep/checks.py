@@ -43,9 +43,9 @@ def _seen(model: nn.Module, case: Model, dtype: torch.dtype = torch.float32) -> 
 
 
 def _frozen(case: Model) -> nn.Module:
-    """The plain model, of which the head alone requires gradients: PyTorch rounds differently where weights do not."""
-    model = case.built()
-    heads = head_parameters(model)
+    """The plain model, of which that alone requires gradients which does in an adapted one: PyTorch rounds differently
+    where weights do not."""
+    model, heads = case.built(), set(head_parameters(_injected(case, lively=False)))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in heads)
     return model

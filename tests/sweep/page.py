@@ -31,7 +31,8 @@ COLUMNS = {
 
 HEAD = """# Models that were tried
 
-{passed} of {count} models pass all of the following{tried}; {refused} are refused, with a reason in their row{failed}.
+{passed} of {count} models pass all of the following{tried}; {refused} are refused, with a
+reason in their row{failed}.
 They are models of {versions},
 made two or three blocks deep from their configs, with random weights, on a CPU. `make sweep` tries them, in {minutes}
 minutes of one core, and writes this page.
@@ -90,7 +91,7 @@ def page(verdicts: Collection[Verdict]) -> str:
         count=len(verdicts),
         refused=sum(bool(verdict.refused) for verdict in verdicts) or "none",
         failed=f"; {failed} fail" if failed else "",
-        tried=" that was tried, which an empty cell was not" if untried else "",
+        tried=" that was tried (an empty cell was not)" if untried else "",
         minutes=round(sum(verdict.seconds for verdict in verdicts) / 60),
         versions=", ".join(f"{module.__name__} {module.__version__.partition('+')[0]}" for module in LIBRARIES),
     )
