@@ -31,8 +31,7 @@ COLUMNS = {
 
 HEAD = """# Models that were tried
 
-{passed} of {count} models pass all of the following{tried}; {refused} are refused, with a
-reason in their row{failed}.
+{passed} of {count} models pass all of the following{tried}{refused}{failed}.
 They are models of {versions},
 made two or three blocks deep from their configs, with random weights, on a CPU. `make sweep` tries them, in {minutes}
 minutes of one core, and writes this page.
@@ -85,11 +84,12 @@ def page(verdicts: Collection[Verdict]) -> str:
     """The page in Markdown."""
     found = {verdict.key: verdict for verdict in verdicts}
     untried = any(not verdict.refused and COLUMNS.keys() - verdict.checks.keys() for verdict in verdicts)
+    refused = sum(bool(verdict.refused) for verdict in verdicts)
     failed = sum(bool(verdict.wrong) for verdict in verdicts)
     text = HEAD.format(
         passed=sum(verdict.passed for verdict in verdicts),
         count=len(verdicts),
-        refused=sum(bool(verdict.refused) for verdict in verdicts) or "none",
+        refused=f"; {refused} refused, with a reason in the row" if refused else "; none is refused",
         failed=f"; {failed} fail" if failed else "",
         tried=" that was tried (an empty cell was not)" if untried else "",
         minutes=round(sum(verdict.seconds for verdict in verdicts) / 60),

@@ -151,11 +151,11 @@ def test_the_page_says_what_became_of_each() -> None:
     fine = {key: Verdict(key, dict.fromkeys(CHECKS, PASSED), "", 1.0) for key in MODELS}
     first, second, *_ = fine
     text = page([*fine.values()])
-    assert "\n146 of 146 models pass all of the following; none are refused, with a\nreason" in text
+    assert "\n146 of 146 models pass all of the following; none is refused.\n" in text
     fine[first] = Verdict(first, {}, "for a | reason", 1.0)
     fine[second] = Verdict(second, {**dict.fromkeys(CHECKS, PASSED), "bf16": "a fault"}, "", 1.0)
     text = page([*fine.values()])
-    assert "\n144 of 146 models pass all of the following; 1 are refused, with a\nreason in their row; 1 fail." in text
+    assert "\n144 of 146 models pass all of the following; 1 refused, with a reason in the row; 1 fail." in text
     assert "| refused: for a \\| reason |" in text
     assert "| a fault |" in text
     assert COLUMNS.keys() == CHECKS.keys()
