@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-oldest compat lint types docs bench gpu-report install fuzz soak
+.PHONY: demo test test-oldest compat lint types docs bench gpu-report install fuzz soak sweep
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed
@@ -54,6 +54,9 @@ fuzz: .venv/installed
 
 soak: .venv/installed
 	$(BIN)/python -m tests.soak.run --kills $(KILLS) --seed $(SEED)
+
+sweep: .venv/installed  # adapts 146 models, and writes docs/reference/models.md
+	$(BIN)/python -m tests.sweep.run
 
 # With the environment of the machine where there is no .venv, since a machine with a GPU may have no network.
 GPU_PYTHON := $(if $(wildcard .venv/installed),$(BIN)/python,$(PYTHON))

@@ -75,12 +75,13 @@ class AdapterBank:
     Attributes:
         layers: the layers of a model, in its order, that share the adapters' shape.
         names: paths of the P projections.
-        in_features: of each projection; `out_features` likewise.
+        in_features: of each projection.
+        out_features: of the widest projection of a layer; narrower ones leave the last rows of their B unused.
     """
 
     def __init__(self, layers: Sequence[TieredLoRALinear], names: Sequence[str]) -> None:
         self.layers, self.names, self.shared = tuple(layers), tuple(names), layers[0].shared
-        self.in_features, self.out_features = layers[0].in_features, layers[0].columns[0][1]
+        self.in_features, self.out_features = layers[0].in_features, max(width for _, width in layers[0].columns)
         self._counts = [len(layer.columns) for layer in layers]
 
     @property

@@ -21,11 +21,11 @@ class HiLoRAConfig:
     Attributes:
         r: rank; one for all tiers, or one for each, `{"root": 16, "cluster": 8, "leaf": 4}`.
         lora_alpha: a tier's product is scaled by `lora_alpha / r`; one for all tiers, or one for each.
-        target_modules: which linear layers to adapt. `"q"`, `"k"`, `"v"` mean a separate layer or the slice of a fused
-            `qkv`, `kv` or `qk`; `"proj"`, `"fc1"`, `"fc2"` the other layers of a block, whatever the library calls
-            them; anything else is the end of a module's path (`"mlp.fc1"`) or a pattern for it (`"[0-5].*.fc1"`).
-            A string in place of a tuple: `"all-linear"` for all linear layers but the classifier's, else a regular
-            expression that the whole of a path must match, as in PEFT.
+        target_modules: which linear layers and 1 × 1 convolutions to adapt. `"q"`, `"k"`, `"v"` mean a separate layer
+            or their part of a fused `qkv`, `kv` or `qk`; `"proj"`, `"fc1"`, `"fc2"` the other layers of a block,
+            whatever the library calls them; anything else is the end of a module's path (`"mlp.fc1"`) or a pattern for
+            it (`"[0-5].*.fc1"`). A string in place of a tuple: `"all-linear"` for all linear layers but the
+            classifier's, else a regular expression that the whole of a path must match, as in PEFT.
         lora_dropout: probability of dropping an input of the adapters, in training mode only.
         tiers: names of the tiers in the order of the cascade.
         slots: adapters in each tier's table; one number for all tiers, or one for each. Tables also grow on demand

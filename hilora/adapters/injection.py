@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hilora.adapters.bank import AdapterBank, Shared
 from hilora.adapters.callcheck import UncalledLayerError, check_calls, end_check, watch_rows
 from hilora.adapters.config import HiLoRAConfig
+from hilora.adapters.convolution import TieredLoRAConv2d
 from hilora.adapters.layers import TieredLoRALinear
 from hilora.adapters.loading import adapters_may_stay
 from hilora.adapters.offload import brought
@@ -22,7 +23,8 @@ from hilora.adapters.torch_internals import remove_hook, walk
 from hilora.errors import InvalidValueError
 from hilora.models.attention import close_attentions, is_packed, open_attention
 from hilora.models.heads import example_image, find_heads, says_its_head
-from hilora.models.targets import Target, find_targets
+from hilora.models.pointwise import widths
+from hilora.models.targets import Target, find_targets, order
 from hilora.models.wrappers import plain_path, unwrapped
 
 FRESH_HEAD = "_hilora_fresh_head"  # attributes of a model: its head before training,
@@ -109,7 +111,7 @@ def inject(model: nn.Module, config: HiLoRAConfig, example_input: Tensor | None 
     Raises:
         ValueError: if a target finds nothing, the model has adapters already, or (`UncalledLayerError`) it neither
             calls an adapted layer nor reads its weight.
-        TypeError: if a target computes something else than an `nn.Linear`.
+        TypeError: if a target computes something else than an `nn.Linear` or `nn.Conv2d`.
             After any error the model is as it was.
     """
     given, model = model, unwrapped(model)
@@ -174,7 +176,7 @@ def _can_do_without(config: HiLoRAConfig, targets: list[Target], rest: list[Targ
 @contextmanager
 def restored_on_error(model: nn.Module) -> Iterator[None]:
     """Put a model without adapters back as it was, if the block raises an error."""
-    linears = [(p, m) for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)]
+    plain = [(path, module) for path, module in model.named_modules(remove_duplicate=False) if widths(module)]
     required_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
@@ -183,8 +185,8 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         remove_hook(model, check_reduction)
         remove_hook(model, adapters_may_stay)
         thaw_statistics(model)
-        for path, linear in linears:
-            replace(model, path, linear)
+        for path, module in plain:
+            replace(model, path, module)
         close_attentions(model)
         for parameter, flag in required_grad:
             parameter.requires_grad_(flag)
@@ -200,22 +202,17 @@ def _layers(model: nn.Module, targets: list[Target], config: HiLoRAConfig) -> di
     layers: dict[str, TieredLoRALinear] = {}
     by_shape: dict[tuple[int, int], dict[str, TieredLoRALinear]] = {}
     for path, members in by_layer.items():
-        linear, width = linear_at(model, path), members[0].columns[1]
-        alike = by_shape.setdefault((width, linear.in_features), {})
+        base = model.get_submodule(path)
+        kind = TieredLoRAConv2d if isinstance(base, nn.Conv2d) else TieredLoRALinear
+        shape = (max(target.columns[1] for target in members), (widths(base) or (0, 0))[0])
+        alike = by_shape.setdefault(shape, {})
         shared = next(iter(alike.values())).shared if alike else Shared(config)
         parts = {target.path.rpartition(".")[2]: target.columns for target in members}
-        alike[path] = layers[path] = TieredLoRALinear(linear, config, parts, shared)
+        alike[path] = layers[path] = kind(base, config, parts, shared, order(model, members))
     for alike in by_shape.values():
         names = [name for path, layer in alike.items() for name in _names(path, layer)]
         AdapterBank(list(alike.values()), names).start()
     return layers
-
-
-def linear_at(model: nn.Module, path: str) -> nn.Linear:
-    """The linear layer at a path."""
-    found = model.get_submodule(path)
-    assert isinstance(found, nn.Linear)
-    return found
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:

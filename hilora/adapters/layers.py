@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from hilora.adapters.factors import Factors, pieces
 from hilora.adapters.offload import check_brought, device_of, own_forward, take_over_offloading
 from hilora.adapters.torch_internals import owns_weight, take_over_hooks
 from hilora.errors import InvalidTypeError, InvalidValueError, SlotError
+from hilora.models.pointwise import widths
 
 Columns = tuple[int, int]
 
@@ -36,6 +37,7 @@ class TieredLoRALinear(nn.Linear):
         config: the adapters, or else the fields of `HiLoRAConfig` as keywords.
         parts: what `inject` adapts of it, in a model of which `shared` is known: for each projection the last name of
             its path, and (start, width) of the layer's output. None: one projection, all of the output.
+        order: where in the output the columns of `parts` really are, int64 `[out]`; None: where they say.
 
     Attributes:
         lora_A: tier → parameter `[r, in]`; `[S, r, in]` for S ≠ 1 adapters; with a leading dimension for the
@@ -48,21 +50,25 @@ class TieredLoRALinear(nn.Linear):
 
     def __init__(
         self,
-        base: nn.Linear,
+        base: nn.Module,
         config: HiLoRAConfig | None = None,
         parts: Mapping[str, Columns] | None = None,
         shared: Shared | None = None,
+        order: Tensor | None = None,
         **fields: Any,
     ) -> None:
-        _check_base(base)
+        _check_base(base, self.replaces)
         if config is not None and fields:
             raise InvalidTypeError(f"give a config or its fields, not both: {', '.join(fields)}")
         config = config or HiLoRAConfig(**fields)
-        super().__init__(base.in_features, base.out_features, device="meta", bias=base.bias is not None)
+        in_features, out_features = widths(base) or (0, 0)
+        super().__init__(in_features, out_features, device="meta", bias=base.bias is not None)
         adopt(self, base)
         self.requires_grad_(False)
         self.parts = None if parts is None else tuple(parts)
-        self.columns: tuple[Columns, ...] = ((0, base.out_features),) if parts is None else tuple(parts.values())
+        self.columns: tuple[Columns, ...] = ((0, out_features),) if parts is None else tuple(parts.values())
+        self.order: Tensor | None
+        self.register_buffer("order", None if order is None else order.to(self.frozen_weight.device), persistent=False)
         self.shared = shared or Shared(config)
         self.position = 0  # of its first projection, in the bank that holds tables or weighs tiers
         self.rows_are_the_batch: bool | None = None  # whether groups of rows can be clients; None: not known yet
@@ -71,6 +77,8 @@ class TieredLoRALinear(nn.Linear):
         self.lora_A.register_forward_pre_hook(_no_effect)
         if shared is None:
             AdapterBank([self], [""]).start()
+
+    replaces: ClassVar[type[nn.Module]] = nn.Linear
 
     @property
     def config(self) -> HiLoRAConfig:
@@ -87,31 +95,56 @@ class TieredLoRALinear(nn.Linear):
         """Where the layer computes."""
         return device_of(self, self.frozen_weight)
 
+    @property
+    def rows(self) -> list[slice | Tensor]:
+        """Where the projections are in the layer's output, and in the rows of W."""
+        places = [slice(start, start + width) for start, width in self.columns]
+        return [*places] if self.order is None else [self.order[place] for place in places]
+
+    def plain(self) -> nn.Module:
+        """A layer as it was before it was adapted, without values."""
+        return nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` → `[..., out]`. Where slots tell clients apart, the leading rows are in G equal groups.
 
         Raises:
             ValueError: if the rows are not G equal groups, or it was never said which of several adapters to use.
         """
-        if isinstance(x, Proxy):  # torch.fx writes a graph down: this layer is one node of it
-            call: Any = x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
-            return call
+        if isinstance(x, Proxy):
+            return self.as_node(x)
         if self.shared.disabled:
             return super().forward(x)
+        grouped = self.grouped(x)
+        y = kernels.stacked_lora_linear(grouped, self.frozen_weight, self.bias, self.tiers(grouped), self.dropout)
+        return y if grouped is x else y.reshape(*x.shape[:-1], self.out_features)
+
+    def as_node(self, x: Proxy) -> Tensor:
+        """What the layer gives where torch.fx writes a graph down: it is one node of that."""
+        tracer: Any = x.tracer
+        node: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
+        return node
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """x as `[G, M, in]`, where slots tell clients apart."""
         slots = (slot for slot in self.shared.slots.values() if slot is not None)
         groups = next((slot.shape[0] for slot in slots), None)
-        shape = x.shape
-        if groups is not None:
-            if x.dim() < 2 or shape[0] % groups:
-                raise InvalidValueError(f"the rows of x {tuple(shape)} are not {groups} equal groups, as the slots say")
-            x = x.unflatten(0, (groups, shape[0] // groups)).flatten(1, -2)
-        dropout = self.config.lora_dropout if self.training else 0.0
-        y = kernels.stacked_lora_linear(x, self.frozen_weight, self.bias, self.tiers(x), dropout)
-        return y if groups is None else y.reshape(*shape[:-1], self.out_features)
+        if groups is None:
+            return x
+        if x.dim() < 2 or x.shape[0] % groups:
+            raise InvalidValueError(f"the rows of x {tuple(x.shape)} are not {groups} equal groups, as the slots say")
+        grouped: Tensor = x.unflatten(0, (groups, x.shape[0] // groups)).flatten(1, -2)
+        return grouped
+
+    @property
+    def dropout(self) -> float:
+        """Of what the adapters see, now."""
+        return self.config.lora_dropout if self.training else 0.0
 
     def tiers(self, x: Tensor) -> list[kernels.Tier]:
         """What is added to `x Wᵀ`, x `[..., in]`: for each projection, its tiers."""
         shared, tiers = self.shared, []
+        rows = self.rows if self.order is not None else ()
         A_of, B_of = self.lora_A(), self.lora_B()
         found = []
         for name in self.config.tiers:
@@ -124,18 +157,27 @@ class TieredLoRALinear(nn.Linear):
             for name, tables, scale, slot, ranks in found:
                 gain = gains.get(name, 1.0)
                 number, of_rows = (1.0, gain) if isinstance(gain, Tensor) else (gain, None)
-                tiers.append(kernels.Tier(*tables[index], scale * number, slot, columns, of_rows, ranks))
+                A, B = tables[index]
+                place, B = (columns, B) if self.order is None else (None, self._spread(B, rows[index]))
+                tiers.append(kernels.Tier(A, B, scale * number, slot, place, of_rows, ranks))
         return tiers
 
+    def _spread(self, B: Tensor, rows: Any) -> Tensor:
+        """B of a projection `[S, width, r]` as one of the whole layer, `[S, out, r]`."""
+        return B.new_zeros(len(B), self.out_features, B.shape[2]).index_copy(1, rows, B)
+
     def factors(self, tier: str) -> list[tuple[Tensor, Tensor]]:
-        """What is used of a tier: A `[S, r, in]` and B `[S, out, r]` for each of the layer's projections."""
+        """What is used of a tier: A `[S, r, in]` and B `[S, width, r]` for each of the layer's projections."""
         return self._used(tier, self.lora_A[tier], self.lora_B[tier])
 
     def _used(self, tier: str, A: Tensor, B: Tensor) -> list[tuple[Tensor, Tensor]]:
         count, held = len(self.columns), self.shared.held.get(tier)
         if held is not None:
-            return [held.part(self.position + index) for index in range(count)]
-        return list(zip(pieces(A, count), pieces(B, count), strict=True))
+            found = [held.part(self.position + index) for index in range(count)]
+        else:
+            found = list(zip(pieces(A, count), pieces(B, count), strict=True))
+        # Where projections have several widths, B has rows for the widest.
+        return [(A, B[:, :width]) for (A, B), (_, width) in zip(found, self.columns, strict=True)]
 
     def delta_weight(self, slots: Mapping[str, int] | None = None) -> Tensor:
         """What the adapters add to the weight: `[out, in]`, in fp32 or wider.
@@ -157,8 +199,8 @@ class TieredLoRALinear(nn.Linear):
             slot = self.slot(tier, slots.get(tier))
             if slot == -1:
                 continue
-            for (start, width), (A, B) in zip(self.columns, self.factors(tier), strict=True):
-                delta[start : start + width] += self.config.scale(tier) * B[slot].to(wide) @ A[slot].to(wide)
+            for rows, (A, B) in zip(self.rows, self.factors(tier), strict=True):
+                delta[rows] += self.config.scale(tier) * B[slot].to(wide) @ A[slot].to(wide)
         return delta
 
     def slot(self, tier: str, given: int | None) -> int:
@@ -191,7 +233,7 @@ class TieredLoRALinear(nn.Linear):
         return f"{super().extra_repr()}, tiers={self.config.tiers}, r={self.config.r}, alpha={self.config.lora_alpha}"
 
 
-def adopt(layer: nn.Linear, base: nn.Linear, computed: bool = True) -> None:
+def adopt(layer: nn.Module, base: nn.Module, computed: bool = True) -> None:
     """Let a layer take the place of another: its weight, bias, mode and hooks.
 
     Args:
@@ -211,14 +253,14 @@ def adopt(layer: nn.Linear, base: nn.Linear, computed: bool = True) -> None:
     layer.training = base.training
 
 
-def _check_base(base: nn.Module) -> None:
-    if not isinstance(base, nn.Linear) or isinstance(base, TieredLoRALinear):
-        raise InvalidTypeError(f"expected a plain nn.Linear to adapt, got {type(base).__name__}")
-    in_its_own_way = getattr(own_forward(base), "__func__", None) is not nn.Linear.forward
+def _check_base(base: nn.Module, kind: type[nn.Module]) -> None:
+    if not isinstance(base, kind) or isinstance(base, TieredLoRALinear):
+        raise InvalidTypeError(f"expected a plain nn.{kind.__name__} to adapt, got {type(base).__name__}")
+    in_its_own_way = getattr(own_forward(base), "__func__", None) is not kind.forward
     if in_its_own_way or not (owns_weight(base) or is_parametrized(base, "weight")):
         raise InvalidTypeError(
             f"{type(base).__name__} computes its output or its weight in its own way, which adapters would bypass: "
-            "expected a plain nn.Linear"
+            f"expected a plain nn.{kind.__name__}"
         )
 
 

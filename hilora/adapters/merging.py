@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from hilora.adapters.callcheck import end_check
 from hilora.adapters.factors import whole
-from hilora.adapters.injection import FRESH_HEAD, MERGED, banks, linear_at, replace
+from hilora.adapters.injection import FRESH_HEAD, MERGED, banks, replace
 from hilora.adapters.layers import TieredLoRALinear, adopt
 from hilora.adapters.loading import adapters_may_stay
 from hilora.adapters.reduction import check_reduction
@@ -31,7 +32,7 @@ def disable_adapters(model: nn.Module, /) -> Iterator[None]:
     """
     found, model = banks(model, merged=True), unwrapped(model)
     aside: dict[str, TieredLoRALinear] = model.__dict__.get(MERGED, {})
-    plain = {path: linear_at(model, path) for path in aside}
+    plain = {path: model.get_submodule(path) for path in aside}
     before = [bank.shared.disabled for bank in found]
     try:
         for bank in found:
@@ -40,13 +41,13 @@ def disable_adapters(model: nn.Module, /) -> Iterator[None]:
             replace(model, path, alike(layer, plain[path]))
         yield
     finally:
-        for path, linear in plain.items():
-            replace(model, path, linear)
+        for path, module in plain.items():
+            replace(model, path, module)
         for bank, was in zip(found, before, strict=True):
             bank.shared.disabled = was
 
 
-def alike(layer: TieredLoRALinear, plain: nn.Linear) -> TieredLoRALinear:
+def alike(layer: TieredLoRALinear, plain: Any) -> TieredLoRALinear:
     """A layer in the dtype, on the device and in the mode of the plain one that was in its place."""
     if layer.frozen_weight.dtype != plain.weight.dtype:
         layer.to(plain.weight.dtype)
@@ -76,8 +77,8 @@ def merge(model: nn.Module, /, **slots: int) -> nn.Module:
     again = MERGED in model.__dict__
     layers = _tiered_layers(model)
     weights = {
-        layer: (whole(layer.frozen_weight.detach()) + layer.delta_weight(slots).detach()).to(layer.frozen_weight.dtype)
-        for layer in layers.values()
+        layer: (weight + layer.delta_weight(slots).detach().view_as(weight)).to(layer.frozen_weight.dtype)
+        for layer, weight in ((layer, whole(layer.frozen_weight.detach())) for layer in layers.values())
     }
     if not again:
         end_check(model)
@@ -87,9 +88,9 @@ def merge(model: nn.Module, /, **slots: int) -> nn.Module:
         thaw_statistics(model)
         model.__dict__[MERGED] = layers
     for path, layer in layers.items():
-        linear = linear_at(model, path)
-        value = weights[layer].to(linear.weight.device, linear.weight.dtype)
-        linear.weight = nn.Parameter(value, requires_grad=False)
+        module: Any = model.get_submodule(path)
+        value = weights[layer].to(module.weight.device, module.weight.dtype)
+        module.weight = nn.Parameter(value, requires_grad=False)
     return given
 
 
@@ -107,7 +108,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     if layers is None:
         raise InvalidValueError("the model is not merged")
     for path, layer in layers.items():
-        replace(model, path, alike(layer, linear_at(model, path)))
+        replace(model, path, alike(layer, model.get_submodule(path)))
     del model.__dict__[MERGED]
     freeze_statistics(model)
     return given
@@ -166,7 +167,7 @@ def _tiered_layers(model: nn.Module) -> dict[str, TieredLoRALinear]:
     return layers
 
 
-def _plain(layer: TieredLoRALinear, computed: bool = True) -> nn.Linear:
-    plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+def _plain(layer: TieredLoRALinear, computed: bool = True) -> nn.Module:
+    plain = layer.plain()
     adopt(plain, layer, computed)
     return plain

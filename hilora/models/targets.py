@@ -1,4 +1,4 @@
-"""Which linear layers, and which slices of fused ones, the names in `target_modules` mean."""
+"""Which layers, and which slices of fused ones, the names in `target_modules` mean."""
 
 from __future__ import annotations
 
@@ -7,23 +7,30 @@ from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from hilora.errors import InvalidValueError
 from hilora.models.attention import PACKED, is_packed
-from hilora.models.fused import mixes, slices
+from hilora.models.fused import fused
 from hilora.models.heads import find_heads
+from hilora.models.pointwise import widths
 from hilora.models.registry import aliases
 
 ALL_LINEAR = "all-linear"
 
 
 class Target(NamedTuple):
-    """A linear layer, or some columns of its output, to adapt."""
+    """A layer, or some columns of its output, to adapt.
 
-    path: str  # of the projection: a slice of `attn.qkv` is called `attn.q`
+    Attributes:
+        path: of the projection: a slice of `attn.qkv` is called `attn.q`.
+        module: path of the layer.
+        columns: (start, width), where heads that are mixed in the output are side by side.
+    """
+
+    path: str
     module: str
-    columns: tuple[int, int]  # (start, width)
+    columns: tuple[int, int]
 
 
 class Targets(list[Target]):
@@ -54,19 +61,19 @@ def find_targets(
 
     Args:
         model: any module.
-        names: names and patterns as `HiLoRAConfig.target_modules` explains them; or a string: "all-linear" for all
-            linear layers but the classifier's, else a regular expression that the whole of a path must match. None:
-            all that there are.
+        names: names and patterns as `HiLoRAConfig.target_modules` explains them, for linear layers and 1 × 1
+            convolutions; or a string: "all-linear" for all linear layers but the classifier's, else a regular
+            expression that the whole of a path must match. None: all that there are.
         blocks: only those of which the first number in the path is one of these.
         modules_to_save: what is trained whole, which only a name of its own means; None: the classifier.
 
     Raises:
-        ValueError: if a name or a block finds nothing, if projections overlap (`qkv` beside `q`), or if a fused layer
-            does not hold q, k and v one after the other.
+        ValueError: if a name or a block finds nothing, if projections overlap (`qkv` beside `q`), or if it is not known
+            where a fused layer holds q, k and v.
     """
     candidates = [target for path, out in _layers(model).items() for target in _projections(model, path, out)]
     if names is None:
-        return Targets(target for target in candidates if not _is_mixed(model, target))
+        return Targets(target for target in candidates if not _is_mixed(target))
     aside = _of_heads(model, modules_to_save)
     meant = set()
     for name in [names] if isinstance(names, str) else names:
@@ -83,10 +90,10 @@ def find_targets(
     found = _of_blocks([target for target in candidates if target in meant], blocks)
     whole = {target.module for target in found if target.path == target.module}
     for target in found:
-        if _is_mixed(model, target):
+        if _is_mixed(target):
             raise InvalidValueError(
-                f"{target.module} does not hold q, k and v one after the other in equal parts, but mixes them "
-                f"head by head or has several widths: adapt it whole, as {_called(target.module)!r}"
+                f"{target.module} does not hold q, k and v one after the other in equal parts, and does not say how it "
+                f"mixes them: adapt it whole, as {_called(target.module)!r}"
             )
         if target.path != target.module and target.module in whole:
             raise InvalidValueError(f"{target.module} and its slice {target.path} are both targets: choose one of them")
@@ -113,16 +120,16 @@ def _instead(model: nn.Module, candidates: list[Target], name: str) -> str:
         for target in _projections(model, path, module.out_channels)
     ]
     if alike := _meant(convolutions, name):
-        return f"{alike[0].module} is a convolution, and adapters are for linear layers"
+        return f"{alike[0].module} is a convolution of more than a pixel, and adapters are for linear layers"
     return f"the last names of those there are: {sorted({target.path.rpartition('.')[2] for target in candidates})}"
 
 
 def _layers(model: nn.Module) -> dict[str, int]:
-    """The widths of the linear layers, by their paths; also of those that are to be had by opening an attention."""
+    """The widths of the layers, by their paths; also of those that are to be had by opening an attention."""
     found: dict[str, int] = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            found[path] = module.out_features
+        if sizes := widths(module):
+            found[path] = sizes[1]
         elif is_packed(module):
             found[f"{path}.{PACKED}" if path else PACKED] = 3 * module.embed_dim
     return found
@@ -130,13 +137,22 @@ def _layers(model: nn.Module) -> dict[str, int]:
 
 def _projections(model: nn.Module, path: str, out: int) -> list[Target]:
     """A layer, and if it is a fused one also its slices: those of `attn.qkv` are `attn.q`, `attn.k` and `attn.v`."""
+    whole, held = Target(path, path, (0, out)), fused(model, path, out)
+    columns = {} if held is None else held.columns()
     parent, dot, _ = path.rpartition(".")
-    held = slices(model, path, out).items()
-    return [Target(path, path, (0, out)), *(Target(f"{parent}{dot}{part}", path, columns) for part, columns in held)]
+    return [whole, *(Target(f"{parent}{dot}{part}", path, place) for part, place in columns.items())]
 
 
-def _is_mixed(model: nn.Module, target: Target) -> bool:
-    return target.path != target.module and mixes(model, target.module, target.columns[1])
+def order(model: nn.Module, targets: Sequence[Target]) -> Tensor | None:
+    """Where in a layer's output the columns of its targets really are, int64 `[out]`; None where they are in order."""
+    first = targets[0]
+    sizes = widths(model.get_submodule(first.module))
+    held = fused(model, first.module, sizes[1]) if sizes and first.path != first.module else None
+    return None if held is None else held.order()
+
+
+def _is_mixed(target: Target) -> bool:
+    return target.columns[1] == 0
 
 
 def _meant(candidates: list[Target], name: str, aside: Collection[str] = ()) -> list[Target]:
@@ -153,9 +169,10 @@ def _meant(candidates: list[Target], name: str, aside: Collection[str] = ()) -> 
     return _whole_first(matched)
 
 
-# What has layers of the same names as blocks have: MLPs of positions, embeddings of patches, shortcuts.
+# What has layers of the same names as blocks have: MLPs of positions, embeddings of patches, shortcuts, and what weighs
+# channels (squeeze and excitation).
 OTHER = re.compile(
-    r"(?<![^.])(cpb_mlp|meta_mlp|rel_pos\w*|pos_\w+|\w*position\w*|\w*embeds?|embeddings|\w*shortcut\w*|downsample)(?![^.])"
+    r"(?<![^.])(cpb_mlp|meta_mlp|rel_pos\w*|pos_\w+|\w*position\w*|\w*embeds?|embeddings|\w*shortcut\w*|downsample|se|squeeze_\w+)(?![^.])"
 )
 
 
@@ -200,8 +217,9 @@ def _whole_first(matched: list[Target]) -> list[Target]:
 
 def _all_linear(model: nn.Module, candidates: list[Target], aside: Collection[str]) -> list[Target]:
     """All linear layers, whole, but those that are set aside, and those of nn.MultiheadAttention, which never calls
-    them."""
+    them; no convolutions."""
     attentions = [path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
     uncalled = {f"{path}.{name}" if path else name for path in attentions for name in (PACKED, "out_proj")}
-    left_out = uncalled.union(aside)
+    convolutions = {path for path, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    left_out = uncalled.union(aside, convolutions)
     return [target for target in candidates if target.path == target.module and target.module not in left_out]

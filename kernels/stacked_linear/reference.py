@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,30 +17,48 @@ def stacked_lora_linear(
 ) -> Tensor:
     """As `stacked_linear.stacked_lora_linear`."""
     y = F.linear(x, weight, bias)
+    for sheet in sheets(x.to(y.dtype), len(weight), tiers, dropout):
+        y = y + sheet
+    return y
+
+
+def sheets(x: Tensor, out: int, tiers: Sequence[Tier], dropout: float = 0.0) -> Iterator[Tensor]:
+    """What the tiers add to the base product, `[..., out]`: one sheet, or several where columns overlap.
+
+    Args:
+        x: in the dtype of the base product.
+        out: its width.
+        tiers: as of `stacked_linear.stacked_lora_linear`.
+        dropout: likewise.
+    """
     by_columns: dict[tuple[int, int], list[Tier]] = {}
     for tier in tiers:
         if len(tier.A):
-            by_columns.setdefault(tier.columns or (0, len(weight)), []).append(tier)
+            by_columns.setdefault(tier.columns or (0, out), []).append(tier)
     if not by_columns:
-        return y
-    x = F.dropout(x.to(y.dtype), dropout) if dropout else x.to(y.dtype)
+        return
+    x = F.dropout(x, dropout) if dropout else x
     pieces: list[Tensor] = []
     end = 0
     for start, width in sorted(by_columns):
         if start < end:
-            y = y + _place(pieces, end, y)  # overlapping columns: start another sheet
+            yield _sheet(pieces, x, out - end)
             pieces, end = [], 0
         if start > end:
-            pieces.append(y.new_zeros(1).expand(*y.shape[:-1], start - end))
+            pieces.append(_nothing(x, start - end))
         pieces.append(_low_rank(x, by_columns[start, width]))
         end = start + width
-    return y + _place(pieces, end, y)
+    yield _sheet(pieces, x, out - end)
 
 
-def _place(pieces: list[Tensor], end: int, y: Tensor) -> Tensor:
-    if end < y.shape[-1]:
-        pieces.append(y.new_zeros(1).expand(*y.shape[:-1], y.shape[-1] - end))
+def _sheet(pieces: list[Tensor], x: Tensor, missing: int) -> Tensor:
+    if missing:
+        pieces.append(_nothing(x, missing))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+
+
+def _nothing(x: Tensor, width: int) -> Tensor:
+    return x.new_zeros(1).expand(*x.shape[:-1], width)
 
 
 def _low_rank(x: Tensor, tiers: list[Tier]) -> Tensor:

@@ -6,12 +6,11 @@ import pytest
 import timm
 import torch
 import torchvision
-import transformers
 from torch import Tensor, nn
 
 import hilora
 from hilora import HiLoRAConfig, HiLoRAError
-from hilora.models.targets import Target, find_targets
+from hilora.models.targets import Target, find_targets, order
 from tests.helpers import randomise, vit
 from tests.vits import torchvision_vit, transformers_vit
 
@@ -134,7 +133,7 @@ def test_a_layer_that_is_shared_is_found_once() -> None:
             r"target 'fc3' finds no linear layer; the last names of those there are: \['fc1', 'fc2', 'head'",
         ),
         (vit(), ["q", "quv"], "target 'quv' finds no linear layer"),
-        (nn.Conv2d(1, 1, 1), ["q"], r"of those there are: \[\]"),
+        (nn.Conv2d(1, 1, 3), ["q"], r"of those there are: \[\]"),
         (vit(), ["patch_embed.proj"], "'patch_embed.proj' finds no linear layer"),
         (vit(), ["q", "qkv"], r"blocks.0.attn.qkv and its slice blocks.0.attn.q are both targets: choose one of them"),
         (vit(), ["blocks.0.*", "v"], "blocks.0.attn.qkv and its slice blocks.0.attn.v are both targets"),
@@ -158,26 +157,52 @@ def attention(**attributes: Any) -> nn.Module:
     [
         attention(head_first=True),
         attention(key_dim=2),
+        attention(key_dim=6, num_heads=1),
         attention(proj=nn.Linear(8, 4)),
-        timm.create_model("tiny_vit_5m_224", pretrained=False),
-        timm.create_model("efficientformer_l1", pretrained=False),
-        timm.create_model("maxvit_rmlp_pico_rw_256", pretrained=False),
-        timm.create_model("levit_128s", pretrained=False),
-        transformers.LevitForImageClassification(transformers.LevitConfig(depths=[1, 1, 1])),
     ],
-    ids=["head_first", "key_dim", "wide values", "TinyViT", "EfficientFormer", "MaxViT", "LeViT", "another LeViT"],
+    ids=["no width of a head", "no number of heads", "no room for v", "wide values"],
 )
-def test_a_fused_layer_that_mixes_its_parts_has_no_slices(model: nn.Module) -> None:
+def test_a_fused_layer_that_mixes_its_parts_in_an_unknown_way_has_no_slices(model: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"does not hold q, k and v one after the other .* adapt it whole, as 'qkv'"):
         find_targets(model, ["q"])
     assert find_targets(model, ["qkv"])
     assert not [target for target in find_targets(model) if target.path != target.module]
 
 
+@pytest.mark.parametrize(
+    ("model", "columns", "rows"),
+    [
+        (attention(head_first=True, dim_head=2), {"q": (0, 4), "v": (8, 4)}, [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]),
+        (attention(key_dim=1, num_heads=2), {"q": (0, 2), "v": (4, 8)}, [0, 6, 1, 7, 2, 3, 4, 5, 8, 9, 10, 11]),
+        (attention(key_dim=4, num_heads=1), {"q": (0, 4), "v": (8, 4)}, None),
+        (attention(embed_dim=6), {}, None),
+    ],
+    ids=["all alike", "wide values", "one head", "in order"],
+)
+def test_heads_one_after_the_other_have_slices(model: nn.Module, columns: Any, rows: list[int] | None) -> None:
+    targets = find_targets(model, ("q", "v"))
+    if columns:
+        assert {target.path[-1]: target.columns for target in targets} == columns
+    found = order(model, targets)
+    assert (None if found is None else found.tolist()) == rows
+    assert order(model, find_targets(model, ["qkv"])) is None, "of the whole layer"
+
+
+def test_one_layer_a_head_and_a_q_of_one_feature() -> None:
+    lists: Any = linears(*(f"attn.qkvs.{i}.conv" for i in (0, 1)), "attn.proj")
+    lists.attn.key_dim, lists.attn.num_heads = 1, 2
+    assert find_targets(lists, ["v"]) == [Target(f"attn.qkvs.{i}.v", f"attn.qkvs.{i}.conv", (2, 2)) for i in (0, 1)]
+    linear: Any = tree({"attn.qkv_proj": nn.Conv2d(4, 9, 1)})
+    linear.attn.embed_dim = 4
+    assert [target.columns for target in find_targets(linear, ("q", "k", "v"))] == [(0, 1), (1, 4), (5, 4)]
+
+
 @pytest.mark.parametrize("name", ["q", "qkv"])
 def test_a_projection_that_is_a_convolution_is_told(name: str) -> None:
-    model = tree({"attn.qkv": nn.Conv2d(4, 12, 1), "attn.proj": nn.Linear(4, 4)})
-    with pytest.raises(ValueError, match=rf"target '{name}' finds no linear layer; attn.qkv is a convolution"):
+    model = tree({"attn.qkv": nn.Conv2d(4, 12, 3), "attn.proj": nn.Linear(4, 4)})
+    with pytest.raises(
+        ValueError, match=rf"target '{name}' finds no linear layer; attn.qkv is a convolution of more than a pixel"
+    ):
         find_targets(model, [name])
 
 
@@ -245,11 +270,18 @@ def test_blocks_can_be_chosen_by_number() -> None:
 
 
 NAMES = {
-    "q": ("attn.wq", "attention.projection_query", "attn.q.linear"),
-    "k": ("attn.wk", "attention.projection_key"),
-    "v": ("attn.wv", "attention.projection_value"),
-    "qkv": ("attn.qkv.linear", "attn.to_qkv", "queries_keys_values.linear"),
-    "proj": ("attn_out_proj", "attn.proj.ln.linear", "attn_layer.1.merge", "attention.projection_layer"),
+    "q": ("attn.wq", "attention.projection_query", "attn.q.linear", "attn.q.ln.linear", "attn.q.conv", "q.proj.conv"),
+    "k": ("attn.wk", "attention.projection_key", "attn.k.conv"),
+    "v": ("attn.wv", "attention.projection_value", "attn.v.conv"),
+    "qkv": ("qkv.linear", "attn.to_qkv", "queries_keys_values.linear", "qkv.conv", "qkvs.0.conv", "attn.qkv_proj"),
+    "proj": (
+        "attn_out_proj",
+        "attn.proj.ln.linear",
+        "attn.proj.conv",
+        "attn.proj.1.conv",
+        "attn_layer.1.merge",
+        "attention.projection_layer",
+    ),
     "fc1": (
         "mlp.c_fc",
         "mlp.lin1",
@@ -285,7 +317,7 @@ def test_libraries_have_other_names_for_a_layer(name: str, path: str) -> None:
 def test_an_alias_finds_no_classifier_no_mlp_of_positions_and_no_shortcut() -> None:
     model = linears(
         "blocks.0.mlp.fc1", "head.fc1", "blocks.0.attn.cpb_mlp.fc1", "blocks.0.rel_pos.mlp.fc1", "shortcut.fc1",
-        "patch_embed.fc1", "embeddings.fc1",
+        "patch_embed.fc1", "embeddings.fc1", "conv.se.fc1", "layers.squeeze_excitation.fc1",
     )  # fmt: skip
     assert [target.path for target in find_targets(model, ["fc1"])] == ["blocks.0.mlp.fc1"]
     assert len(find_targets(model, ["head.fc1", "cpb_mlp.fc1"])) == 2, "a name of its own does"

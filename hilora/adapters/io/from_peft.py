@@ -137,7 +137,10 @@ def _taken_apart(
         if match is None:
             rest[plain.removeprefix(PREFIX)] = value
         else:
-            halves.setdefault(match[1].removeprefix(PREFIX), {})[match[2]] = value
+            of_a_convolution = value.dim() == 4 and value.shape[2:] == (1, 1)
+            halves.setdefault(match[1].removeprefix(PREFIX), {})[match[2]] = (
+                value.flatten(1) if of_a_convolution else value
+            )
     if not halves:
         raise FileError(f"{place / WEIGHTS} has no LoRA adapters")
     adapters = {}
@@ -186,9 +189,9 @@ def _projections(path: str, layer: TieredLoRALinear, factors: Factors | None, pl
         )
     left_out = torch.ones(layer.out_features, dtype=torch.bool)
     found = []
-    for start, width in layer.columns:
-        left_out[start : start + width] = False
-        part = B[start : start + width]
+    for rows in (rows if isinstance(rows, slice) else rows.cpu() for rows in layer.rows):
+        left_out[rows] = False
+        part = B[rows]
         used = part.any(0)
         found.append((A[used], part[:, used]))
     if B[left_out].any():
@@ -209,7 +212,7 @@ def _table(bank: AdapterBank, pieces: list[list[Factors]], tier: str, rank: int)
     for index, (given_A, given_B) in enumerate(each):
         count = len(given_A)
         A[index, :count] = given_A
-        B[index, :, :count] = given_B / bank.config.scale(tier)
+        B[index, : len(given_B), :count] = given_B / bank.config.scale(tier)
     return A[None], B[None]
 
 

@@ -112,9 +112,9 @@ def _stacked(layer: TieredLoRALinear, bank: AdapterBank, slots: Mapping[str, int
         if slot == -1:  # of a tier without adapters
             continue
         rank = int(bank.rank_of(tier)[slot])
-        for (start, width), (A, B) in zip(layer.columns, layer.factors(tier), strict=True):
+        for rows, (A, B) in zip(layer.rows, layer.factors(tier), strict=True):
             columns = torch.zeros(layer.out_features, rank, dtype=wide, device=B.device)
-            columns[start : start + width] = layer.config.scale(tier) * B[slot, :, :rank].detach()
+            columns[rows] = layer.config.scale(tier) * B[slot, :, :rank].detach()
             As.append(A[slot, :rank].detach().to(wide))
             Bs.append(columns)
     if not As:
@@ -136,8 +136,10 @@ def _as_peft_has_them(
     model: nn.Module, adapters: Mapping[str, Factors], head: bool
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config and the tensors of an adapter of PEFT's."""
-    tensors = {}
-    for path, (A, B) in adapters.items():
+    tensors, layers = {}, adapted_layers(model, merged=True)
+    for path, factors in adapters.items():
+        kernel = layers[path].frozen_weight.shape[2:]  # of a convolution
+        A, B = (factor.reshape(*factor.shape, *kernel) for factor in factors)
         tensors[f"{PREFIX}{path}.lora_A.weight"], tensors[f"{PREFIX}{path}.lora_B.weight"] = A, B
     saved: list[str] = []
     if head and (trained := trained_head(model)):

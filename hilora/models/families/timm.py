@@ -22,11 +22,11 @@ class FetchError(HiLoRAError, RuntimeError):
 class Timm(Family):
     name = "timm"
     aliases: ClassVar[Mapping[str, Sequence[str]]] = {
-        "q": ("wq", "q.linear"),  # CrossViT, LeViT
-        "k": ("wk",),
-        "v": ("wv",),
-        "qkv": ("qkv.linear",),
-        "proj": ("attn_out_proj", "proj.ln.linear"),  # parallel blocks, LeViT
+        "q": ("wq", "q.linear", "q.ln.linear", "q.conv", "q.proj.conv"),  # CrossViT, LeViT, EfficientFormer V2
+        "k": ("wk", "k.conv"),
+        "v": ("wv", "v.conv"),
+        "qkv": ("qkv.linear", "qkv.conv", "qkvs.*.conv", "qkv_proj"),  # LeViT, EfficientViT of MIT, MSRA, MobileViT V2
+        "proj": ("attn_out_proj", "proj.ln.linear", "proj.conv", "proj.1.conv"),  # parallel blocks, LeViT, EfficientViT
         "fc1": ("fc1_g", "fc1_x", "mlp.w12", "mlp.ln1.linear"),  # SwiGLU, that of DINOv2, LeViT
         "fc2": ("mlp_out_proj", "mlp.w3", "mlp.ln2.linear"),
     }
