@@ -49,6 +49,14 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
 
 
+def foreign(tensor: Tensor) -> bool:
+    """Whether a tensor is of a library's own class, such as a quantised one."""
+    kind = type(tensor)
+    if kind in _PLAIN or torch.compiler.is_compiling():
+        return kind not in _PLAIN
+    return not kind.__module__.startswith(("torch.", "torch._"))
+
+
 def observed(*tensors: Tensor) -> bool:
     """Whether something looks at each operator that is called: a tracer, a dispatch mode, or a tensor's own class."""
     return (
@@ -58,7 +66,7 @@ def observed(*tensors: Tensor) -> bool:
     )
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 class Scoped(Generic[T]):

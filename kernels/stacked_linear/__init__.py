@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Implementation, Operation
-from ..torch_internals import autocast_dtype
+from ..torch_internals import autocast_dtype, foreign
 from . import folded, reference
 from .tier import Tier, check
 
@@ -65,7 +65,7 @@ def _cannot(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier], d
         return "there are no adapters"
     if dropout > 0:
         return "adapters with dropout are the reference's"
-    if not type(weight).__module__.startswith(("torch.", "torch._")) and type(weight) is not Tensor:
+    if foreign(weight):
         return "a weight of a class of its own, such as a quantised one, is the reference's"
     if any(tier.gain is not None for tier in tiers):
         return "tiers with a gain are the reference's"
