@@ -158,6 +158,9 @@ def _inject(model: nn.Module, config: HiLoRAConfig, targets: list[Target], examp
         check_calls(model, layers, example, given)
         model.__dict__[FRESH_HEAD] = {name: p.detach().clone() for name, p in head_parameters(model).items()}
         set_active_tier(model, config.tiers[0])
+        if config.base_dtype is not None:
+            for layer in layers.values():
+                layer.narrow()
 
 
 def _can_do_without(config: HiLoRAConfig, targets: list[Target], rest: list[Target]) -> bool:

@@ -18,6 +18,7 @@ from hilora.adapters.torch_internals import owns_weight, take_over_hooks
 from hilora.errors import InvalidTypeError, InvalidValueError, SlotError
 
 Columns = tuple[int, int]
+_WIDE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # dtypes that 8 bits can stand for
 
 
 class TieredLoRALinear(nn.Linear):
@@ -37,13 +38,19 @@ class TieredLoRALinear(nn.Linear):
             its path, and (start, width) of the layer's output. None: one projection, all of the output.
 
     Attributes:
+        weight: W, `[out, in]`; with `base_dtype` its 8 bits.
+        weight_scale: fp32 `[out]`, what those of each row are multiplied by; else None.
         lora_A: tier → parameter `[r, in]`; `[S, r, in]` for S ≠ 1 adapters; with a leading dimension for the
             projections of a fused layer of which several are adapted. Kaiming-uniform when fresh.
         lora_B: tier → parameter `[out, r]`, `[S, out, r]`, …; zero when fresh.
 
     Raises:
-        TypeError: if `base` computes anything but an `nn.Linear` does, or for a config beside its fields.
+        TypeError: if `base` computes anything but an `nn.Linear` does, for a config beside its fields, or for a
+            `base_dtype` where `base` computes its weight.
     """
+
+    weight_scale: Tensor | None
+    base_dtype: torch.dtype  # of W, where it is kept in 8 bits
 
     def __init__(
         self,
@@ -65,11 +72,14 @@ class TieredLoRALinear(nn.Linear):
         self.shared = shared or Shared(config)
         self.position = 0  # of its first projection, in the bank that holds tables or weighs tiers
         self.rows_are_the_batch: bool | None = None  # whether groups of rows can be clients; None: not known yet
+        self.register_buffer("weight_scale", None)
         self.lora_A, self.lora_B = Factors(), Factors()
         # A module with a hook keeps nn.TransformerEncoderLayer off its fast path, which uses only the weight.
         self.lora_A.register_forward_pre_hook(_no_effect)
         if shared is None:
             AdapterBank([self], [""]).start()
+            if config.base_dtype is not None:
+                self.narrow()
 
     @property
     def config(self) -> HiLoRAConfig:
@@ -78,8 +88,29 @@ class TieredLoRALinear(nn.Linear):
 
     @property
     def frozen_weight(self) -> Tensor:
-        """W, `[out, in]`."""
-        return self.weight
+        """W, `[out, in]`, in the dtype in which the layer computes."""
+        scale = self.weight_scale
+        return self.weight if scale is None else kernels.dequantized(self.weight, scale, self.base_dtype)
+
+    def narrow(self) -> None:
+        """Keep W in 8 bits from now on. W counts to the precision of bfloat16, so that a model that was cast has the
+        same 8 bits.
+
+        Raises:
+            TypeError: where W itself is computed, or read, or not of floating-point numbers.
+        """
+        if self.weight_scale is not None:
+            return
+        if type(self) is not TieredLoRALinear or not owns_weight(self):
+            raise InvalidTypeError(
+                "a base in 8 bits is for layers that are called and own their weight: this one's is computed, or read "
+                "by the model, or that is not known yet. Give hilora.inject an example_input, or leave base_dtype out"
+            )
+        if self.weight.dtype not in _WIDE:
+            raise InvalidTypeError(f"a base in 8 bits is made of floating-point numbers, got {self.weight.dtype}")
+        self.base_dtype = self.weight.dtype
+        values, self.weight_scale = _quantized(self.weight.detach())
+        self.weight = nn.Parameter(values, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` → `[..., out]`. Where slots tell clients apart, the leading rows are in G equal groups.
@@ -91,7 +122,7 @@ class TieredLoRALinear(nn.Linear):
             call: Any = x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
             return call
         if self.shared.disabled:
-            return super().forward(x)
+            return super().forward(x) if self.weight_scale is None else self._product(x, [])
         slots = (slot for slot in self.shared.slots.values() if slot is not None)
         groups = next((slot.shape[0] for slot in slots), None)
         shape = x.shape
@@ -100,8 +131,13 @@ class TieredLoRALinear(nn.Linear):
                 raise InvalidValueError(f"the rows of x {tuple(shape)} are not {groups} equal groups, as the slots say")
             x = x.unflatten(0, (groups, shape[0] // groups)).flatten(1, -2)
         dropout = self.config.lora_dropout if self.training else 0.0
-        y = kernels.stacked_lora_linear(x, self.frozen_weight, self.bias, self.tiers(x), dropout)
-        return y.reshape(*shape[:-1], self.out_features)
+        return self._product(x, self.tiers(x), dropout).reshape(*shape[:-1], self.out_features)
+
+    def _product(self, x: Tensor, tiers: list[kernels.Tier], dropout: float = 0.0) -> Tensor:
+        scale = self.weight_scale
+        if scale is None:
+            return kernels.stacked_lora_linear(x, self.frozen_weight, self.bias, tiers, dropout)
+        return kernels.float8_lora_linear(x, self.weight, scale, self.bias, tiers, dropout)
 
     def tiers(self, x: Tensor) -> list[kernels.Tier]:
         """What is added to `x Wᵀ`, x `[..., in]`: for each projection, its tiers."""
@@ -171,9 +207,27 @@ class TieredLoRALinear(nn.Linear):
         return slot
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        self.shared.to(self.frozen_weight.device)
+        """To another device or dtype; the base's 8 bits and their scales keep theirs."""
+
+        def apply(tensor: Tensor) -> Tensor:
+            if tensor.dtype == kernels.E4M3:
+                return fn(tensor.view(torch.uint8)).view(tensor.dtype)
+            if tensor is self.weight_scale:
+                return fn(tensor.view(torch.int32)).view(tensor.dtype)
+            return fn(tensor)
+
+        if self.weight_scale is not None:
+            self.base_dtype = fn(torch.empty(0, dtype=self.base_dtype)).dtype
+        super()._apply(apply, recurse)
+        self.shared.to(self.lora_A[self.config.tiers[0]].device)
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A weight of more bits, as of a plain model, is rounded to 8."""
+        weight = state_dict.get(f"{prefix}weight")
+        if self.weight_scale is not None and weight is not None and weight.dtype in _WIDE:
+            state_dict[f"{prefix}weight"], state_dict[f"{prefix}weight_scale"] = _quantized(weight)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, tiers={self.config.tiers}, r={self.config.r}, alpha={self.config.lora_alpha}"
@@ -189,7 +243,7 @@ def adopt(layer: nn.Linear, base: nn.Linear, computed: bool = True) -> None:
     """
     for name in ("weight", "bias"):
         value = base.frozen_weight if name == "weight" and isinstance(base, TieredLoRALinear) else getattr(base, name)
-        if is_parametrized(base, name):
+        if is_parametrized(base, name) or (value is not None and not isinstance(value, nn.Parameter)):
             value = nn.Parameter(value.detach(), requires_grad=False)
         setattr(layer, name, value)
     if computed:
@@ -212,6 +266,11 @@ def _check_base(base: nn.Module) -> None:
             f"{type(base).__name__} computes its output or its weight in its own way, which adapters would bypass: "
             "expected a plain nn.Linear"
         )
+
+
+def _quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Values `[out, in]` in 8 bits, and scales `[out]`."""
+    return kernels.quantized(weight if weight.dtype == torch.float16 else weight.bfloat16())
 
 
 def _no_effect(*args: object) -> None:

@@ -15,11 +15,15 @@ def stacked_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier], dropout: float = 0.0
 ) -> Tensor:
     """As `stacked_linear.stacked_lora_linear`."""
-    y = F.linear(x, weight, bias)
+    return plus_tiers(F.linear(x, weight, bias), x, tiers, dropout)
+
+
+def plus_tiers(y: Tensor, x: Tensor, tiers: Sequence[Tier], dropout: float) -> Tensor:
+    """What the tiers add to `y` `[..., out]`, the product with the base, of x `[..., in]`, and y itself."""
     by_columns: dict[tuple[int, int], list[Tier]] = {}
     for tier in tiers:
         if len(tier.A):
-            by_columns.setdefault(tier.columns or (0, len(weight)), []).append(tier)
+            by_columns.setdefault(tier.columns or (0, y.shape[-1]), []).append(tier)
     if not by_columns:
         return y
     x = F.dropout(x.to(y.dtype), dropout) if dropout else x.to(y.dtype)
