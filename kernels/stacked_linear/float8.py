@@ -21,6 +21,7 @@ from . import reference
 from .tier import Tier, check
 
 E4M3 = torch.float8_e4m3fn  # its largest value is 448 = 1.75 · 2⁸
+FLOAT8 = (89, 90)  # architectures whose kernels multiply it
 _SMALLEST = 2.0**-100  # of what a row's scale is for; smaller values are zero
 _MANTISSA, _ABOVE_1_75 = 0x7FFFFF, 0x1FFFFF  # bits of fp32; what carries a mantissa above 1.75 into the exponent
 
@@ -128,7 +129,9 @@ def _cannot(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, tiers
         return "beside x of more than 16 bits the reference rounds less"
     if observed(x, weight):
         return "torch.compile and dispatch modes see the reference"
-    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) not in ((8, 9), (9, 0)):
+    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) not in [
+        divmod(arch, 10) for arch in FLOAT8
+    ]:
         return "the kernel is for sm_89 and sm_90"
     return ""
 

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..launch import Constants, cdiv, launch, precision
+from ..launch import Constants, architecture, cdiv, launch, precision
 from . import hopper
 from .devices import device
+from .float8 import E4M3, FLOAT8
 from .layout import Layout
 from .packing import packed, summed_by_slot
 from .quantizing import shrink_quantize
@@ -137,10 +138,13 @@ def _gemm(
     groups, M, K = x.shape
     N = weight.shape[0]
     tile = device().gemm_tile(y.dtype, M, N)
+    chunk = min(R, tile.BK)
+    if x.itemsize == 1:
+        tile = tile._replace(BK=2 * tile.BK)  # as many bytes
     launch(
         gemm, (groups * cdiv(M, tile.BM) * cdiv(N, tile.BN),), x, weight, *scales, bias, S, B, y, M, *x.stride(),
         *weight.stride(), *strides, constants=Constants(
-            tile, N=N, K=K, RANKS=S.shape[1], R=R, CHUNK=min(R, tile.BK), **segments, PRECISION=precision(y.dtype),
+            tile, N=N, K=K, RANKS=S.shape[1], R=R, CHUNK=chunk, **segments, PRECISION=precision(y.dtype),
             TALL=8,
         ),
     )  # fmt: skip
@@ -175,6 +179,9 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
         yield "ViT-S qkv, r 8", partial(_step, dtype, 384, (8,))
         yield "ViT-H qkv, r 8", partial(_step, dtype, 1280, (8,))
         yield "ViT-B qkv, first layer", partial(_step, dtype, 768, (8, 8, 8), needs_x=False)
+        if architecture() in FLOAT8:
+            yield "ViT-B qkv, 8-bit base", partial(_float8_forward, dtype, 768, (8, 8, 8))
+            yield "ViT-Ti q, 8-bit base, 4 clients", partial(_float8_forward, dtype, 192, (16, 8, 4), 4, 37, False)
 
 
 def _step(
@@ -202,3 +209,21 @@ def _step(
     for plan in ("fused", "split"):
         y, *inner = forward(x, weight, empty(out, dtype=dtype) if bias else None, tiers, trained, plan)
         backward(y, inner, x, weight, tiers, trained, plan, needs_x)
+
+
+def _float8_forward(
+    dtype: torch.dtype, width: int, ranks: tuple[int, ...], groups: int = 1, rows: int = 12_608, fused_qkv: bool = True
+) -> None:
+    """Forward beside a base of 8 bits; its backward pass is that of the weight which these stand for."""
+    out = 3 * width if fused_qkv else width
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    columns = [(0, width), (2 * width, width)] if fused_qkv else [(0, width)]
+    tiers = [
+        Tier(empty(groups, r, width), empty(groups, width, r), 2.0, columns=part) for part in columns for r in ranks
+    ]
+    weight, scale = empty(out, width, dtype=E4M3), empty(out)
+    x, bias = empty(groups, rows, width, dtype=dtype), empty(out, dtype=dtype)
+    forward(x, weight, bias, tiers, [False] * len(tiers), "fused", scale)
