@@ -171,6 +171,13 @@ def test_bf16() -> None:
     assert back.tolist() == [one << 16 for one in bits]
 
 
+def test_e4m3_in_pairs() -> None:
+    a, b = (np.concatenate([floats("f4", seed), floats("f4", seed).clip(-500, 500) / 7]) for seed in (0, 1))
+    packed = each_thread("cvt.rn.satfinite.e4m3x2.f32 {d}, {a}, {b};", [a, b], "u2")
+    of_torch = [torch.from_numpy(one).to(torch.float8_e4m3fn).view(torch.uint8).numpy() for one in (b, a)]
+    np.testing.assert_array_equal(packed.view(np.uint8).reshape(-1, 2), np.stack(of_torch, 1))
+
+
 def test_f16_in_pairs() -> None:
     a, b = floats("f4", 0), floats("f4", 1)
     packed = each_thread("cvt.rn.f16x2.f32 {d}, {a}, {b};", [a, b], "u4").view(np.float16).reshape(-1, 2)
