@@ -71,13 +71,13 @@ def tf32_bits(value: Array) -> Array:
 
 
 def e4m3_bits(value: Array) -> Array:
-    """fp32 to the nearest e4m3, ties to even; the largest one, 448, for what lies beyond."""
+    """fp32 to the nearest e4m3, ties to even; the largest one, 448, for what lies beyond, and one NaN."""
     size, bits = np.abs(value), np.abs(value).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFFF) + ((bits >> np.uint32(20)) & np.uint32(1))) >> np.uint32(20)
     small = size < 2.0**-6  # multiples of 2⁻⁹
     found = np.where(small, np.rint(np.where(small, size, 0) * 512), rounded.astype(np.int64) - (120 << 3))
-    found = np.where(np.isnan(value), 0x7F, np.minimum(found, 0x7E)).astype(np.uint8)
-    return found | np.signbit(value).astype(np.uint8) << 7
+    signed = np.minimum(found, 0x7E) + 128 * np.signbit(value)
+    return np.where(np.isnan(value), 0x7F, signed).astype(np.uint8)
 
 
 def _e4m3_values() -> Array:
