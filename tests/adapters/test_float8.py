@@ -25,7 +25,7 @@ E4M3 = torch.float8_e4m3fn
 
 def as_wide(model: nn.Module) -> nn.Module:
     """A plain model with the weights that the 8 bits of another stand for."""
-    wide = vit()
+    wide: nn.Module = vit()
     for path, layer in adapted_layers(model).items():
         wide.get_submodule(path).weight = nn.Parameter(layer.frozen_weight)
     return wide
