@@ -113,8 +113,9 @@ class HiLoRAConfig:
         return value[tier] if isinstance(value, Mapping) else value
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they are saved beside the adapters."""
-        return asdict(self)
+        """Plain values, as they are saved beside the adapters; `base_dtype` where there is one, as older versions do not
+        know it."""
+        return {name: value for name, value in asdict(self).items() if name != "base_dtype" or value is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> HiLoRAConfig:

@@ -210,7 +210,7 @@ class TieredLoRALinear(nn.Linear):
         """To another device or dtype; the base's 8 bits and their scales keep theirs."""
 
         def apply(tensor: Tensor) -> Tensor:
-            if tensor.dtype == kernels.E4M3:
+            if tensor.dtype == torch.float8_e4m3fn:
                 return fn(tensor.view(torch.uint8)).view(tensor.dtype)
             if tensor is self.weight_scale:
                 return fn(tensor.view(torch.int32)).view(tensor.dtype)

@@ -10,10 +10,10 @@ from torch import Tensor
 from ..backends import Implementation, Operation
 from ..torch_internals import autocast_dtype
 from . import float8, folded, reference
-from .float8 import E4M3, dequantized, float8_lora_linear, quantized
+from .float8 import dequantized, float8_lora_linear, quantized
 from .tier import Tier, check
 
-__all__ = ["E4M3", "OPERATIONS", "Tier", "dequantized", "float8_lora_linear", "quantized", "stacked_lora_linear"]
+__all__ = ["OPERATIONS", "Tier", "dequantized", "float8_lora_linear", "quantized", "stacked_lora_linear"]
 
 
 def stacked_lora_linear(

@@ -23,7 +23,6 @@ from .tier import Tier, check
 E4M3 = torch.float8_e4m3fn  # its largest value is 448 = 1.75 · 2⁸
 FLOAT8 = (89, 90)  # architectures whose kernels multiply it
 _SMALLEST = 2.0**-100  # of what a row's scale is for; smaller values are zero
-_MANTISSA, _ABOVE_1_75 = 0x7FFFFF, 0x1FFFFF  # bits of fp32; what carries a mantissa above 1.75 into the exponent
 
 
 def float8_lora_linear(
@@ -53,8 +52,8 @@ def quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows `[..., in]` rounded to e4m3, of the same shape, and the fp32 scale of each row, `[...]`: the smallest power
     of two that no value exceeds 448 with; NaN for rows that are not finite."""
     largest = rows.abs().amax(-1).float().clamp_min(_SMALLEST)
-    scale = (((largest.view(torch.int32) + _ABOVE_1_75) & ~_MANTISSA) - (8 << 23)).view(torch.float32)
-    scale = scale.where(largest.isfinite(), torch.nan)
+    mantissa, _ = torch.frexp(largest)  # in [½, 1): what it is of a power of two, and 448 is 0.875 · 512
+    scale = largest / mantissa / torch.where(mantissa > 0.875, 256, 512)
     return (rows.float() / scale.unsqueeze(-1)).to(E4M3), scale
 
 

@@ -50,6 +50,7 @@ def shrink_quantize(
         bits = tl.maximum(bits, tl.max(part.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1))
     finite = bits < 0x7F800000
     bits = tl.maximum(bits, (127 - 100) << 23)
+    # What carries a mantissa above 1.75, that of 448, into the exponent; then 2⁸ less.
     bits = ((bits + 0x1FFFFF) & -0x800000) - (8 << 23)
     scale = tl.where(finite, bits.to(tl.float32, bitcast=True), float("nan"))
     tl.store(of_rows + group * M + m, scale, m < M)

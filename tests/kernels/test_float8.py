@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hilora.kernels import Tier, dequantized, explain, float8_lora_linear, quantized, twice_differentiable
-from tests.kernels.cases import CASES, Case, dense, error, gradients, make, random
+from hilora.kernels import Tier, dequantized, explain, float8_lora_linear, quantized, twice_differentiable, use_backend
+from tests.kernels.cases import CASES, Case, dense, error, gradients, make, moved, random
 
 E4M3 = torch.float8_e4m3fn
 EPSILON = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -94,6 +94,28 @@ def test_rows_of_zeros_and_rows_that_are_not_finite(dtype: torch.dtype) -> None:
     assert y[0, 0] == 0
     assert y[0, 1].isnan()
     assert y[0, 2:].isfinite().all()
+
+
+SERVED = ("q and v of qkv", "slots that repeat or are none", "a rank for each slot", "one row", "no rows")
+
+
+@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernels_agree_with_the_reference(name: str, dtype: torch.dtype) -> None:
+    """In Triton's interpreter where there is no GPU."""
+    pytest.importorskip("triton")
+    x, weight, bias, tiers = moved(*make(CASES[name], dtype))
+    if x.device.type == "cuda" and torch.cuda.get_device_capability() not in ((8, 9), (9, 0)):
+        pytest.skip("this GPU does not multiply 8 bits")
+    values, scale = quantized(weight)
+    want = float8_lora_linear(x, values, scale, bias, tiers)
+    with use_backend("fused"):
+        assert explain(float8_lora_linear, x, values, scale, bias, tiers).backend == "fused"
+        y = float8_lora_linear(x, values, scale, bias, tiers)
+    assert y.dtype == dtype
+    assert error(y, want.cpu()) < EPSILON[dtype]
+    for got, expected in zip(gradients(y, x, tiers), gradients(want, x, tiers), strict=True):
+        assert error(got, expected.cpu()) < EPSILON[dtype]
 
 
 def test_under_autocast_x_is_rounded_once() -> None:
