@@ -113,8 +113,8 @@ class HiLoRAConfig:
         return value[tier] if isinstance(value, Mapping) else value
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they are saved beside the adapters; `base_dtype` where there is one, as older versions do not
-        know it."""
+        """Plain values, as they are saved beside the adapters; without `base_dtype` where it is None, for older
+        versions."""
         return {name: value for name, value in asdict(self).items() if name != "base_dtype" or value is not None}
 
     @classmethod

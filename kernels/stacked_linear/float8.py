@@ -53,7 +53,7 @@ def quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
     of two that no value exceeds 448 with; NaN for rows that are not finite."""
     largest = rows.abs().amax(-1).float().clamp_min(_SMALLEST)
     mantissa, _ = torch.frexp(largest)  # in [½, 1): what it is of a power of two, and 448 is 0.875 · 512
-    scale = largest / mantissa / torch.where(mantissa > 0.875, 256, 512)
+    scale = largest / torch.where(mantissa > 0.875, 256, 512) / mantissa
     return (rows.float() / scale.unsqueeze(-1)).to(E4M3), scale
 
 
