@@ -244,7 +244,8 @@ def gemm(
             right = tl.load(w + k[:, None] * stride_wk, there & (k < K)[:, None], other=0.0)
         acc = dot(left, right, acc, PRECISION)
     if of_x is not None:
-        acc *= tl.load(of_x + row, here, other=0.0) * tl.load(of_w + n, n < N, other=0.0)[None, :]
+        rows = tl.load(of_x + group * M + m, m < M, other=0.0)
+        acc *= rows[:, None] * tl.load(of_w + n, n < N, other=0.0)[None, :]
     for c in tl.static_range(len(STARTS)):
         if (n0 < STARTS[c] + WIDTHS[c]) & (n0 + BN > STARTS[c]):
             column = (n - STARTS[c])[None, :]
