@@ -9,8 +9,8 @@ with the bytes of their arguments and results. It needs gcc, and half a minute o
 - DRAM MB: what has to come from DRAM or go there, in distinct sectors of 32 bytes;
 - warp instructions: of PTX, once for each warp that executes them;
 - host µs: of a launch through Triton's launcher, where the driver does nothing; the median of many;
-- expected µs: the longer of DRAM bytes over bandwidth, and of FLOPs over a fraction of the rate of a large product.
-  Both rates are given, not measured here: by default those of an H100.
+- expected µs: the longer of DRAM bytes over bandwidth, and of FLOPs over a fraction of the rate of a large product,
+  twice that for products of 8 bits. Both rates are given, not measured here: by default those of an H100.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class Row(NamedTuple):
     def expected(self, rates: Rates) -> float:
         """Seconds."""
         total = self.counts.total()
-        return Cost(((self.counts.flops, total.read + total.written),)).floor(rates)
+        flops = self.counts.flops - self.counts.flops_of_8_bits / 2
+        return Cost(((flops, total.read + total.written),)).floor(rates)
 
 
 class _Values:
@@ -259,6 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.backends.cuda.matmul.fp32_precision = "tf32" if args.dtype == "tf32" else "ieee"
     peak = Rates(args.flops or FLOPS[args.dtype], args.bandwidth)
     rates = peak._replace(flops=args.fraction * peak.flops)
+    account = Account(driver.ARCHITECTURES[args.arch])
     calls: list[tuple[str, Callable[[], object], Cost | None]]
     if args.case:
         every = [case for plan in precompile.plans() for case in plan.cases(dtype)]
@@ -268,7 +270,6 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         ranks = tuple(args.ranks)
         calls = [*layer_calls(args.rows, args.width, args.layer, ranks, args.groups, dtype, args.plan)]
-    account = Account(driver.ARCHITECTURES[args.arch])
     for name, call, cost in calls:
         floor = f": floor {_microseconds(cost.floor(peak))} µs" if cost else ""
         print(f"{name}{floor}", report(account.rows(call), rates), "", sep="\n", flush=True)

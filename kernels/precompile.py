@@ -118,7 +118,7 @@ def _examine(compiled: Any, arch: int, kernel: str, case: str, dtype: str, const
         if kernel in products():
             command.append("-sass")  # which takes long
         report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    instructions = sorted(set(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA|FFMA2?)\b", report)))
+    instructions = sorted(set(re.findall(r"\b(?:[HQ]MMA|[HQ]GMMA|UTC\w*MMA|FFMA2?)\b", report)))
     registers, stack = (int(match) for match in re.findall(r"(?:REG|STACK):(\d+)", report))
     shared = compiled.metadata.shared
     return Compiled(arch, kernel, case, dtype, tile, registers, stack, shared, " ".join(instructions))

@@ -57,6 +57,19 @@ def foreign(tensor: Tensor) -> bool:
     return not kind.__module__.startswith(("torch.", "torch._"))
 
 
+def float8_product(
+    x: Tensor, of_x: Tensor, weight: Tensor, of_weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
+    """`x weightᵀ + bias` by cuBLAS, of e4m3 `[M, in]` and `[out, in]` with a scale for each row; None where the GPU, or
+    cuBLAS for these sizes, has no such product."""
+    tiles = x.device.type == "cuda" and len(x) and not any(size % 16 for size in weight.shape)
+    if not tiles or torch.cuda.get_device_capability(x.device) < (8, 9):
+        return None
+    # Scales of rows come with results in bf16 alone.
+    y: Tensor = torch._scaled_mm(x, weight.T, of_x.unsqueeze(1), of_weight.unsqueeze(0), out_dtype=torch.bfloat16)
+    return y.to(dtype) if bias is None else (y + bias).to(dtype)
+
+
 def observed(*tensors: Tensor) -> bool:
     """Whether something looks at each operator that is called: a tracer, a dispatch mode, or a tensor's own class."""
     return (

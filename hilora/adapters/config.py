@@ -33,6 +33,8 @@ class HiLoRAConfig:
         modules_to_save: ends of the paths of the modules that are trained whole beside every tier, and saved: the
             classifier, `("head",)`; None finds it, `()` is none.
         layers_to_transform: adapt only the targets in these blocks, by the first number in their paths; None: all.
+        base_dtype: `"float8_e4m3fn"` keeps the frozen weights of adapted layers in 8 bits, with a scale for each row;
+            None: as they are.
 
     Raises:
         ValueError: if a value is out of range, or a tier is not named.
@@ -46,6 +48,7 @@ class HiLoRAConfig:
     slots: int | Mapping[str, int] = 1
     modules_to_save: tuple[str, ...] | None = None
     layers_to_transform: tuple[int, ...] | None = None
+    base_dtype: str | None = None
 
     def __post_init__(self) -> None:
         if self.modules_to_save is not None:
@@ -58,6 +61,8 @@ class HiLoRAConfig:
             if not isinstance(blocks, list | tuple | range) or not blocks or not all(type(b) is int for b in blocks):
                 raise InvalidValueError(f"layers_to_transform must be a tuple of block numbers, got {blocks!r}")
             object.__setattr__(self, "layers_to_transform", tuple(blocks))
+        if self.base_dtype not in (None, "float8_e4m3fn"):
+            raise InvalidValueError(f"base_dtype must be 'float8_e4m3fn' or None, got {self.base_dtype!r}")
         if isinstance(self.target_modules, str):
             _check_expression(self.target_modules)
         for field in ("target_modules", "tiers"):
@@ -108,8 +113,9 @@ class HiLoRAConfig:
         return value[tier] if isinstance(value, Mapping) else value
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they are saved beside the adapters."""
-        return asdict(self)
+        """Plain values, as they are saved beside the adapters; without `base_dtype` where it is None, for older
+        versions."""
+        return {name: value for name, value in asdict(self).items() if name != "base_dtype" or value is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> HiLoRAConfig:

@@ -164,6 +164,9 @@ def _inject(model: nn.Module, config: HiLoRAConfig, targets: list[Target], examp
         head = head_parameters(model).items()
         model.__dict__[FRESH_HEAD] = {name: brought(model, p).detach().clone() for name, p in head}
         set_active_tier(model, config.tiers[0])
+        if config.base_dtype is not None:
+            for layer in layers.values():
+                layer.narrow()
 
 
 def _can_do_without(config: HiLoRAConfig, targets: list[Target], rest: list[Target]) -> bool:

@@ -14,6 +14,7 @@ from hilora import kernels
 from hilora.adapters.bank import AdapterBank, Shared
 from hilora.adapters.config import HiLoRAConfig
 from hilora.adapters.factors import Factors, pieces
+from hilora.adapters.frozen import FrozenLinear
 from hilora.adapters.offload import check_brought, device_of, own_forward, take_over_offloading
 from hilora.adapters.torch_internals import owns_weight, take_over_hooks
 from hilora.errors import InvalidTypeError, InvalidValueError, SlotError
@@ -22,7 +23,7 @@ from hilora.models.pointwise import widths
 Columns = tuple[int, int]
 
 
-class TieredLoRALinear(nn.Linear):
+class TieredLoRALinear(FrozenLinear):
     """`y = x Wᵀ + b + Σ_tier scale · B_tier A_tier x`, with W and b frozen.
 
     By itself it wraps a linear layer:
@@ -45,7 +46,8 @@ class TieredLoRALinear(nn.Linear):
         lora_B: tier → parameter `[out, r]`, `[S, out, r]`, …; zero when fresh.
 
     Raises:
-        TypeError: if `base` computes anything but an `nn.Linear` does, or for a config beside its fields.
+        TypeError: if `base` computes anything but an `nn.Linear` does, for a config beside its fields, or for a
+            `base_dtype` where `base` computes its weight.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class TieredLoRALinear(nn.Linear):
             raise InvalidTypeError(f"give a config or its fields, not both: {', '.join(fields)}")
         config = config or HiLoRAConfig(**fields)
         in_features, out_features = widths(base) or (0, 0)
-        super().__init__(in_features, out_features, device="meta", bias=base.bias is not None)
+        super().__init__(in_features, out_features, bias=base.bias is not None)
         adopt(self, base)
         self.requires_grad_(False)
         self.parts = None if parts is None else tuple(parts)
@@ -77,6 +79,8 @@ class TieredLoRALinear(nn.Linear):
         self.lora_A.register_forward_pre_hook(_no_effect)
         if shared is None:
             AdapterBank([self], [""]).start()
+            if config.base_dtype is not None:
+                self.narrow()
 
     replaces: ClassVar[type[nn.Module]] = nn.Linear
 
@@ -85,15 +89,23 @@ class TieredLoRALinear(nn.Linear):
         """The adapters."""
         return self.shared.config
 
-    @property
-    def frozen_weight(self) -> Tensor:
-        """W, `[out, in]`."""
-        return self.weight
+    def narrow(self) -> None:
+        """Keep the weight in 8 bits from now on.
+
+        Raises:
+            TypeError: where it is computed, or read by the model, or not of floating-point numbers.
+        """
+        if type(self) is not TieredLoRALinear:
+            raise InvalidTypeError(
+                "a base in 8 bits is for linear layers that are called: this one's weight is read by the model, or that "
+                "is not known yet. Give hilora.inject an example_input, or leave base_dtype out"
+            )
+        super().narrow()
 
     @property
     def device(self) -> torch.device:
         """Where the layer computes."""
-        return device_of(self, self.frozen_weight)
+        return device_of(self, self.frozen_weight if self.weight_scale is None else self.weight_scale)
 
     @property
     def rows(self) -> list[slice | Tensor]:
@@ -114,9 +126,9 @@ class TieredLoRALinear(nn.Linear):
         if isinstance(x, Proxy):
             return self.as_node(x)
         if self.shared.disabled:
-            return super().forward(x)
+            return self.product(x, []) if self.weight_scale is not None else super().forward(x)
         grouped = self.grouped(x)
-        y = kernels.stacked_lora_linear(grouped, self.frozen_weight, self.bias, self.tiers(grouped), self.dropout)
+        y = self.product(grouped, self.tiers(grouped), self.dropout)
         return y if grouped is x else y.reshape(*x.shape[:-1], self.out_features)
 
     def as_node(self, x: Proxy) -> Tensor:
@@ -243,7 +255,7 @@ def adopt(layer: nn.Module, base: nn.Module, computed: bool = True) -> None:
     """
     for name in ("weight", "bias"):
         value = base.frozen_weight if name == "weight" and isinstance(base, TieredLoRALinear) else getattr(base, name)
-        if is_parametrized(base, name):
+        if is_parametrized(base, name) or (value is not None and not isinstance(value, nn.Parameter)):
             value = nn.Parameter(value.detach(), requires_grad=False)
         setattr(layer, name, value)
     if computed:

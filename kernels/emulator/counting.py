@@ -54,11 +54,13 @@ class Counts(NamedTuple):
         instructions: of the PTX, by class, each counted once for every warp that executes it.
         flops: of tensor cores, and of `fma` on fp32.
         tensors: what is moved of each tensor in global memory, by its name.
+        flops_of_8_bits: those of `flops` that tensor cores do twice as many of in the same time.
     """
 
     instructions: Counter[str]
     flops: int
     tensors: dict[str, Bytes]
+    flops_of_8_bits: int = 0
 
     def total(self) -> Bytes:
         """Of all tensors."""
@@ -78,13 +80,14 @@ def count(
     memory = GlobalMemory(regions(tensors, counted=True))
     visits = run_all(code, grid, arguments, memory, shared, None).tolist()
     instructions: Counter[str] = Counter()
-    flops = 0
+    flops = narrow = 0
     for block, warps in zip(code.program.blocks, visits, strict=True):
         for one in block:
             instructions[_class(one.opcode)] += warps
             flops += int(warps * _flops(one.opcode))
+            narrow += int(warps * _flops(one.opcode)) if ".e4m3.e4m3" in one.opcode else 0
     moved = {region.name: _bytes(region.accesses) for region in memory.tensors}
-    return Counts(instructions, flops, {name: moved[name] for name in tensors if name in moved})
+    return Counts(instructions, flops, {name: moved[name] for name in tensors if name in moved}, narrow)
 
 
 def _bytes(traffic: Any) -> Bytes:

@@ -1,7 +1,7 @@
 """PTX types as numpy's, and the numbers that numpy has no type for.
 
 Registers are kept as unsigned integers (predicates as bool), one element a thread; an instruction looks at them in its
-own type. bf16 and tf32 are bits: their values are fp32.
+own type. bf16, tf32 and e4m3 are bits: their values are fp32.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ _TYPES = {
     for kind in "ubsf"
     for bits in ("8", "16", "32", "64")
     if kind + bits != "f8"
-} | {"pred": np.dtype(bool), "f16x2": np.dtype("u4"), "bf16": np.dtype("u2"), "bf16x2": np.dtype("u4")}
+} | {
+    "pred": np.dtype(bool),
+    "f16x2": np.dtype("u4"),
+    "bf16": np.dtype("u2"),
+    "bf16x2": np.dtype("u4"),
+    "e4m3x2": np.dtype("u2"),
+}
 
 
 def dtype_of(name: str) -> DType:
@@ -64,8 +70,31 @@ def tf32_bits(value: Array) -> Array:
     return (value.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
 
 
+def e4m3_bits(value: Array) -> Array:
+    """fp32 to the nearest e4m3, ties to even; the largest one, 448, for what lies beyond, and one NaN."""
+    size, bits = np.abs(value), np.abs(value).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFFF) + ((bits >> np.uint32(20)) & np.uint32(1))) >> np.uint32(20)
+    small = size < 2.0**-6  # multiples of 2⁻⁹
+    found = np.where(small, np.rint(np.where(small, size, 0) * 512), rounded.astype(np.int64) - (120 << 3))
+    signed = np.minimum(found, 0x7E) + 128 * np.signbit(value)
+    return np.where(np.isnan(value), 0x7F, signed).astype(np.uint8)
+
+
+def _e4m3_values() -> Array:
+    exponents, digits = np.divmod(np.arange(128), 8)
+    values = np.where(exponents == 0, digits * 2.0**-9, (8 + digits) * 2.0 ** (exponents - 10))
+    values[127] = np.nan
+    return np.concatenate([values, -values]).astype(np.float32)
+
+
+_E4M3 = _e4m3_values()
+SIZES = {"tf32": 4, "bf16": 2, "f16": 2, "e4m3": 1}  # bytes of an element of a matrix
+
+
 def element(bits: Array, kind: str) -> Array:
-    """fp32 values of a matrix operand of type f16, bf16 or tf32; tensor cores ignore the last bits of fp32."""
+    """fp32 values of a matrix operand of type f16, bf16, tf32 or e4m3; tensor cores ignore the last bits of fp32."""
+    if kind == "e4m3":
+        return _E4M3[bits.view(np.uint8)]
     if kind == "bf16":
         return bf16_value(bits)
     if kind == "f16":

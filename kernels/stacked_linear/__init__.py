@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ..backends import Implementation, Operation
 from ..torch_internals import autocast_dtype, foreign
-from . import folded, reference
+from . import float8, folded, reference
+from .float8 import dequantized, float8_lora_linear, quantized
 from .tier import Tier, check
 
-__all__ = ["OPERATIONS", "Tier", "stacked_lora_linear"]
+__all__ = ["OPERATIONS", "Tier", "dequantized", "float8_lora_linear", "quantized", "stacked_lora_linear"]
 
 
 def stacked_lora_linear(
@@ -130,4 +131,5 @@ OPERATIONS = (
         _prepare,
         _dtype,
     ),
+    float8.OPERATION,
 )

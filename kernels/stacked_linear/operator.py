@@ -13,6 +13,7 @@ from ..launch import under_autocast
 from ..torch_internals import autocast_dtype, observed, without_autocast
 from ..twice import differentiable_gradients
 from . import hopper, reference
+from .float8 import dequantized
 from .layout import Layout
 from .plan import backward, forward
 from .tier import Tier
@@ -97,8 +98,11 @@ def _tiers(
     ]
 
 
-def apply(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier], plan: str) -> Tensor:
-    """As `stacked_linear.stacked_lora_linear`, for a weight and a bias that need no gradient, and at least one tier."""
+def apply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier], plan: str, scale: Tensor | None = None
+) -> Tensor:
+    """As `stacked_linear.stacked_lora_linear`, for a weight and a bias that need no gradient, and at least one tier.
+    Beside `scale` the weight is in e4m3, and nothing looks at operators."""
     rows = _in_groups(x, tiers)
     A, B = [tier.A for tier in tiers], [tier.B for tier in tiers]
     rest = (
@@ -109,12 +113,13 @@ def apply(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier],
         _trained(tiers),
         plan,
     )
-    if observed(x, weight, *A, *B):
+    if scale is None and observed(x, weight, *A, *B):
         y: Tensor = stacked_lora_linear(rows, weight, bias, A, B, *rest)[0]
     else:
         if dtype := autocast_dtype(x.device.type):
-            rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        y = _AtOnce.apply(rows, weight, bias, rest, *A, *B)
+            rows, bias = rows.to(dtype), None if bias is None else bias.to(dtype)
+            weight = weight.to(dtype) if scale is None else weight
+        y = _AtOnce.apply(rows, weight, scale, bias, rest, *A, *B)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -138,21 +143,25 @@ class _AtOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rest: tuple[Any, ...], *factors: Tensor
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, rest: tuple[Any, ...],
+        *factors: Tensor,
+    ) -> Tensor:  # fmt: skip
         slots, ranks, scales, starts, trained, plan = rest
         A, B = factors[: len(slots)], factors[len(slots) :]
         with torch.cuda.device_of(x), without_autocast(x):
-            y, *inner = forward(x, weight, bias, _tiers(A, B, slots, ranks, scales, starts), trained, plan)
-        ctx.save_for_backward(*inner, x, weight, *factors, *slots, *ranks)
+            y, *inner = forward(x, weight, bias, _tiers(A, B, slots, ranks, scales, starts), trained, plan, scale)
+        ctx.save_for_backward(scale, *inner, x, weight, *factors, *slots, *ranks)
         ctx.rest = scales, starts, trained, plan
         ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        dx, dA, dB = _gradients(ctx, ctx.saved_tensors, dy, stacked_lora_linear_backward._init_fn)
-        return dx, None, None, None, *dA, *dB
+        scale, *saved = ctx.saved_tensors
+        if scale is not None:
+            saved[4] = dequantized(saved[4], scale, saved[3].dtype)
+        dx, dA, dB = _gradients(ctx, saved, dy, stacked_lora_linear_backward._init_fn)
+        return dx, None, None, None, None, *dA, *dB
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

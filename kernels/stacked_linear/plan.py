@@ -14,17 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..launch import Constants, cdiv, launch, precision
+from ..launch import Constants, architecture, cdiv, launch, precision
 from . import hopper
 from .devices import device
+from .float8 import E4M3, FLOAT8
 from .layout import Layout
 from .packing import packed, summed_by_slot
+from .quantizing import shrink_quantize
 from .tier import Tier
 from .triton import backward_rows, gemm, shrink_expand
 
 PRODUCTS = (
     "gemm",
     "shrink_expand",
+    "shrink_quantize",
     "backward_rows",
     "forward_tiles",
     "backward_tiles",
@@ -32,14 +35,16 @@ PRODUCTS = (
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier], trained: Sequence[bool], plan: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier], trained: Sequence[bool], plan: str,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y `[G, M, out]` of x `[G, M, in]`; for the backward pass, S = x Aᵀ, and A and B as the kernels use them.
 
     Args:
         tiers: some, none of them with an empty table.
         trained: which of them need gradients.
         plan: "fused" or "split".
+        scale: fp32 `[out]`, of a weight in e4m3; by the plan "fused" alone.
     """
     x = _with_contiguous_rows(x)
     groups, M, width = x.shape
@@ -49,6 +54,9 @@ def forward(
     S = x.new_empty(groups * M, layout.ranks)
     y = F.linear(x, weight, bias) if plan == "split" else x.new_empty(groups, M, out)
     if not len(S):
+        return y, S, A, B
+    if scale is not None:
+        _float8(x, weight, scale, bias, A, B, S, y, layout)
         return y, S, A, B
     if plan == "fused" and (columns := hopper.forward_columns(x, weight, layout, x.dtype)):
         hopper.forward(x, weight, bias, A, B, S, y, layout, columns)
@@ -64,6 +72,24 @@ def forward(
     if plan == "fused":
         _gemm(x, weight, bias, S, B, (B.stride(0), B.stride(1), 1), y, layout.R, _segments(layout))
     return y, S, A, B
+
+
+def _float8(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, S: Tensor, y: Tensor,
+    layout: Layout,
+) -> None:  # fmt: skip
+    """The same beside a weight of 8 bits: the kernel that reads x for S also rounds its rows."""
+    groups, M, width = x.shape
+    tile = device().rows_tile(x.dtype)
+    values, of_rows = torch.empty_like(x, dtype=weight.dtype), x.new_empty(groups * M, dtype=torch.float32)
+    launch(
+        shrink_quantize, (groups * cdiv(M, tile.BM),), x, A, S, values, of_rows, M, *x.stride(),
+        constants=Constants(
+            tile, IN=width, RANKS=layout.ranks, CHUNK=layout.chunk, PRECISION=precision(x.dtype),
+        ),
+    )  # fmt: skip
+    strides = B.stride(0), B.stride(1), 1
+    _gemm(values, weight, bias, S, B, strides, y, layout.R, _segments(layout), (of_rows, scale))
 
 
 def backward(
@@ -105,16 +131,20 @@ def backward(
 
 def _gemm(
     x: Tensor, weight: Tensor, bias: Tensor | None, S: Tensor, B: Tensor, strides: tuple[int, int, int], y: Tensor,
-    R: int, segments: dict[str, Any],
+    R: int, segments: dict[str, Any], scales: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
 ) -> None:  # fmt: skip
-    """`y = x weightᵀ + bias + S Bᵀ`, B with strides of its groups, columns and ranks."""
+    """`y = x weightᵀ + bias + S Bᵀ`, B with strides of its groups, columns and ranks; `scales` are of the rows of an x
+    and a weight in e4m3."""
     groups, M, K = x.shape
     N = weight.shape[0]
-    tile = device().gemm_tile(x.dtype, M, N)
+    tile = device().gemm_tile(y.dtype, M, N)
+    chunk = min(R, tile.BK)
+    if x.itemsize == 1:
+        tile = tile._replace(BK=2 * tile.BK)  # as many bytes
     launch(
-        gemm, (groups * cdiv(M, tile.BM) * cdiv(N, tile.BN),), x, weight, bias, S, B, y, M, *x.stride(),
+        gemm, (groups * cdiv(M, tile.BM) * cdiv(N, tile.BN),), x, weight, *scales, bias, S, B, y, M, *x.stride(),
         *weight.stride(), *strides, constants=Constants(
-            tile, N=N, K=K, RANKS=S.shape[1], R=R, CHUNK=min(R, tile.BK), **segments, PRECISION=precision(x.dtype),
+            tile, N=N, K=K, RANKS=S.shape[1], R=R, CHUNK=chunk, **segments, PRECISION=precision(y.dtype),
             TALL=8,
         ),
     )  # fmt: skip
@@ -149,6 +179,9 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
         yield "ViT-S qkv, r 8", partial(_step, dtype, 384, (8,))
         yield "ViT-H qkv, r 8", partial(_step, dtype, 1280, (8,))
         yield "ViT-B qkv, first layer", partial(_step, dtype, 768, (8, 8, 8), needs_x=False)
+        if architecture() in FLOAT8:
+            yield "ViT-B qkv, 8-bit base", partial(_float8_forward, dtype, 768, (8, 8, 8))
+            yield "ViT-Ti q, 8-bit base, 4 clients", partial(_float8_forward, dtype, 192, (16, 8, 4), 4, 37, False)
 
 
 def _step(
@@ -176,3 +209,21 @@ def _step(
     for plan in ("fused", "split"):
         y, *inner = forward(x, weight, empty(out, dtype=dtype) if bias else None, tiers, trained, plan)
         backward(y, inner, x, weight, tiers, trained, plan, needs_x)
+
+
+def _float8_forward(
+    dtype: torch.dtype, width: int, ranks: tuple[int, ...], groups: int = 1, rows: int = 12_608, fused_qkv: bool = True
+) -> None:
+    """Forward beside a base of 8 bits; its backward pass is that of the weight which these stand for."""
+    out = 3 * width if fused_qkv else width
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    columns = [(0, width), (2 * width, width)] if fused_qkv else [(0, width)]
+    tiers = [
+        Tier(empty(groups, r, width), empty(groups, width, r), 2.0, columns=part) for part in columns for r in ranks
+    ]
+    weight, scale = empty(out, width, dtype=E4M3), empty(out)
+    x, bias = empty(groups, rows, width, dtype=dtype), empty(out, dtype=dtype)
+    forward(x, weight, bias, tiers, [False] * len(tiers), "fused", scale)

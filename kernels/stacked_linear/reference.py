@@ -16,8 +16,12 @@ def stacked_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier], dropout: float = 0.0
 ) -> Tensor:
     """As `stacked_linear.stacked_lora_linear`."""
-    y = F.linear(x, weight, bias)
-    for sheet in sheets(x.to(y.dtype), len(weight), tiers, dropout):
+    return plus_tiers(F.linear(x, weight, bias), x, tiers, dropout)
+
+
+def plus_tiers(y: Tensor, x: Tensor, tiers: Sequence[Tier], dropout: float) -> Tensor:
+    """What the tiers add to `y` `[..., out]`, the product with the base, of x `[..., in]`, and y itself."""
+    for sheet in sheets(x.to(y.dtype), y.shape[-1], tiers, dropout):
         y = y + sheet
     return y
 

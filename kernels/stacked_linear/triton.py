@@ -21,10 +21,15 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def cast(value, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """`value`, fp32, in another dtype. Triton's interpreter cuts digits off where it should round them to bf16."""
+    """`value`, fp32, in another dtype. Triton's interpreter cuts digits off where it should round to bf16 or e4m3."""
     if PRECISION == "upcast" and dtype == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
         value = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    if PRECISION == "upcast" and dtype == tl.float8e4nv:
+        bits = value.to(tl.int32, bitcast=True)
+        rounded = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+        fixed = (value + 24576.0) - 24576.0  # subnormals are multiples of 2⁻⁹, the last digit of 24576 in fp32
+        value = tl.where(tl.abs(value) < 0.015625, fixed, rounded)
     return value.to(dtype)
 
 
@@ -182,6 +187,8 @@ def backward_rows(
 def gemm(
     x,  # [G, M, K], any strides
     w,  # [N, K], any strides
+    of_x,  # fp32 [G M], scales of x; None where it has none
+    of_w,  # fp32 [N], those of w
     bias,  # [N] or None
     S,  # [G M, RANKS]
     B,  # its columns n, ranks r, any strides
@@ -236,6 +243,9 @@ def gemm(
             left = tl.load(x + k[None, :] * stride_xk, here & (k < K)[None, :], other=0.0)
             right = tl.load(w + k[:, None] * stride_wk, there & (k < K)[:, None], other=0.0)
         acc = dot(left, right, acc, PRECISION)
+    if of_x is not None:
+        rows = tl.load(of_x + group * M + m, m < M, other=0.0)
+        acc *= rows[:, None] * tl.load(of_w + n, n < N, other=0.0)[None, :]
     for c in tl.static_range(len(STARTS)):
         if (n0 < STARTS[c] + WIDTHS[c]) & (n0 + BN > STARTS[c]):
             column = (n - STARTS[c])[None, :]

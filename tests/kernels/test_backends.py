@@ -141,6 +141,7 @@ def test_who_serves_is_explained() -> None:
 def test_every_operation_explains_itself_as_it_serves() -> None:
     assert set(backends.operations()) == {
         "stacked_lora_linear",
+        "float8_lora_linear",
         "gram_penalty",
         "orthonormal_basis",
         "subspace_distances",

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 FOLDER = Path(__file__).parent / "emulator"
 ARCHITECTURES = ("sm_90", "sm_80")
 EVERYWHERE = ("emulated_kernels.py", "broken_kernels.py", "descriptor_kernels.py")
-ON_ONE = (("hopper_kernels.py", "sm_90"),)
+ON_ONE = (("hopper_kernels.py", "sm_90"), ("float8_kernels.py", "sm_90"))
 ROOT = FOLDER.parents[2]
 
 

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.slow
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 HELPERS = {"dot", "cast"}  # of kernels, not launched themselves
+FLOAT8 = {("89", "shrink_quantize"), ("90", "shrink_quantize")}
 HOPPER = {"forward_tiles", "backward_tiles"}  # that sm_90 alone has
 
 
@@ -41,8 +42,11 @@ def test_every_kernel_compiles_without_a_spill_for_every_architecture() -> None:
     }
     assert {(row[0], row[1]) for row in rows} == {
         (str(arch), name) for arch in precompile.ARCHITECTURES for name in kernels - HELPERS
-    } | {("90", name) for name in HOPPER}
-    instructions = {(row[0], row[-1]) for row in rows if row[1] == "gemm" and "bf16" in row}
+    } | {("90", name) for name in HOPPER} | FLOAT8
+    products = [row for row in rows if row[1] == "gemm" and "bf16" in row]
+    eight = {(row[0], *row[-2:]) for row in products if "8-bit" in row}
+    assert eight == {("89", "HMMA", "QMMA"), ("90", "HGMMA", "QGMMA")}  # the tiers' product is one of 16 bits
+    instructions = {(row[0], row[-1]) for row in products if "8-bit" not in row}
     assert instructions == {("80", "HMMA"), ("89", "HMMA"), ("90", "HGMMA"), ("100", "UTCHMMA")}
 
 

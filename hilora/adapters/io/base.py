@@ -21,7 +21,7 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
     """A model's name, and a hash of its frozen weights: all parameters but adapters and the classifier head.
 
     Weights count to the precision of bfloat16, so that a model that was cast is still the same; in float16, which
-    rounds otherwise, they have a hash of their own.
+    rounds otherwise, they have a hash of their own. Weights in 8 bits count as what these stand for.
     """
     model = unwrapped(model)
     digest, half = hashlib.blake2b(digest_size=16), False
@@ -36,13 +36,14 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
 
 def _frozen(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     adapted = adapted_layers(model, merged=True)
-    own = {f"{path}.weight" if path else "weight": layer.frozen_weight for path, layer in adapted.items()}
+    own = {f"{path}.weight" if path else "weight": layer for path, layer in adapted.items()}
     adapters = {id(p) for layer in adapted.values() for factor in (layer.lora_A, layer.lora_B) for p in factor.values()}
     head = head_parameters(model)
     for path, parameter in model.named_parameters():
         name = plain_path(path, model)
         if id(parameter) not in adapters and name not in head:
-            yield name, whole(brought(model, own.get(name, parameter)).detach())
+            own_weight = own[name].frozen_weight if name in own else parameter
+            yield name, whole(brought(model, own_weight).detach())
 
 
 def check_base(model: nn.Module, saved: dict[str, Any], path: Any) -> None:

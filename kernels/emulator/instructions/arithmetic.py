@@ -42,6 +42,8 @@ def two(operands: Operands) -> Action:
 
 @instruction("not", "neg", "abs")
 def one(operands: Operands) -> Action:
+    if list(operands.parts) == ["abs", "bf16"]:
+        return _unary(lambda a: a & np.uint16(0x7FFF), operands)
     _no_packed(operands)
     operands.only(_FLOAT if operands.type.kind == "f" else ())
     functions: dict[str, Callable[[Array], Array]] = {"not": np.invert, "neg": np.negative, "abs": np.abs}

@@ -9,7 +9,7 @@ import numpy as np
 from ..code import Operands, instruction
 from ..errors import Unsupported
 from ..machine import LANES, Action, Machine
-from ..values import Array, bf16_bits, bf16_value, dtype_of, tf32_bits, unsigned
+from ..values import Array, bf16_bits, bf16_value, dtype_of, e4m3_bits, tf32_bits, unsigned
 
 _ROUNDINGS: dict[str, Callable[[Array], Array]] = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
 
@@ -90,7 +90,7 @@ def permute_bytes(operands: Operands) -> Action:
 def convert(operands: Operands) -> Action:
     *modifiers, to, given = operands.parts[1:]
     put = operands.target()
-    if to in ("bf16x2", "f16x2"):
+    if to in ("bf16x2", "f16x2", "e4m3x2"):
         return _convert_two(operands, to, modifiers)
     read = operands.source(1, dtype_of(given))
     function = _conversion(to, given, modifiers)
@@ -127,9 +127,11 @@ def _to_integer(target: np.dtype[np.generic], modifiers: list[str]) -> Callable[
 
 
 def _convert_two(operands: Operands, to: str, modifiers: list[str]) -> Action:
-    if modifiers != ["rn"] or operands.parts[-1] != "f32":
+    if modifiers != (["rn", "satfinite"] if to == "e4m3x2" else ["rn"]) or operands.parts[-1] != "f32":
         raise Unsupported(str(operands.one))
     high, low, put = operands.source(1), operands.source(2), operands.target()
+    if to == "e4m3x2":
+        return lambda machine: put(machine, e4m3_bits(high(machine)).astype(np.uint16) << 8 | e4m3_bits(low(machine)))
 
     def bits(value: Array) -> Array:
         narrow = bf16_bits(value) if to == "bf16x2" else value.astype(np.float16).view(np.uint16)

@@ -9,19 +9,19 @@ import numpy as np
 from ..code import Operands, instruction
 from ..errors import Unsupported
 from ..machine import LANES, Action, Machine
-from ..values import Array, element
+from ..values import SIZES, Array, element
 
 _ROW, _IN_ROW = np.arange(LANES) // 4, np.arange(LANES) % 4
 
 
 @instruction("mma.sync")
 def multiply(operands: Operands) -> Action:
-    """A is 16 x K, B is K x 8, both in 16-bit numbers or tf32, C in fp32."""
-    shape = re.search(r"\.m16n8k(\d+)\.row\.col\.f32\.(bf16|f16|tf32)\.\2\.f32$", operands.one.opcode)
+    """A is 16 x K, B is K x 8, both in tf32 or numbers of 16 or 8 bits, C in fp32."""
+    shape = re.search(r"\.m16n8k(\d+)\.row\.col\.f32\.(bf16|f16|tf32|e4m3)\.\2\.f32$", operands.one.opcode)
     depth = int(shape[1]) if shape else 0
     kind = shape[2] if shape else ""
-    together = 1 if kind == "tf32" else 2  # numbers in a register
-    if depth not in ((4, 8) if kind == "tf32" else (8, 16)) or operands.one.guard:
+    together = 4 // SIZES.get(kind, 4)  # numbers in a register
+    if depth not in (4 * together, 8 * together) or operands.one.guard:
         raise Unsupported(str(operands.one))
     bits = np.dtype("u4")
     puts = [operands.write(text) for text in operands.vector(0)]

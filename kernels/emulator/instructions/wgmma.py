@@ -11,7 +11,7 @@ from ..code import Operands, Read, instruction
 from ..errors import Fault, Unsupported
 from ..machine import LANES, WARPGROUP, Action, Machine
 from ..tensormaps import CHUNK
-from ..values import Array, element
+from ..values import SIZES, Array, element
 
 _SWIZZLES = {1: 128, 2: 64, 3: 32}  # bytes of a row, by the code in a descriptor
 _THREAD = np.arange(WARPGROUP)
@@ -58,7 +58,7 @@ def _chunks(descriptor: int, rows: int, depth: int, transposed: bool, size: int)
 @instruction("wgmma.mma_async")
 def multiply(operands: Operands) -> Action:
     """`D = A Bᵀ (+ D)`, A 64 x K from registers or shared memory, B N x K from shared memory."""
-    shape = re.search(r"\.m64n(\d+)k(\d+)\.f32\.(bf16|f16|tf32)\.\3$", operands.one.opcode)
+    shape = re.search(r"\.m64n(\d+)k(\d+)\.f32\.(bf16|f16|tf32|e4m3)\.\3$", operands.one.opcode)
     if shape is None or operands.one.guard:
         raise Unsupported(str(operands.one))
     columns, depth, kind = int(shape[1]), int(shape[2]), shape[3]
@@ -71,7 +71,7 @@ def multiply(operands: Operands) -> Action:
     if signs != ("1", "1"):
         raise Unsupported(f"negated operands: {operands.one}")
     turn_left, turn_right = (0, 0, *transposed)[-2:] if len(transposed) != 1 else (0, transposed[0])
-    size = 4 if kind == "tf32" else 2
+    size = SIZES[kind]
     of_thread = np.arange(columns // 2)[:, None]
     row, column = _ROW + 8 * (of_thread // 2 % 2), 8 * (of_thread // 4) + 2 * _IN_ROW + of_thread % 2
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from hilora.kernels.emulator.errors import Fault, Unsupported
 from hilora.kernels.emulator.values import Array
@@ -169,6 +170,15 @@ def test_bf16() -> None:
     assert packed.tolist() == [high << 16 | nearest_bf16(float(low)) for high, low in zip(bits, b, strict=True)]
     back = each_thread("cvt.f32.bf16 {d}, {a};", [np.array(bits, np.uint16)], "u4")
     assert back.tolist() == [one << 16 for one in bits]
+
+
+def test_e4m3_in_pairs() -> None:
+    a, b = (np.concatenate([floats("f4", seed), floats("f4", seed).clip(-500, 500) / 7]) for seed in (0, 1))
+    packed = each_thread("cvt.rn.satfinite.e4m3x2.f32 {d}, {a}, {b};", [a, b], "u2")
+    of_torch = [
+        torch.from_numpy(one.clip(-448, 448)).to(torch.float8_e4m3fn).view(torch.uint8).numpy() for one in (b, a)
+    ]
+    np.testing.assert_array_equal(packed.view(np.uint8).reshape(-1, 2), np.stack(of_torch, 1))
 
 
 def test_f16_in_pairs() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hilora.kernels.emulator.values import Array, bf16_bits, bf16_value, element
+from hilora.kernels.emulator.values import SIZES, Array, bf16_bits, bf16_value, e4m3_bits, element
 
 from .snippets import kernel, run
 
@@ -16,7 +16,7 @@ def matrix(rows: int, columns: int, kind: str, seed: int) -> tuple[Array, Array]
     """Bits of a random matrix, and its values."""
     values = np.random.default_rng(seed).normal(size=(rows, columns)).astype(np.float32)
     bits = {"bf16": bf16_bits, "f16": lambda v: v.astype(np.float16).view(np.uint16), "tf32": lambda v: v.view("u4")}
-    found: Array = bits[kind](values)
+    found: Array = (bits | {"e4m3": e4m3_bits})[kind](values)
     return found, element(found, kind).astype(np.float64)
 
 
@@ -42,11 +42,13 @@ def fragments(places: list[list[list[tuple[int, int]]]], bits: Array) -> Array:
     return np.array(taken, bits.dtype).reshape(len(places), -1, together).view(np.uint32)[:, :, 0].copy()
 
 
-@pytest.mark.parametrize(("kind", "depth"), [("bf16", 16), ("f16", 16), ("bf16", 8), ("tf32", 8), ("tf32", 4)])
+@pytest.mark.parametrize(
+    ("kind", "depth"), [("bf16", 16), ("f16", 16), ("bf16", 8), ("tf32", 8), ("tf32", 4)] + [("e4m3", 32), ("e4m3", 16)]
+)
 def test_products_of_a_warp(kind: str, depth: int) -> None:
     a, left = matrix(16, depth, kind, 0)
     b, right = matrix(depth, 8, kind, 1)
-    together = 1 if kind == "tf32" else 2
+    together = 4 // SIZES[kind]
     lanes = [(lane // 4, lane % 4) for lane in range(32)]
     halves = depth // (4 * together)
     of_a = [
@@ -169,11 +171,11 @@ def products(kind: str, columns: int, steps: list[str], size: int) -> str:
 @pytest.mark.parametrize(
     ("kind", "columns", "turned"),
     [("bf16", 64, False), ("bf16", 64, True), ("bf16", 128, True), ("f16", 32, False), ("f16", 128, False)]
-    + [("tf32", 64, False)],
+    + [("tf32", 64, False), ("e4m3", 64, False)],
 )
 def test_products_of_a_warp_group(kind: str, columns: int, turned: bool, in_registers: bool) -> None:
     """`A [64, K] B [columns, K]ᵀ` in steps of K, operands swizzled in shared memory, along K or across it."""
-    size = 4 if kind == "tf32" else 2
+    size = SIZES[kind]
     depth = 128 // size
     a, left = matrix(64, depth, kind, 0)
     b, right = matrix(columns, depth, kind, 1)
@@ -188,7 +190,7 @@ def test_products_of_a_warp_group(kind: str, columns: int, turned: bool, in_regi
         else:
             here = [descriptor(start + step * 32, 16, 1024) for start in (0, len(image_a))]
         operand = f"{{ {names(100 + 4 * step, 4)} }}" if in_registers else "%rd10"
-        turns = "" if kind == "tf32" else f", {int(turned)}" if in_registers else f", {int(turned)}, {int(turned)}"
+        turns = "" if SIZES[kind] != 2 else f", {int(turned)}" if in_registers else f", {int(turned)}, {int(turned)}"
         steps.append(
             f"""
             mov.b64 %rd10, {here[0]};
