@@ -7,7 +7,7 @@ from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn  # its largest value is 448 = 1.75 · 2⁸
 FLOAT8 = (89, 90)  # architectures whose kernels multiply it
-_SMALLEST = 2.0**-100  # of what a row's scale is for; smaller values are zero
+_SMALLEST = 2.0**-100  # that a row's largest value counts as, at least
 
 
 def quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
