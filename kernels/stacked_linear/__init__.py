@@ -10,7 +10,8 @@ from torch import Tensor
 from ..backends import Implementation, Operation
 from ..torch_internals import autocast_dtype, foreign
 from . import float8, folded, reference
-from .float8 import dequantized, float8_lora_linear, quantized
+from .float8 import float8_lora_linear
+from .rounding import dequantized, quantized
 from .tier import Tier, check
 
 __all__ = ["OPERATIONS", "Tier", "dequantized", "float8_lora_linear", "quantized", "stacked_lora_linear"]

@@ -18,11 +18,8 @@ from ..backends import Implementation, Operation
 from ..errors import InvalidValueError
 from ..torch_internals import autocast_dtype, float8_product, observed, without_autocast
 from . import reference
+from .rounding import E4M3, FLOAT8, dequantized, quantized
 from .tier import Tier, check
-
-E4M3 = torch.float8_e4m3fn  # its largest value is 448 = 1.75 · 2⁸
-FLOAT8 = (89, 90)  # architectures whose kernels multiply it
-_SMALLEST = 2.0**-100  # of what a row's scale is for; smaller values are zero
 
 
 def float8_lora_linear(
@@ -46,20 +43,6 @@ def float8_lora_linear(
         IndexError: if a slot lies outside of its table, on a CPU.
     """
     return OPERATION(x, weight, scale, bias, tiers, dropout)
-
-
-def quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows `[..., in]` rounded to e4m3, of the same shape, and the fp32 scale of each row, `[...]`: the smallest power
-    of two that no value exceeds 448 with; NaN for rows that are not finite."""
-    largest = rows.abs().amax(-1).float().clamp_min(_SMALLEST)
-    mantissa, _ = torch.frexp(largest)  # in [½, 1): what it is of a power of two, and 448 is 0.875 · 512
-    scale = largest / torch.where(mantissa > 0.875, 256, 512) / mantissa
-    return (rows.float() / scale.unsqueeze(-1)).to(E4M3), scale
-
-
-def dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values that 8 bits `[out, in]` and scales `[out]` stand for."""
-    return (weight.float() * scale.float().unsqueeze(-1)).to(dtype)
 
 
 class _Product(torch.autograd.Function):

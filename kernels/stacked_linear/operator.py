@@ -13,9 +13,9 @@ from ..launch import under_autocast
 from ..torch_internals import autocast_dtype, observed, without_autocast
 from ..twice import differentiable_gradients
 from . import hopper, reference
-from .float8 import dequantized
 from .layout import Layout
 from .plan import backward, forward
+from .rounding import dequantized
 from .tier import Tier
 
 

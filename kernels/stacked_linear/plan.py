@@ -17,10 +17,10 @@ from torch import Tensor
 from ..launch import Constants, architecture, cdiv, launch, precision
 from . import hopper
 from .devices import device
-from .float8 import E4M3, FLOAT8
 from .layout import Layout
 from .packing import packed, summed_by_slot
 from .quantizing import shrink_quantize
+from .rounding import E4M3, FLOAT8
 from .tier import Tier
 from .triton import backward_rows, gemm, shrink_expand
 

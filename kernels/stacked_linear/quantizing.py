@@ -27,7 +27,7 @@ def shrink_quantize(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """`S = x Aᵀ`, and x as e4m3 times a scale for each row, as `float8.quantized` has it."""
+    """`S = x Aᵀ`, and x as e4m3 times a scale for each row, as `rounding.quantized` has it."""
     blocks = tl.cdiv(M, BM)
     group = (tl.program_id(0) // blocks).to(tl.int64)
     m = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from hilora.kernels.torch_internals import Scoped, autocast_dtype, in_transform, without_autocast
+from hilora.kernels import dequantized, quantized
+from hilora.kernels.torch_internals import Scoped, autocast_dtype, float8_product, in_transform, without_autocast
 
 
 def test_what_autocast_casts_to() -> None:
@@ -83,3 +84,18 @@ def test_torch_compile_traces_it_and_sees_a_change(
 
 
 SCOPED: Scoped[str | None] = Scoped("compiled", None)
+
+
+def test_products_of_8_bits_are_the_gpus_alone() -> None:
+    x, of_x = quantized(torch.randn(5, 32))
+    weight, of_weight = quantized(torch.randn(16, 32))
+    bias = torch.randn(16)
+    assert float8_product(x, of_x, weight, of_weight, bias, torch.float32) is None
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("there is no GPU that multiplies 8 bits")
+    given = [tensor.cuda() for tensor in (x, of_x, weight, of_weight, bias)]
+    found = float8_product(*given, torch.float32)
+    assert found is not None
+    want = dequantized(x, of_x, torch.float64) @ dequantized(weight, of_weight, torch.float64).T + bias
+    torch.testing.assert_close(found.cpu().double(), want, rtol=1e-2, atol=1e-2)
+    assert float8_product(given[0], given[1], given[2][:7], given[3][:7], None, torch.float32) is None
