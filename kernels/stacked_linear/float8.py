@@ -2,7 +2,7 @@
 
 Each call rounds the rows of x likewise; the adapters see x as it is. Scales are powers of two, so that e4m3 times scale
 is exact in bf16 and fp32, on every device, and a product of such matrices in PyTorch is what tensor cores of 8 bits
-compute, but for the order of sums. Gradients pass the rounding of x as if it were not there.
+compute, but for the rounding of sums. Gradients pass the rounding of x as if it were not there.
 """
 
 from __future__ import annotations

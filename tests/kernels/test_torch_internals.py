@@ -93,9 +93,9 @@ def test_products_of_8_bits_are_the_gpus_alone() -> None:
     assert float8_product(x, of_x, weight, of_weight, bias, torch.float32) is None
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("there is no GPU that multiplies 8 bits")
-    given = [tensor.cuda() for tensor in (x, of_x, weight, of_weight, bias)]
-    found = float8_product(*given, torch.float32)
+    x8, s8, w8, t8, b8 = (tensor.cuda() for tensor in (x, of_x, weight, of_weight, bias))
+    found = float8_product(x8, s8, w8, t8, b8, torch.float32)
     assert found is not None
     want = dequantized(x, of_x, torch.float64) @ dequantized(weight, of_weight, torch.float64).T + bias
     torch.testing.assert_close(found.cpu().double(), want, rtol=1e-2, atol=1e-2)
-    assert float8_product(given[0], given[1], given[2][:7], given[3][:7], None, torch.float32) is None
+    assert float8_product(x8, s8, w8[:7], t8[:7], None, torch.float32) is None
