@@ -97,8 +97,8 @@ class TieredLoRALinear(FrozenLinear):
         """
         if type(self) is not TieredLoRALinear:
             raise InvalidTypeError(
-                "a base in 8 bits is for linear layers that are called: this one's weight is read by the model, or that "
-                "is not known yet. Give hilora.inject an example_input, or leave base_dtype out"
+                "a base in 8 bits is for linear layers that are called: this one's weight is read by the model, or "
+                "that is not known yet. Give hilora.inject an example_input, or leave base_dtype out"
             )
         super().narrow()
 

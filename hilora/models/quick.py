@@ -89,7 +89,8 @@ class _SelfAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, heads: int, scale: float, count: int) -> Tensor:
         n, tokens, width = qkv.shape
-        parts = qkv.view(n, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).reshape(3, n * heads, tokens, -1)
+        apart = qkv.view(n, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        parts = apart.clone(memory_format=torch.contiguous_format).view(3, n * heads, tokens, -1)
         q = parts[0, :, :count].mul_(scale)
         weights = (q @ parts[1].mT).softmax(-1)
         ctx.save_for_backward(qkv, parts, weights)

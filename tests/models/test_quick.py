@@ -39,10 +39,11 @@ def features_and_gradients(model: nn.Module, images: Tensor) -> list[Tensor]:
     ],
     ids=str,
 )
-def test_features_and_gradients_stay_the_same(options: dict[str, Any], fused: bool) -> None:
+@pytest.mark.parametrize("count", [1, 3])
+def test_features_and_gradients_stay_the_same(count: int, options: dict[str, Any], fused: bool) -> None:
     plain, quick = vit(fused, **options), vit(fused, **options)
     hasten(quick)
-    images = torch.randn(3, 3, 32, 32, dtype=torch.float64, requires_grad=True)
+    images = torch.randn(count, 3, 32, 32, dtype=torch.float64, requires_grad=True)
     for want, got in zip(*(features_and_gradients(model, images) for model in (plain, quick)), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
