@@ -69,6 +69,7 @@ def test_the_wheel_has_every_module_and_no_more(wheel: Path) -> None:
         "hilora/py.typed",
         "hilora/kernels/py.typed",
         "hilora/kernels/emulator/libcuda.c",
+        "hilora/kernels/stacked_linear/devices.json",
         "hilora/models/assets/glyph_vit.safetensors",
     }
     extra |= {"hilora/experiments/defaults.json"}

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from hilora import kernels
-from hilora.adapters.torch_internals import owns_weight
 from hilora.errors import InvalidTypeError
 
 _WIDE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # dtypes that 8 bits can stand for
@@ -42,12 +41,10 @@ class FrozenLinear(nn.Linear):
         same 8 bits.
 
         Raises:
-            TypeError: where W itself is computed, or not of floating-point numbers.
+            TypeError: where W is not of floating-point numbers.
         """
         if self.weight_scale is not None:
             return
-        if not owns_weight(self):
-            raise InvalidTypeError("a base in 8 bits is for layers that own their weight: this one's is computed")
         if self.weight.dtype not in _WIDE:
             raise InvalidTypeError(f"a base in 8 bits is made of floating-point numbers, got {self.weight.dtype}")
         self.base_dtype = self.weight.dtype

@@ -95,10 +95,11 @@ class TieredLoRALinear(FrozenLinear):
         Raises:
             TypeError: where it is computed, or read by the model, or not of floating-point numbers.
         """
-        if type(self) is not TieredLoRALinear:
+        if type(self) is not TieredLoRALinear or not owns_weight(self):
             raise InvalidTypeError(
-                "a base in 8 bits is for linear layers that are called: this one's weight is read by the model, or "
-                "that is not known yet. Give hilora.inject an example_input, or leave base_dtype out"
+                "a base in 8 bits is for linear layers that are called and own their weight: this one's is computed, "
+                "or read by the model, or that is not known yet. Give hilora.inject an example_input, or leave "
+                "base_dtype out"
             )
         super().narrow()
 
