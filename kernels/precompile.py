@@ -89,11 +89,11 @@ def products() -> set[str]:
     return {name for plan in plans() for name in getattr(plan, "PRODUCTS", ())}
 
 
-def compile_all(arch: int, dtypes: Sequence[str] = tuple(DTYPES)) -> list[Compiled]:
+def compile_all(arch: int, dtypes: Sequence[str] = ()) -> list[Compiled]:
     """All kernels for an architecture, e.g. 90, in the configurations in which they are launched."""
     triton.runtime.driver.set_active(Pretended(arch))
     found: dict[tuple[str, str, str], Compiled] = {}
-    for dtype_name in dtypes:
+    for dtype_name in dtypes or DTYPES:
         dtype = DTYPES[dtype_name]
         torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype_name == "tf32" else "ieee"
         for case, call in (one for plan in plans() for one in plan.cases(dtype)):

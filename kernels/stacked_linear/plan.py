@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..launch import Constants, architecture, cdiv, launch, precision
+from ..launch import Constants, Tile, architecture, cdiv, launch, precision
 from . import hopper
 from .devices import device
 from .layout import Layout
@@ -65,8 +65,8 @@ def forward(
     launch(
         shrink_expand, (groups * cdiv(M, tile.BM),), x, A, B, S, y, M, *x.stride(),
         constants=Constants(
-            tile, IN=width, OUT=out, EXPAND=plan == "split", STAGES=tile.stages, WIDTH=layout.width, **_sizes(layout),
-            **_segments(layout), PRECISION=precision(x.dtype),
+            tile, IN=width, OUT=out, EXPAND=plan == "split", STAGES=_prefetched(tile), WIDTH=layout.width,
+            **_sizes(layout), **_segments(layout), PRECISION=precision(x.dtype),
         ),
     )  # fmt: skip
     if plan == "fused":
@@ -116,7 +116,7 @@ def backward(
             backward_rows, (programs,), dy, x, A, B, S, dx, dS, dA, dB, M, *dy.stride(), *x.stride(),
             constants=Constants(
                 tile, IN=width, WIDTH=layout.width, TRAINED=layout.trained, KEEP=needs_x and not split,
-                EXPAND=needs_x and split, STAGES=tile.stages, **_sizes(layout), **_segments(layout),
+                EXPAND=needs_x and split, STAGES=_prefetched(tile), **_sizes(layout), **_segments(layout),
                 PRECISION=precision(x.dtype),
             ),
         )  # fmt: skip
@@ -127,6 +127,11 @@ def backward(
             _gemm(dy, weight.T, None, dS, A, (A.stride(0), 1, A.stride(1)), dx, layout.ranks, whole)
     factors = summed_by_slot(dA, dB, tiers, layout, cdiv(M, tile.BM))
     return [dx, *factors] if needs_x else factors
+
+
+def _prefetched(tile: Tile) -> int | None:
+    """Stages of the loops that read and write y or dX, where there is room for more than Triton's own."""
+    return tile.stages if tile.stages > 2 else None
 
 
 def _gemm(

@@ -85,8 +85,8 @@ def test_nothing_is_compiled_anew_where_a_table_grows() -> None:
             ranks = empty(table, dtype=torch.int32)
             tiers = [Tier(empty(table, 8, 64), empty(table, 64, 8), 2.0, empty(3, dtype=torch.int32), ranks=ranks)]
             x, weight = empty(3, 37, 64), empty(64, 64)
-            y, S = plan.forward(x, weight, None, tiers, [True], "split")
-            plan.backward(y, S, x, weight, tiers, [True], "split", True)
+            y, *inner = plan.forward(x, weight, None, tiers, [True], "split")
+            plan.backward(y, inner, x, weight, tiers, [True], "split", True)
         print({name: len(hashes) for name, hashes in sorted(seen.items())})
     """)
     done = run("-c", code)
