@@ -18,7 +18,7 @@ PRODUCTS = ("pairwise_overlaps",)
 def penalties(active: Tensor, frozen: Sequence[Tensor], gammas: Sequence[float]) -> tuple[Tensor, Tensor]:
     """The penalty of each slot `[S]`, and what its gradient needs, in fp32; S = 1 of a side serves all."""
     slots = max(B.shape[1] for B in (active, *frozen))
-    constants = _of_penalties(_shape(active), tuple(map(_shape, frozen)))
+    constants, _ = _of_penalties(_shape(active), tuple(map(_shape, frozen)))
     value = active.new_empty(len(active), slots, dtype=torch.float32)
     grams = value.new_empty(len(active), slots, len(frozen), constants["MOST"], constants["PADDED"])
     if value.numel():
@@ -32,7 +32,7 @@ def penalties(active: Tensor, frozen: Sequence[Tensor], gammas: Sequence[float])
 def penalty_gradients(active: Tensor, frozen: Sequence[Tensor], grams: Tensor, upstream: Tensor) -> Tensor:
     """The gradient of penalties, in the shape and dtype of `active`, from that of each slot's `[S]`."""
     gradient = torch.empty_like(active, memory_format=torch.contiguous_format)
-    constants = _of_penalties(_shape(active), tuple(map(_shape, frozen)))
+    _, constants = _of_penalties(_shape(active), tuple(map(_shape, frozen)))
     if gradient.numel():
         launch(
             penalty_gradient, (cdiv(active.shape[2], constants["BLOCK"]), active.shape[1], len(active)),
@@ -49,14 +49,20 @@ def _shape(B: Tensor) -> tuple[int, int, int]:
 
 
 @cache
-def _of_penalties(active: tuple[int, int, int], frozen: tuple[tuple[int, int, int], ...]) -> Constants:
+def _of_penalties(
+    active: tuple[int, int, int], frozen: tuple[tuple[int, int, int], ...]
+) -> tuple[Constants, Constants]:
+    """The constants of both kernels."""
     slots, out, rank = active
     ranks = tuple(own for _, _, own in frozen)
-    return Constants(
-        OUT=out, RANK=rank, PADDED=power_of_two(rank, 16), RANKS=ranks, MOST=power_of_two(max(ranks), 16),
-        STEP=int(slots > 1), STEPS=tuple(int(own > 1) for own, _, _ in frozen),
-        BLOCK=128 if max(rank, *ranks) <= 16 else 32, num_warps=4 if max(rank, *ranks) <= 16 else 8,
-    )  # fmt: skip
+    few = max(rank, *ranks) <= 16
+    both = {
+        "OUT": out, "RANK": rank, "PADDED": power_of_two(rank, 16), "RANKS": ranks,
+        "MOST": power_of_two(max(ranks), 16),
+        "STEPS": tuple(int(own > 1) for own, _, _ in frozen), "BLOCK": 128 if few else 32, "num_warps": 4 if few else 8,
+    }  # fmt: skip
+    repeats = power_of_two(max(own for own, _, _ in frozen)) if slots == 1 else 1
+    return Constants(**both, STEP=int(slots > 1)), Constants(**both, REPEATS=repeats)
 
 
 def subspace_distances(U: Tensor) -> Tensor:

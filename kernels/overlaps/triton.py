@@ -62,7 +62,7 @@ def penalty_gradient(
     PADDED: tl.constexpr,
     RANKS: tl.constexpr,
     MOST: tl.constexpr,
-    STEP: tl.constexpr,
+    REPEATS: tl.constexpr,  # slots that one B serves, to the next power of two
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -73,16 +73,18 @@ def penalty_gradient(
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     own = tl.program_id(1)
     tile = tl.zeros([BLOCK, PADDED], tl.float32)
-    for s in tl.range(own, own + 1 if STEP else slots, num_stages=1):
-        above = tl.load(upstream + s * stride_u).to(tl.float32)
+    for step in range(0, REPEATS):
+        s = own + step
+        there = s < slots
+        above = tl.load(upstream + s * stride_u, there, other=0.0).to(tl.float32)
         for f in tl.static_range(len(frozen)):
             other = frozen[f] + (p * (slots if STEPS[f] else 1) + s * STEPS[f]) * OUT * RANKS[f]
             for j0 in tl.range(0, RANKS[f], 16, num_stages=1):
                 j = j0 + tl.arange(0, 16)
-                left = tl.load(
-                    other + n[:, None] * RANKS[f] + j[None, :], (n < OUT)[:, None] & (j < RANKS[f])[None, :], other=0.0
-                )
-                gram = tl.load(grams + ((p * slots + s) * len(frozen) + f) * MOST * PADDED + j[:, None] * PADDED + i)
+                inside = (n < OUT)[:, None] & (j < RANKS[f])[None, :] & there
+                left = tl.load(other + n[:, None] * RANKS[f] + j[None, :], inside, other=0.0)
+                gram = grams + ((p * slots + s) * len(frozen) + f) * MOST * PADDED + j[:, None] * PADDED + i
+                gram = tl.load(gram, there, other=0.0)
                 tile = tl.dot(left.to(tl.float32), gram * above, tile, input_precision="ieee")
     target = gradient + ((p * tl.num_programs(1) + own) * OUT + n[:, None]) * RANK + i
     tl.store(target, tile.to(gradient.dtype.element_ty), (n < OUT)[:, None] & (i < RANK))

@@ -42,8 +42,8 @@ def two(operands: Operands) -> Action:
 
 @instruction("not", "neg", "abs")
 def one(operands: Operands) -> Action:
-    if list(operands.parts) == ["abs", "bf16"]:
-        return _unary(lambda a: a & np.uint16(0x7FFF), operands)
+    if operands.parts[0] == "abs" and operands.parts[-1] in ("bf16", "bf16x2", "f16x2"):
+        return _unary(lambda a: a & a.dtype.type(0x7FFF7FFF & np.iinfo(a.dtype).max), operands)
     _no_packed(operands)
     operands.only(_FLOAT if operands.type.kind == "f" else ())
     functions: dict[str, Callable[[Array], Array]] = {"not": np.invert, "neg": np.negative, "abs": np.abs}
