@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def _of_penalties(
     slots, out, rank = active
     ranks = tuple(own for _, _, own in frozen)
     few = max(rank, *ranks) <= 16
-    both = {
+    both: dict[str, Any] = {
         "OUT": out, "RANK": rank, "PADDED": power_of_two(rank, 16), "RANKS": ranks,
         "MOST": power_of_two(max(ranks), 16),
         "STEPS": tuple(int(own > 1) for own, _, _ in frozen), "BLOCK": 128 if few else 32, "num_warps": 4 if few else 8,
