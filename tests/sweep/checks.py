@@ -25,6 +25,9 @@ class NotOurs(Exception):
     """What the plain model cannot do, either."""
 
 
+BACKEND = "aot_eager"  # of torch.compile
+
+
 def outputs(model: nn.Module, case: Model, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """All floating-point tensors that a model gives for two images."""
     args, named = case.inputs(dtype=dtype)
@@ -174,7 +177,7 @@ def compile(case: Model) -> None:
 
 def _compiled(model: nn.Module) -> Callable[..., list[Tensor]]:
     torch._dynamo.reset()
-    run: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
+    run: Any = torch.compile(model, backend=BACKEND, fullgraph=True)
 
     def call(*args: Any, **named: Any) -> list[Tensor]:
         torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from hilora.errors import InvalidValueError
-from tests.sweep import run
+from tests.sweep import checks, run
 from tests.sweep.checks import CHECKS, NotOurs
 from tests.sweep.models import MODELS, Model
 from tests.sweep.page import COLUMNS, NOT_OURS, PAGE, PASSED, Verdict, page
@@ -53,6 +54,17 @@ def test_models_are_adapted(key: str) -> None:
 @pytest.mark.usefixtures("no_fast_path")
 @pytest.mark.parametrize("key", CROSS_SECTION)
 def test_models_are_compiled(key: str) -> None:
+    verdict = run.examine(key, SLOW)
+    assert verdict.passed, verdict
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++")
+@pytest.mark.parametrize(
+    "key", ["timm vit_tiny_patch16_224", "timm beit_base_patch16_224", "transformers ViTForImageClassification"]
+)
+def test_inductor_compiles_them(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "BACKEND", "inductor")
     verdict = run.examine(key, SLOW)
     assert verdict.passed, verdict
 
