@@ -24,6 +24,7 @@ from hilora.kernels import (
     use_backend,
 )
 from hilora.kernels.errors import HiLoRAError, InvalidValueError
+from hilora.kernels.stacked_linear import devices
 from tests.kernels.cases import CASES, dense, make, random
 
 
@@ -86,6 +87,7 @@ def test_the_plan_on_a_gpu(
     rows: int, width: int, dtype: torch.dtype, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backends, "_kernels_cannot", lambda x, dtype, chosen: "")
+    monkeypatch.setattr(devices, "architecture", lambda: 80)
     x, weight = (
         torch.empty(1, rows, width, dtype=dtype, device="meta"),
         torch.empty(3 * width, width, dtype=dtype, device="meta"),

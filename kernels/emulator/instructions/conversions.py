@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -157,5 +158,22 @@ def shuffle(operands: Operands) -> Action:
         places = np.where((places < 0) | (places >= LANES), lane, places)
         rows = np.broadcast_to(value(machine), machine.size).reshape(-1, LANES)
         put(machine, np.take_along_axis(rows, places.reshape(-1, LANES), 1).ravel())
+
+    return act
+
+
+@instruction("redux")
+def reduce(operands: Operands) -> Action:
+    """Over whole warps."""
+    functions: dict[str, Any] = {"min": np.min, "max": np.max, "add": np.sum}
+    if operands.parts[2] not in functions:
+        raise Unsupported(str(operands.one))
+    value, put = operands.source(1), operands.target()
+
+    def act(machine: Machine) -> None:
+        machine.whole_warps()
+        rows = np.broadcast_to(value(machine), machine.size).reshape(-1, LANES)
+        reduced = functions[operands.parts[2]](rows, 1, keepdims=True).astype(rows.dtype)
+        put(machine, np.broadcast_to(reduced, rows.shape).ravel())
 
     return act

@@ -268,6 +268,15 @@ def test_shuffles(operands: str, source: Callable[[int], int]) -> None:
     assert found.tolist() == [int(a[thread - thread % 32 + source(thread % 32)]) for thread in range(THREADS)]
 
 
+@pytest.mark.parametrize("kind", ["min", "max", "add"])
+def test_reductions_of_warps(kind: str) -> None:
+    a = integers("i4", 0) % 1000
+    found = each_thread(f"redux.sync.{kind}.s32 {{d}}, {{a}}, -1;", [a], "i4")
+    functions: dict[str, Callable[[list[int]], int]] = {"min": min, "max": max, "add": sum}
+    whole = functions[kind]
+    assert found.tolist() == [whole(a[thread - thread % 32 :][:32].tolist()) for thread in range(THREADS)]
+
+
 @pytest.mark.parametrize("space", ["global", "shared"])
 @pytest.mark.parametrize(("bits", "count"), [(8, 1), (16, 1), (32, 1), (64, 1), (16, 2), (32, 2), (32, 4), (64, 2)])
 def test_loads_and_stores(bits: int, count: int, space: str) -> None:
