@@ -20,11 +20,13 @@ from pathlib import Path
 import torch
 
 from hilora.errors import InvalidValueError, MissingFileError
+from hilora.experiments.crew import Alone
 from hilora.experiments.experiment import Experiment
 from hilora.experiments.inputs import Inputs, check_files
 from hilora.experiments.ledger import Ledger, migrate
 from hilora.experiments.runner import Pair, Runner, shard
 from hilora.experiments.spec import read_experiment
+from hilora.experiments.training import Training
 from hilora.federated.engine.device import find_device
 from hilora.models.backbone import tune_for_cpu
 from hilora.reporting.progress import ending, stopped
@@ -92,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
     ledger = open_ledger(experiment)
     work = args.work or Path("runs/experiments") / experiment.name
     say = partial(print, file=sys.stdout, flush=True)  # the terminal, also while a run's own words go to its log
-    runner = Runner(experiment, ledger, Inputs(experiment.model, args.data_dir, device), work, say)
+    training = Training(Inputs(experiment.model, args.data_dir, device), work, say)
+    runner = Runner(experiment, ledger, Alone(training, ledger), say)
     try:
         runner.run(pairs)
     except KeyboardInterrupt as error:

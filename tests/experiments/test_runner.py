@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from hilora.experiments.crew import Alone
 from hilora.experiments.experiment import Experiment, Model
 from hilora.experiments.inputs import Inputs
 from hilora.experiments.ledger import Ledger
@@ -18,6 +19,7 @@ from hilora.experiments.plan import FINAL, choose, job, tuning_jobs
 from hilora.experiments.records import DIVERGED
 from hilora.experiments.results import KEPT
 from hilora.experiments.runner import Runner, shard
+from hilora.experiments.training import Training
 from hilora.federated.archive import packed, unpacked
 from hilora.federated.callbacks.checkpoint import CHECKPOINT
 from hilora.federated.protocol import Stage
@@ -30,22 +32,28 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def inputs() -> Inputs:
-    return Inputs(Model("glyph_vit", dtype="float32"), Path(), torch.device("cpu"))
+def inputs() -> dict[str, Inputs]:
+    """By what their model says of the arithmetic; float32 is quick here, whichever machine this is."""
+    found = {
+        dtype: Inputs(Model("glyph_vit", dtype=dtype), Path(), torch.device("cpu")) for dtype in ("float32", "auto")
+    }
+    found["auto"].dtype = torch.float32
+    return found
 
 
 Run = Callable[..., Runner]
 
 
 @pytest.fixture
-def run(tmp_path: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(tmp_path: Path, inputs: dict[str, Inputs], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs an experiment, or its first pairs, into one ledger; without the pictures of runs, which take their time."""
     monkeypatch.setattr("hilora.reporting.plots.draw_run", lambda *given: None)
 
     def do(experiment: Experiment, said: list[str] | None = None, first: int | None = None) -> Runner:
         ledger = Ledger(tmp_path / "ledger.jsonl")
         say = (said if said is not None else []).append
-        runner = Runner(experiment, ledger, inputs, tmp_path / "work", say)
+        training = Training(inputs[experiment.model.dtype], tmp_path / "work", say)
+        runner = Runner(experiment, ledger, Alone(training, ledger), say)
         runner.run(experiment.pairs[:first])
         return runner
 
@@ -202,7 +210,7 @@ def test_a_checkpoint_of_other_settings_is_told_and_the_run_begins_again(
 def test_where_the_arithmetic_is_to_be_chosen_a_table_and_a_run_keep_theirs(
     write: Write, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """float32 is quick here; bfloat16 is what was begun with."""
+    """That is bfloat16; float32 is what is quick."""
     experiment = write(('dtype = "float32"', 'dtype = "auto"'), ("seeds = [0, 1]", "seeds = [0]"))
     setting, method = experiment.pairs[0]
     other = line(job(experiment, setting, method, 1, FINAL, {}))
@@ -376,7 +384,7 @@ def test_shards_part_the_pairs_among_them(write: Write) -> None:
 def test_what_a_process_left_that_was_killed_after_its_line_is_taken_away(
     write: Write, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hilora.experiments.runner.lighten", lambda folder: None)
+    monkeypatch.setattr(Training, "lighten", lambda self, job: None)
     run(write(), first=1)
     assert list((tmp_path / "work").rglob(CHECKPOINT))
     monkeypatch.undo()
