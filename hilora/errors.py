@@ -4,6 +4,9 @@ Every class is also the built-in exception that Python programs expect there, so
 bug of the library is none of these, and keeps its traceback.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from hilora.kernels.errors import BackendError, HiLoRAError, InvalidValueError
 
 __all__ = [
@@ -43,6 +46,21 @@ class NotAFolderError(HiLoRAError, NotADirectoryError):
 
 class ResourceError(HiLoRAError, RuntimeError):
     """Something from outside of the library that cannot be had: a download, a font."""
+
+
+@contextmanager
+def needed(by: str, extra: str) -> Iterator[None]:
+    """Packages that an extra of this library brings are imported inside.
+
+    Raises:
+        ResourceError: one is not installed; says how to.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "hilora").split(".")[0] == "hilora":
+            raise
+        raise ResourceError(f"{by} needs {error.name}: pip install 'hilora[{extra}]'") from error
 
 
 def told(error: BaseException) -> str | None:

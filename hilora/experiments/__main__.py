@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from hilora.errors import InvalidValueError, MissingFileError
-from hilora.experiments.crew import Alone
-from hilora.experiments.experiment import Experiment
+from hilora.errors import InvalidValueError, MissingFileError, needed
+from hilora.experiments.crew import Alone, Crew
+from hilora.experiments.experiment import Experiment, Setting
 from hilora.experiments.inputs import Inputs, check_files
 from hilora.experiments.ledger import Ledger, migrate
 from hilora.experiments.runner import Pair, Runner, shard
@@ -30,6 +29,15 @@ from hilora.experiments.training import Training
 from hilora.federated.engine.device import find_device
 from hilora.models.backbone import tune_for_cpu
 from hilora.reporting.progress import ending, stopped
+
+ON = "many runs side by side: by processes of this machine, or on the Dask cluster with the scheduler tcp://HOST:8786"
+
+
+def count(text: str) -> int:
+    """Reads a number from 1 on."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number from 1 on")
+    return int(text)
 
 
 def part(text: str) -> tuple[int, int]:
@@ -54,7 +62,9 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--only", action="append", default=[], metavar="SETTING[/METHOD]", help="nothing else; may be repeated"
     )
     run.add_argument("--shard", type=part, default=(1, 1), metavar="I/N", help="this process's part of N side by side")
-    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    run.add_argument("--device", help="cpu, cuda, cuda:1, … (a GPU where there is one)")
+    run.add_argument("--on", metavar="local|ADDRESS", help=ON)
+    run.add_argument("--workers", type=count, metavar="N", help="of --on local (a worker a GPU, or for each 4 cores)")
     report = commands.add_parser("report", help="tables, plots and a page", description="Report what the ledger has.")
     report.add_argument("file", type=Path, metavar="FILE.toml", help="the experiment")
     report.add_argument("--out", type=Path, help="folder of the report (runs/experiments/NAME/report)")
@@ -87,22 +97,45 @@ def selected(experiment: Experiment, only: list[str]) -> list[Pair]:
 def run(args: argparse.Namespace) -> int:
     experiment = read_experiment(args.file)
     pairs = shard(selected(experiment, args.only), *args.shard)
-    check_files(experiment.model, [setting for setting, _ in pairs], args.data_dir)
-    device = find_device(args.device)
-    if device.type == "cpu":
-        tune_for_cpu()
     ledger = open_ledger(experiment)
-    work = args.work or Path("runs/experiments") / experiment.name
     say = partial(print, file=sys.stdout, flush=True)  # the terminal, also while a run's own words go to its log
-    training = Training(Inputs(experiment.model, args.data_dir, device), work, say)
-    runner = Runner(experiment, ledger, Alone(training, ledger), say)
-    try:
-        runner.run(pairs)
-    except KeyboardInterrupt as error:
-        return stopped(error, "; the same command goes on from here")
+    with crew(args, experiment, [setting for setting, _ in pairs], ledger, say) as those:
+        runner = Runner(experiment, ledger, those, say)
+        try:
+            runner.run(pairs)
+        except KeyboardInterrupt as error:
+            return stopped(error, "; the same command goes on from here")
     for title in runner.failed:
         print(f"failed: {title}", file=sys.stderr)
     return 1 if runner.failed else 0
+
+
+@contextmanager
+def crew(
+    args: argparse.Namespace,
+    experiment: Experiment,
+    settings: Sequence[Setting],
+    ledger: Ledger,
+    say: Callable[[str], None],
+) -> Iterator[Crew]:
+    """Who trains: this process, or the workers that `--on` names."""
+    work = args.work or Path("runs/experiments") / experiment.name
+    if args.workers and args.on != "local":
+        raise InvalidValueError("--workers is for --on local: a scheduler elsewhere has the workers that it has")
+    if args.on in (None, "local"):
+        check_files(experiment.model, settings, args.data_dir)
+    if args.on is None:
+        device = find_device(args.device)
+        if device.type == "cpu":
+            tune_for_cpu()
+        yield Alone(Training(Inputs(experiment.model, args.data_dir, device), work, say), ledger)
+        return
+    with needed("--on", "cluster"):
+        from hilora.experiments.cluster import Cluster, connected
+        from hilora.experiments.worker import Place
+    place = Place(experiment.model, args.data_dir.resolve(), work.resolve(), args.device)
+    with connected(args.on, args.workers, args.device) as client:
+        yield Cluster(client, place, settings, say)
 
 
 def report(args: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from typing import Protocol
 from hilora.experiments.ledger import Ledger
 from hilora.experiments.plan import Job
 from hilora.experiments.records import Line
-from hilora.experiments.training import Training
+from hilora.experiments.training import Training, folder, lighten
 from hilora.locks import claimed
 
 Outcome = Callable[[], AbstractContextManager[Line | None]]
@@ -48,7 +48,6 @@ class Alone:
 
     def __init__(self, training: Training, ledger: Ledger) -> None:
         self.training, self.ledger = training, ledger
-        self.lighten = training.lighten
         self._next: list[tuple[Job, Outcome]] = []
 
     @property
@@ -64,9 +63,12 @@ class Alone:
     def stop(self) -> Iterator[tuple[Job, Outcome]]:
         yield from ()
 
+    def lighten(self, job: Job) -> None:
+        lighten(self.training.work, job)
+
     @contextmanager
     def _train(self, job: Job, dtype: str | None) -> Iterator[Line | None]:
-        with claimed(self.training.folder(job)) as ours:
+        with claimed(folder(self.training.work, job)) as ours:
             if not ours:
                 yield None
                 return

@@ -28,6 +28,17 @@ from hilora.reporting.machine import device_name, revision, today
 HEAVY = (CHECKPOINT, PREVIOUS, "adapters.safetensors", "heads.safetensors")  # not kept of a finished run
 
 
+def folder(work: Path, job: Job) -> Path:
+    """The folder of a run inside of the scratch folder."""
+    return work / f"{job.setting.name}.{job.method.name}.{job.purpose}{job.seed}.{job.fingerprint}"
+
+
+def lighten(work: Path, job: Job) -> None:
+    """Take what is heavy out of the folder of a run that is in the ledger."""
+    for name in HEAVY:
+        (folder(work, job) / name).unlink(missing_ok=True)
+
+
 class Training:
     """Trains runs, one after the other.
 
@@ -48,9 +59,6 @@ class Training:
             "device": device_name(inputs.device),
         }
 
-    def folder(self, job: Job) -> Path:
-        return self.work / f"{job.setting.name}.{job.method.name}.{job.purpose}{job.seed}.{job.fingerprint}"
-
     def train(self, job: Job, dtype: str | None) -> Line:
         """Train a run, or what is left of it, in its folder, which no other process may be at.
 
@@ -58,7 +66,7 @@ class Training:
             dtype: the arithmetic, where it is to be chosen: that of the other runs; None for what is quick here. A run
                 that goes on keeps its own.
         """
-        with open(self.folder(job) / "log.txt", "a", buffering=1, encoding="utf-8") as log:
+        with open(folder(self.work, job) / "log.txt", "a", buffering=1, encoding="utf-8") as log:
             try:
                 with redirect_stdout(log):
                     figures, used = self._figures(job, dtype)
@@ -75,11 +83,6 @@ class Training:
             "dtype": used,
         }
 
-    def lighten(self, job: Job) -> None:
-        """Take what is heavy out of the folder of a run that is in the ledger."""
-        for name in HEAVY:
-            (self.folder(job) / name).unlink(missing_ok=True)
-
     def _figures(self, job: Job, dtype: str | None) -> tuple[dict[str, Any], str]:
         """The results of a run, or why it could not be trained; and the arithmetic of its backbone."""
         simulation = self._simulation(job, dtype)
@@ -94,7 +97,7 @@ class Training:
 
     def _simulation(self, job: Job, dtype: str | None) -> Simulation:
         """A new simulation, or the one that was interrupted in this folder."""
-        out, (train, test) = self.folder(job), self.inputs.images(job.setting)
+        out, (train, test) = folder(self.work, job), self.inputs.images(job.setting)
         population = partition(train, test, job.partition, seed=job.seed)
 
         def simulation(name: str | None, resume: bool) -> Simulation:

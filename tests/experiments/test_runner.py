@@ -384,7 +384,7 @@ def test_shards_part_the_pairs_among_them(write: Write) -> None:
 def test_what_a_process_left_that_was_killed_after_its_line_is_taken_away(
     write: Write, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Training, "lighten", lambda self, job: None)
+    monkeypatch.setattr("hilora.experiments.crew.lighten", lambda work, job: None)
     run(write(), first=1)
     assert list((tmp_path / "work").rglob(CHECKPOINT))
     monkeypatch.undo()

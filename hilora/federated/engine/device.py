@@ -15,12 +15,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Of a backbone's arithmetic, by name."""
 
 
-def find_device(name: str) -> torch.device:
-    """A device by its name, such as cpu or cuda:1, that this machine has.
+def find_device(name: str | None) -> torch.device:
+    """A device by its name, such as cpu or cuda:1, that this machine has; a GPU, if there is one, where it has none.
 
     Raises:
         InvalidValueError: it has none of that name.
     """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
