@@ -15,6 +15,8 @@ CORE = [
     "lazy-loader>=0.4",
 ]
 FEDERATED = ["timm>=1.0.15", "matplotlib>=3.8", "pillow>=10", "tqdm>=4.66", "pydantic>=2.7", "shtab>=1.7"]
+CLUSTER = ["distributed>=2024.1"]
+TENSORBOARD = ["tensorboard>=2.16"]
 DEV = [
     "setuptools>=64",
     "wheel",
@@ -64,6 +66,11 @@ setup(
     packages=find_packages(include=["hilora", "hilora.*"]),
     package_data={"hilora": ["py.typed", "*.pyi", "**/*.safetensors", "**/*.json", "**/*.css", "**/*.js", "**/*.c"]},
     install_requires=CORE,
-    extras_require={"federated": FEDERATED, "dev": FEDERATED + DEV + CHECKS + SITE},
+    extras_require={
+        "federated": FEDERATED,
+        "cluster": FEDERATED + CLUSTER,
+        "tensorboard": FEDERATED + TENSORBOARD,
+        "dev": FEDERATED + CLUSTER + TENSORBOARD + DEV + CHECKS + SITE,
+    },
     entry_points={"console_scripts": ["hilora = hilora.cli.main:main"]},
 )

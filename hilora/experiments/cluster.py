@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property, partial
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
 from dask.system import CPU_COUNT
-from distributed import Client, Future, KilledWorker, Nanny, Scheduler, SpecCluster, wait
+from distributed import CancelledError, Client, Future, KilledWorker, Nanny, Scheduler, SpecCluster, wait
+from distributed.utils import silence_logging_cmgr
 
 from hilora.errors import HiLoRAError, ResourceError
 from hilora.experiments import worker
@@ -21,10 +24,11 @@ from hilora.experiments.plan import Job
 from hilora.experiments.records import Line
 from hilora.experiments.training import lighten
 from hilora.experiments.worker import Place
+from hilora.locks import uninterrupted
 from hilora.version import __version__
 
 HOST = "127.0.0.1"  # of local workers
-LOST = "the scheduler does not answer any more; once it does, the same command goes on from here"
+WAITING = "no worker: waiting for one"
 CORES = 4  # of a CPU, for a local worker
 PATIENCE = 10.0  # seconds for a scheduler to answer
 POLL = 1.0  # seconds between two looks at who works
@@ -48,6 +52,8 @@ class Cluster:
         self._running: dict[Future, Job] = {}
         self._workers: set[str] = set()
         self._look()
+        if not self._workers:
+            self.say(WAITING)
 
     @property
     def size(self) -> int:
@@ -64,16 +70,15 @@ class Cluster:
     def ended(self) -> Iterator[tuple[Job, Outcome]]:
         free = self.free
         while not any(future.done() for future in self._running) and self.free <= free:
-            with suppress(TimeoutError):
+            with suppress(TimeoutError, CancelledError):
                 wait(list(self._running), POLL, "FIRST_COMPLETED")
             self._look()
-        if any(future.cancelled() for future in self._running):  # not by us
-            raise ResourceError(LOST)
         return self._over()
 
     def stop(self) -> Iterator[tuple[Job, Outcome]]:
         over = list(self._over())
-        self.client.cancel(list(self._running))
+        if self.client.status == "running":
+            self.client.cancel(list(self._running))
         return iter(over)
 
     def lighten(self, job: Job) -> None:
@@ -91,15 +96,19 @@ class Cluster:
 
     def _look(self) -> None:
         """Who works now. One that has just come must have what runs need."""
-        found = set(self.client.nthreads())
+        try:
+            found = set(self.client.nthreads()) if self.client.status == "running" else None
+        except OSError:
+            found = None
+        if found is None or any(future.cancelled() for future in self._running):  # not by us
+            raise ResourceError("the scheduler is gone; once there is one, the same command goes on from here")
         for address in found - self._workers:
-            asked = self.client.run(
-                worker.check, self.place, self.settings, __version__, workers=[address], on_error="return"
-            )
-            if isinstance(asked.get(address), HiLoRAError | ImportError):
-                raise ResourceError(f"the worker {address} cannot be used: {asked[address]}")
+            call = partial(self.client.run, worker.check, self.place, self.settings, __version__)
+            error = call(workers=[address], on_error="return").get(address)
+            if isinstance(error, HiLoRAError | ImportError):
+                raise ResourceError(f"the worker {address} cannot be used: {error}")
         if found != self._workers:
-            self.say(f"{len(found)} worker{'' if len(found) == 1 else 's'}")
+            self.say(f"{len(found)} worker{'' if len(found) == 1 else 's'}" if found else WAITING)
         self._workers = found
 
 
@@ -125,9 +134,12 @@ def connected(on: str, workers: int | None, device: str | None) -> Iterator[Clie
     Raises:
         ResourceError: no scheduler answers.
     """
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters is said by the runner
     with ExitStack() as stack:
-        scheduler = stack.enter_context(_local(workers, device)) if on == "local" else on
+        stack.enter_context(silence_logging_cmgr(logging.CRITICAL))  # what matters is said by the runner
+        scheduler: str | SpecCluster = on
+        if on == "local":
+            with uninterrupted(), _deaf():
+                scheduler = stack.enter_context(_local(workers, device))
         try:
             client = stack.enter_context(Client(scheduler, timeout=PATIENCE))
         except (OSError, ValueError) as error:
@@ -144,7 +156,6 @@ def _local(workers: int | None, device: str | None) -> SpecCluster:
         "nthreads": max(1, CPU_COUNT // count),
         "memory_limit": 0,  # a run's memory is its own affair
         "dashboard": False,
-        "preload": [worker.__name__],
         "silence_logs": logging.CRITICAL,
     }
     environment = [{"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {} for number in range(count)]
@@ -153,6 +164,21 @@ def _local(workers: int | None, device: str | None) -> SpecCluster:
         {"cls": Scheduler, "options": {"host": HOST, "port": 0, "dashboard": False}},
         silence_logs=logging.CRITICAL,
     )
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """What is started inside, threads and processes, does not hear Ctrl-C for as long as it lives: that is for the
+    command, which ends its workers. It is inherited, so that it holds for workers in the place of lost ones, too."""
+    if not hasattr(signal, "pthread_sigmask"):  # not a Unix
+        yield
+        return
+    resource_tracker.ensure_running()  # in some versions of Python it unblocks signals when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _gpus() -> list[str]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import distributed
 import torch
@@ -87,11 +85,6 @@ def check(place: Place, settings: Sequence[Setting], version: str) -> None:
         raise InvalidValueError(f"it has hilora {__version__}, expected {version}, as where the command was given")
     check_files(place.model, settings, place.root)
     find_device(place.device)
-
-
-def dask_setup(worker: Any) -> None:
-    """Ctrl-C is for the command that started a local worker, which then ends it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @lru_cache(maxsize=1)
