@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property, partial
 from multiprocessing import resource_tracker
+from time import sleep
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ class Cluster:
         free = self.free
         while not any(future.done() for future in self._running) and self.free <= free:
             with suppress(TimeoutError, CancelledError):
-                wait(list(self._running), POLL, "FIRST_COMPLETED")
+                wait(list(self._running), POLL, "FIRST_COMPLETED") if self._running else sleep(POLL)
             self._look()
         return self._over()
 
