@@ -146,9 +146,9 @@ def append_line(path: PathLike, record: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def set_aside(folder: Path, names: Iterable[str]) -> None:
-    """Move the named files of a folder, those that are there, into `earlier-1`, `earlier-2`, … inside of it."""
-    found = [folder / name for name in names if (folder / name).exists()]
+def set_aside(folder: Path, patterns: Iterable[str]) -> None:
+    """Move the files of a folder that patterns fit into `earlier-1`, `earlier-2`, … inside of it."""
+    found = [path for pattern in patterns for path in folder.glob(pattern)]
     if found:
         number = next(n for n in itertools.count(1) if not (folder / f"earlier-{n}").exists())
         (folder / f"earlier-{number}").mkdir()

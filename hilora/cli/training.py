@@ -16,6 +16,7 @@ from hilora.cli.methods import add_settings, chosen, load
 from hilora.errors import HiLoRAError, InvalidValueError, MissingFileError, NotAFolderError
 from hilora.federated.callbacks.checkpoint import checkpoint_dtype, has_checkpoint
 from hilora.federated.callbacks.report import RESULTS
+from hilora.federated.callbacks.tensorboard import TensorBoard
 from hilora.federated.data.images import ImageSet
 from hilora.federated.data.partitions import PARTITIONS, Partition, Population, settings
 from hilora.federated.engine.device import DTYPES, find_device, quick_dtype
@@ -124,6 +125,9 @@ class Command:
         out = Path("runs/latest")
         machine.add_argument("--out", type=Path, default=out, help="folder for the results (%(default)s)")
         machine.add_argument("--resume", action="store_true", help="go on where the run in --out stopped")
+        machine.add_argument(
+            "--tensorboard", action="store_true", help="write every round for TensorBoard, too, into the run's folder"
+        )
         machine.add_argument("--quiet", action="store_true", help="say nothing but what goes wrong")
         machine.add_argument("--json", action="store_true", help="print the summary as JSON, and nothing else")
         parser.set_defaults(**self.defaults)
@@ -197,6 +201,7 @@ def _train(args: argparse.Namespace, load_data: Load, summaries: list[dict[str, 
         clear_leftovers(folder)
     if args.resume and not any(map(has_checkpoint, folders)):
         raise MissingFileError(f"--resume: there is no checkpoint in {args.out}: start without it")
+    trackers = [TensorBoard()] if args.tensorboard else []
     with about(device=args.device):
         device = find_device(args.device)
     if device.type == "cpu":
@@ -223,7 +228,7 @@ def _train(args: argparse.Namespace, load_data: Load, summaries: list[dict[str, 
     for strategy, folder in zip(strategies, folders, strict=True):
         resume = args.resume and has_checkpoint(folder)
         simulation = Simulation(
-            strategy, training, backbone, train, test, population, folder, device, dtype, resume, asked_for
+            strategy, training, backbone, train, test, population, folder, device, dtype, resume, asked_for, trackers
         )
         try:
             simulation.run()

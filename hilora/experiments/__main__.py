@@ -6,7 +6,7 @@
 
 The ledger is FILE.ledger.jsonl beside FILE.toml, a line for each finished run. A run is found again by what decides its
 result, so that a changed FILE.toml trains only what changed, and an interrupted command goes on where it stopped. The
-same command in several processes divides the runs among them.
+same command in several processes divides the runs among them; --on trains many side by side on a Dask cluster.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def _local(workers: int | None, device: str | None) -> SpecCluster:
     environment = [{"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {} for number in range(count)]
     return SpecCluster(
         {number: {"cls": Nanny, "options": {**options, "env": env}} for number, env in enumerate(environment)},
-        {"cls": Scheduler, "options": {"host": HOST, "port": 0, "dashboard": False}},
+        {"cls": Scheduler, "options": {"host": HOST, "port": 0, "dashboard": False, "dashboard_address": f"{HOST}:0"}},
         silence_logs=logging.CRITICAL,
     )
 

@@ -9,7 +9,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from hilora.experiments.experiment import Experiment
 from hilora.experiments.ledger import Ledger
 from hilora.experiments.runner import Runner
 from hilora.experiments.worker import Place
-from hilora.federated.callbacks.checkpoint import load_checkpoint
+from hilora.federated.callbacks.checkpoint import PREVIOUS, load_checkpoint
 from tests.experiments.conftest import SMALL, Write
 
 pytestmark = pytest.mark.slow
@@ -72,18 +73,19 @@ def killer(begins: str, times: int) -> Iterator[list[Path]]:
     killed: list[Path] = []
     over = threading.Event()
 
+    def training() -> Iterator[tuple[psutil.Process, Path]]:
+        for process in psutil.Process().children():
+            with suppress(psutil.Error):  # it has just ended
+                for folder in [Path(file.path).parent for file in process.open_files()]:
+                    if folder.name.startswith(begins) and (folder / PREVIOUS).exists():
+                        yield process, folder
+
     def work() -> None:
         while len(killed) < times and not over.wait(0.01):
-            for process in psutil.Process().children():
-                try:
-                    at = [Path(file.path).parent for file in process.open_files() if file.path.endswith("/log.txt")]
-                except psutil.Error:
-                    continue
-                for folder in at:
-                    if folder.name.startswith(begins) and (folder / "checkpoint.previous.safetensors").exists():
-                        process.kill()
-                        process.wait()
-                        killed.append(folder)
+            for process, folder in islice(training(), 1):
+                process.kill()
+                process.wait()
+                killed.append(folder)
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -99,7 +101,7 @@ def test_eight_runs_on_two_workers_of_which_one_is_killed_are_those_of_one_machi
 ) -> None:
     said: list[str] = []
     experiment = write(("seeds = [0, 1]", "seeds = [0, 1, 2]"))
-    with killer("", 1) as killed:
+    with killer("groups.", 1) as killed:
         assert run(client, experiment, tmp_path, said.append).failed == []
     assert len(killed) == 1
     assert said[:2] == ["2 workers", "Small: 8 runs to do"]
@@ -180,7 +182,7 @@ def test_ctrl_c_stops_the_runs_of_the_workers_and_the_same_command_goes_on(
 
     def stop(text: str) -> None:
         if text.startswith("groups/fedit"):
-            while not list((tmp_path / "work").glob(f"{FIRST}.*/checkpoint.previous.safetensors")):
+            while not list((tmp_path / "work").glob(f"{FIRST}.*/{PREVIOUS}")):
                 time.sleep(0.1)
             raise KeyboardInterrupt
 
@@ -212,7 +214,7 @@ def test_a_scheduler_without_workers_is_waited_for_and_one_that_goes_away_is_tol
 ) -> None:
     monkeypatch.setattr(cluster, "PATIENCE", 1.0)
     said: list[str] = []
-    options = {"host": "127.0.0.1", "port": 0, "dashboard": False}
+    options = {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": ":0"}
     scheduler = SpecCluster({}, {"cls": Scheduler, "options": options}, silence_logs=50)
     experiment = write()
     with connected(scheduler.scheduler_address, None, None) as client:

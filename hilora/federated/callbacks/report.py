@@ -32,8 +32,9 @@ RESULTS = (
     "heads.safetensors",
     *PICTURES,
     "report.html",
+    "events.out.tfevents.*",
 )
-"""The files of a run."""
+"""The files of a run, as patterns."""
 
 
 class Report(Callback):
