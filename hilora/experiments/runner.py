@@ -13,7 +13,6 @@ from hilora.experiments.experiment import Experiment, Method, Setting
 from hilora.experiments.ledger import Ledger
 from hilora.experiments.plan import FINAL, Job, choose, final_jobs, tuning_jobs
 from hilora.experiments.records import DIVERGED, Line
-from hilora.locks import uninterrupted
 
 Pair = tuple[Setting, Method]
 
@@ -55,7 +54,7 @@ class Runner:
                 for job, outcome in self.crew.ended():
                     self._take(job, outcome, pairs)
         except BaseException:
-            with uninterrupted(), suppress(OSError):
+            with suppress(OSError):
                 for job, outcome in self.crew.stop():
                     self._take(job, outcome, pairs)
             raise

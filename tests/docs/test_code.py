@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -25,6 +27,7 @@ from hilora.experiments.spec import read_experiment
 from hilora.federated.data.partitions import PARTITIONS
 from hilora.federated.data.readers import READERS
 from hilora.federated.strategies import STRATEGIES
+from hilora.reporting.progress import Progress
 from tests.docs.pages import PAGES, ROOT, blocks, commands, program
 
 pytestmark = pytest.mark.slow
@@ -66,6 +69,35 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm, "create_model", create_model)
 
 
+class MLflow(ModuleType):
+    """Stands in for mlflow, and keeps what it is told: for each run its metrics by step, and how it ended."""
+
+    def __init__(self) -> None:
+        super().__init__("mlflow")
+        self.runs: dict[str, dict[int, dict[str, float]]] = {}
+        self.ended: list[tuple[str, str]] = []
+        self.active = ""
+
+    def start_run(self, run_id: str | None, run_name: str) -> SimpleNamespace:
+        self.active = run_id or f"{run_name}-{len(self.runs)}"
+        self.runs.setdefault(self.active, {})
+        return SimpleNamespace(info=SimpleNamespace(run_id=self.active))
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        assert all(isinstance(value, int | float) for value in metrics.values())
+        self.runs[self.active][step] = metrics
+
+    def end_run(self, status: str) -> None:
+        self.ended.append((self.active, status))
+
+
+@pytest.fixture
+def mlflow(monkeypatch: pytest.MonkeyPatch) -> MLflow:
+    module = MLflow()
+    monkeypatch.setitem(sys.modules, "mlflow", module)
+    return module
+
+
 def write_files(page: str, folder: Path) -> None:
     for block in blocks(page):
         if block.title:
@@ -83,7 +115,12 @@ def test_pages_with_code_are_found() -> None:
     "page", [page for page in WITH_CODE if not any(b.title.startswith(INSIDE) for b in blocks(page))]
 )
 def test_python_runs_and_prints_what_the_page_says(
-    page: str, place: Path, offline: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: str,
+    place: Path,
+    offline: None,
+    mlflow: MLflow,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(timm.layers.config, "_USE_FUSED_ATTN", 1)  # a page may change it
     write_files(page, place)
@@ -94,6 +131,34 @@ def test_python_runs_and_prints_what_the_page_says(
     for block in blocks(page):
         if block.language == "text":
             assert block.text in printed
+
+
+def test_the_tracker_of_the_page_of_callbacks_tracks(
+    place: Path, mlflow: MLflow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)
+    exec(compile(program("docs/how-to/callback.md"), "callback.md", "exec"), vars(module))
+
+    def simulation(resume: bool) -> Any:
+        given = (module.load_backbone("glyph_vit"), module.train, module.test, module.population, Path("tracked"))
+        callbacks = [module.MLflow()]
+        return module.Simulation(
+            "hilora", module.settings, *given, torch.device("cpu"), resume=resume, callbacks=callbacks
+        )
+
+    stopped = simulation(resume=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "round", lambda self, record: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            stopped.run()
+    simulation(resume=True).run()
+    ((run, rounds),) = mlflow.runs.items()
+    assert mlflow.ended == [(run, "KILLED"), (run, "FINISHED")]
+    assert list(rounds) == [1, 2, 3]
+    lines = [json.loads(line) for line in Path("tracked/metrics.jsonl").read_text().splitlines()]
+    assert [metrics["loss"] for metrics in rounds.values()] == pytest.approx([line["loss"] for line in lines])
+    assert rounds[3]["test/mean"] == pytest.approx(lines[2]["test"]["mean"])
 
 
 @pytest.mark.parametrize("page", [page for page in WITH_CODE if any(b.title.startswith(INSIDE) for b in blocks(page))])
