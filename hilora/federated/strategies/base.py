@@ -12,6 +12,7 @@ from torch import Tensor
 from hilora.adapters.config import HiLoRAConfig
 from hilora.adapters.table import AdapterTable, Stack
 from hilora.algorithms.clustering import Clustering
+from hilora.federated.averaging import Averaging
 from hilora.federated.client import ClientState, Models
 from hilora.federated.engine.trainer import Trainer
 from hilora.federated.protocol import Download, Head, Stage, Upload
@@ -96,6 +97,11 @@ class Strategy(ABC):
         )
 
     # The server's half
+
+    @property
+    def averaging(self) -> Averaging:
+        """How to take means of what clients sent."""
+        return Averaging(self.training)
 
     @abstractmethod
     def start(self) -> None:

@@ -70,7 +70,8 @@ class FDLoRA(Strategy):
         if stage.task == SHARED:
             upload = ask(clients, Download(stage._replace(task=COLLECT)))
             assert upload.head is not None
-            self.root, self.head = upload.tiers["leaf"].mean(upload.images), upload.head.mean(upload.images)
+            self.root = self.averaging.mean(upload.tiers["leaf"], upload.images, self._first())
+            self.head = self.averaging.mean(upload.head, upload.images, self.problem.head)
 
     def configure(self, stage: Stage, clients: Tensor) -> Download:
         if stage.task == PERSONAL:
@@ -79,8 +80,9 @@ class FDLoRA(Strategy):
 
     def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
         if stage.task == SHARED and upload.head is not None and upload.images.sum() > 0:
-            self.root = self._stepped("adapters", self.root, upload.tiers["root"].mean(upload.images))
-            self.head = self._stepped("head", self.head, upload.head.mean(upload.images))
+            root = self.averaging.mean(upload.tiers["root"], upload.images, self.root)
+            head = self.averaging.mean(upload.head, upload.images, self.head)
+            self.root, self.head = self._stepped("adapters", self.root, root), self._stepped("head", self.head, head)
         return {}
 
     def _stepped(self, name: str, current: Any, reached: Stack) -> Any:

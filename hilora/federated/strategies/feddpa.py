@@ -48,7 +48,8 @@ class FedDPA(Strategy):
 
     def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
         if upload.head is not None and upload.images.sum() > 0:
-            self.root, self.head = upload.tiers["root"].mean(upload.images), upload.head.mean(upload.images)
+            self.root = self.averaging.mean(upload.tiers["root"], upload.images, self.root)
+            self.head = self.averaging.mean(upload.head, upload.images, self.head)
         return {}
 
     def mixed(self, leaf: Rows[Any], state: ClientState, download: Download, trainer: Trainer) -> Models:

@@ -37,7 +37,7 @@ class FedSALoRA(SharableHead):
     def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
         self.average_heads(upload)
         if upload.images.sum() > 0:
-            self.A = upload.tiers["leaf"].mean(upload.images)
+            self.A = self.averaging.mean(upload.tiers["leaf"], upload.images, self.A)
         return {}
 
     def local(self, state: ClientState, download: Download, trainer: Trainer) -> Upload:

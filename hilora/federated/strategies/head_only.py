@@ -43,11 +43,11 @@ class HeadOnly(HiLoRA):
             for group in member.unique():
                 members = upload.rows(member == group)
                 if members.head is not None and members.images.sum() > 0:
-                    heads.put(group[None], members.head.mean(members.images))
+                    heads.put(group[None], self.averaging.mean(members.head, members.images, heads.rows(group[None])))
             self.heads["cluster"] = heads
         return {}
 
-    def averaged(self, upload: Upload) -> AdapterTable:
+    def averaged(self, upload: Upload, start: AdapterTable) -> AdapterTable:
         return self.root
 
     def remember(self, upload: Upload) -> None:

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from hilora.adapters.table import AdapterTable
-from hilora.algorithms.aggregation import product_space_mean, relative_change
+from hilora.algorithms.aggregation import relative_change
 from hilora.algorithms.clustering import Clustering
 from hilora.federated.client import ClientState, Models
 from hilora.federated.engine.trainer import Trainer
@@ -86,8 +86,9 @@ class HiLoRA(Strategy):
             for group in member.unique():
                 members = upload.rows(member == group)
                 if members.head is not None and members.images.sum() > 0:
-                    cluster.put(group[None], self.averaged(members))
-                    heads.put(group[None], members.head.mean(members.images))
+                    cluster.put(group[None], self.averaged(members, cluster.rows(group[None])))
+                    head = self.averaging.mean(members.head, members.images, heads.rows(group[None]))
+                    heads.put(group[None], head)
             self.cluster, self.heads["cluster"] = cluster, heads
         return {}
 
@@ -96,20 +97,19 @@ class HiLoRA(Strategy):
         if not len(worked.clients) or worked.head is None:
             return {}
         self.remember(worked)
-        before, self.root = self.root, self.averaged(worked)
-        self.heads["root"] = worked.head.mean(worked.images)
+        before, self.root = self.root, self.averaged(worked, self.root)
+        self.heads["root"] = self.averaging.mean(worked.head, worked.images, self.heads["root"])
         if not any(B.any() for B in before.B):
             return {"rho": None}  # there was nothing before the first round
         rho = relative_change(self.root.factors, before.factors)
         return {"rho": rho, "stop": rho <= self.settings.tau_rel}
 
-    def averaged(self, upload: Upload) -> AdapterTable:
+    def averaged(self, upload: Upload, start: AdapterTable) -> AdapterTable:
         """The mean of the clients' adapters as one row, taken of their products, or of A and B apart."""
         (table,) = upload.tiers.values()
         if self.settings.aggregation == "factors":
-            return table.mean(upload.images)
-        means = [product_space_mean(A, B, upload.images, A.shape[-2]) for A, B in table.factors]
-        return AdapterTable([A[None] for A, _ in means], [B[None] for _, B in means])
+            return self.averaging.mean(table, upload.images, start)
+        return self.averaging.product_mean(table, upload.images, start)
 
     def remember(self, upload: Upload) -> None:
         """Note for the grouping what clients made of the root."""

@@ -60,8 +60,8 @@ class IFCA(Strategy):
         for group in upload.choice.unique():
             members = upload.rows(upload.choice == group)
             if members.head is not None and members.images.sum() > 0:
-                root.put(group[None], members.tiers["root"].mean(members.images))
-                head.put(group[None], members.head.mean(members.images))
+                for table, sent in ((root, members.tiers["root"]), (head, members.head)):
+                    table.put(group[None], self.averaging.mean(sent, members.images, table.rows(group[None])))
         self.root, self.head = root, head
         return {}
 

@@ -60,7 +60,7 @@ class PF2LoRA(SharableHead):
     def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
         self.average_heads(upload)
         if upload.images.sum() > 0:
-            self.root = upload.tiers["root"].mean(upload.images)
+            self.root = self.averaging.mean(upload.tiers["root"], upload.images, self.root)
         return {}
 
     def first(self, clients: Tensor) -> AdapterTable:
