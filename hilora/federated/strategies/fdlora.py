@@ -13,7 +13,7 @@ from hilora.adapters.table import AdapterTable, Stack, Values
 from hilora.federated.client import ClientState, Models
 from hilora.federated.engine.trainer import Trainer
 from hilora.federated.local.search import evolve
-from hilora.federated.protocol import Download, Rows, Stage, Upload, own, shared
+from hilora.federated.protocol import Download, Rows, Sends, Stage, Upload, own, shared
 from hilora.federated.settings import Number, Settings, Whole
 from hilora.federated.strategies.base import Ask, Strategy, everyone_starts
 from hilora.federated.streams import stream
@@ -77,6 +77,11 @@ class FDLoRA(Strategy):
         if stage.task == PERSONAL:
             return Download(stage)
         return Download(stage, {"root": shared(self.root, clients)}, shared(self.head, clients))
+
+    def sends(self, stage: Stage) -> Sends:
+        if stage.task == COLLECT:
+            return Sends({"leaf": "AB"}, head=True)
+        return Sends({"root": "AB"}, head=True) if stage.task == SHARED else Sends()
 
     def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
         if stage.task == SHARED and upload.head is not None and upload.images.sum() > 0:

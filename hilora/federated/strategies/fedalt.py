@@ -12,7 +12,7 @@ from hilora.adapters.composition import Gate
 from hilora.adapters.table import AdapterTable, Values
 from hilora.federated.client import ClientState, Models
 from hilora.federated.engine.trainer import Trainer
-from hilora.federated.protocol import Download, Stage, Upload, own
+from hilora.federated.protocol import Download, Sends, Stage, Upload, own
 from hilora.federated.strategies.base import Ask
 from hilora.federated.strategies.own_head import SharableHead
 from hilora.federated.streams import stream
@@ -67,6 +67,9 @@ class FedALT(SharableHead):
             others = (self.seen != client) | (len(self.seen) < 2)
             found.put(torch.tensor([place]), self.averaging.mean(rows, others, start))
         return found
+
+    def sends(self, stage: Stage) -> Sends:
+        return Sends({"leaf": "AB"}, head=self.shares_head)
 
     def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
         self.uploaded.put(upload.clients, upload.tiers["leaf"])

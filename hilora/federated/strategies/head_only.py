@@ -11,7 +11,7 @@ from hilora.adapters.table import AdapterTable
 from hilora.federated.client import ClientState, Models
 from hilora.federated.engine.trainer import Trainer
 from hilora.federated.grouping import GroupingSettings
-from hilora.federated.protocol import Download, Stage, Upload, shared
+from hilora.federated.protocol import Download, Sends, Stage, Upload, shared
 from hilora.federated.strategies.hilora import PROBE, HiLoRA
 from hilora.federated.streams import stream
 
@@ -34,6 +34,9 @@ class HeadOnly(HiLoRA):
     def configure(self, stage: Stage, clients: Tensor) -> Download:
         found = super().configure(stage, clients)
         return Download(stage, {}, found.head)
+
+    def sends(self, stage: Stage) -> Sends:
+        return Sends(head=not stage.private)
 
     def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
         if stage.tier == "root":

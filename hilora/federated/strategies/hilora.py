@@ -15,7 +15,7 @@ from hilora.algorithms.clustering import Clustering
 from hilora.federated.client import ClientState, Models
 from hilora.federated.engine.trainer import Trainer
 from hilora.federated.grouping import GROUPINGS, GroupingSettings
-from hilora.federated.protocol import Download, Rows, Stage, Upload, shared
+from hilora.federated.protocol import Download, Rows, Sends, Stage, Upload, shared
 from hilora.federated.settings import Number
 from hilora.federated.strategies.base import Ask, Strategy
 from hilora.federated.streams import stream
@@ -76,6 +76,13 @@ class HiLoRA(Strategy):
         member = self.grouping.member[clients]
         tiers = {"root": root, "cluster": Rows(self.cluster, member)}
         return Download(stage, tiers, Rows(self.heads["cluster"], member.clamp_min(0)))
+
+    def sends(self, stage: Stage) -> Sends:
+        return super().sends(stage)._replace(head=not stage.private and stage != PROBE)
+
+    @property
+    def sums(self) -> bool:
+        return self.settings.groups == "true"
 
     def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
         if stage.tier == "root":
