@@ -15,6 +15,7 @@ CORE = [
     "lazy-loader>=0.4",
 ]
 FEDERATED = ["timm>=1.0.15", "matplotlib>=3.8", "pillow>=10", "tqdm>=4.66", "pydantic>=2.7", "shtab>=1.7"]
+PRIVACY = ["dp-accounting>=0.4.4"]
 DEV = [
     "setuptools>=64",
     "wheel",
@@ -64,6 +65,10 @@ setup(
     packages=find_packages(include=["hilora", "hilora.*"]),
     package_data={"hilora": ["py.typed", "*.pyi", "**/*.safetensors", "**/*.json", "**/*.css", "**/*.js", "**/*.c"]},
     install_requires=CORE,
-    extras_require={"federated": FEDERATED, "dev": FEDERATED + DEV + CHECKS + SITE},
+    extras_require={
+        "federated": FEDERATED,
+        "privacy": FEDERATED + PRIVACY,
+        "dev": FEDERATED + PRIVACY + DEV + CHECKS + SITE,
+    },
     entry_points={"console_scripts": ["hilora = hilora.cli.main:main"]},
 )

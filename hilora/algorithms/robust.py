@@ -27,17 +27,18 @@ def product_distances(factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     Returns:
         float64 `[N, N]`, symmetric, zero on the diagonal.
     """
-    gram = 0
+    if not factors:
+        raise InvalidValueError("got no projections to measure distances between")
+    clients = len(factors[0][0])
+    gram = torch.zeros(clients, clients, dtype=torch.float64, device=factors[0][0].device)
     for A, B in factors:
         check_floating(A, B)
-        clients, r = len(A), A.shape[-2]
+        r = A.shape[-2]
         rows = A.double().reshape(clients, -1, r, A.shape[-1])  # [N, P, r, in]
         columns = B.double().mT.reshape(clients, -1, r, B.shape[-2])  # [N, P, r, out]
         for a, b in zip(rows.unbind(1), columns.unbind(1), strict=True):
             a, b = a.flatten(0, 1), b.flatten(0, 1)
-            gram = gram + ((a @ a.T) * (b @ b.T)).view(clients, r, clients, r).sum((1, 3))
-    if not isinstance(gram, Tensor):
-        raise InvalidValueError("got no projections to measure distances between")
+            gram += ((a @ a.T) * (b @ b.T)).view(clients, r, clients, r).sum((1, 3))
     norms = gram.diagonal()
     return (norms[:, None] + norms - 2 * gram).clamp_min(0).fill_diagonal_(0)
 
@@ -147,7 +148,8 @@ def trimmed_product_mean(A: Tensor, B: Tensor, trim: float, rank: int) -> tuple[
         B.to(dtype).reshape(len(B), -1, *B.shape[-2:]).unbind(1),
         strict=True,
     ):
-        adapters.append(as_adapter(*torch.linalg.svd(trimmed_mean(b @ a, trim), full_matrices=False), rank))
+        U, sigma, Vh = torch.linalg.svd(trimmed_mean(b @ a, trim), full_matrices=False)
+        adapters.append(as_adapter(U, sigma, Vh, rank))
     new_A, new_B = (torch.stack(found).unflatten(0, inner or (1,)) for found in zip(*adapters, strict=True))
     if not inner:
         new_A, new_B = new_A[0], new_B[0]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hilora.adapters.table import Stack
+from hilora.errors import InvalidValueError
 from hilora.federated.protocol import Download, Rows, Upload
 
 
@@ -54,8 +55,9 @@ def groups(download: Download) -> Tensor:
     """Which of n clients were sent the same: a number for each, int64 `[n]`."""
     slots = [part.slot for part in download.parts()]
     if not slots:
-        raise ValueError("nothing was sent")
-    return torch.stack(slots, 1).unique(dim=0, return_inverse=True)[1]
+        raise InvalidValueError("a download with nothing in it has no groups")
+    number: Tensor = torch.stack(slots, 1).unique(dim=0, return_inverse=True)[1]
+    return number
 
 
 def spread(upload: Upload, download: Download, mean: Mapping[str, Tensor]) -> Upload:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from hilora.adapters.table import AdapterTable
@@ -71,5 +73,5 @@ def layout(upload: Upload, expected: Upload) -> str | None:
     return None
 
 
-def _listed(names: dict[str, object]) -> str:
+def _listed(names: Mapping[str, object]) -> str:
     return ", ".join(names) or "nothing"

@@ -114,9 +114,9 @@ AVERAGE = [name for name in STRATEGIES if name not in ("local-lora", "central")]
 @pytest.mark.parametrize("name", AVERAGE)
 def test_no_method_takes_a_mean_in_which_one_client_counts_beyond_bounds(name: str, rule: str) -> None:
     """Client 5 claims a million images in the place of 10: by images its numbers would be everybody's."""
-    extra = {"groups": "true", "k_max": 4} if name in ("hilora", "head-only") else {}
+    extra: dict[str, Any] = {"groups": "true", "k_max": 4} if name in ("hilora", "head-only") else {}
     extra |= {"shared_head": True} if name in ("fedsa-lora", "pf2lora", "fedalt") else {}
-    options = {"rounds": [1, 1, 1], "robust": rule, "robust_trim": 0.2, **extra}
+    options: dict[str, Any] = {"rounds": [1, 1, 1], "robust": rule, "robust_trim": 0.2, **extra}
     honest, claimed = Halves(name, **options).all_rounds(), Halves(name, [10] * 5 + [10**6] * 3, **options).all_rounds()
     a, b = honest.models(SEEN), claimed.models(SEEN)
     for tier, rows in a.tiers.items():

@@ -63,8 +63,9 @@ class IFCA(Strategy):
         for group in upload.choice.unique():
             members = upload.rows(upload.choice == group)
             if members.head is not None and members.images.sum() > 0:
-                for table, sent in ((root, members.tiers["root"]), (head, members.head)):
-                    table.put(group[None], self.averaging.mean(sent, members.images, table.rows(group[None])))
+                first, last = root.rows(group[None]), head.rows(group[None])
+                root.put(group[None], self.averaging.mean(members.tiers["root"], members.images, first))
+                head.put(group[None], self.averaging.mean(members.head, members.images, last))
         self.root, self.head = root, head
         return {}
 
