@@ -17,6 +17,7 @@ CORE = [
 FEDERATED = ["timm>=1.0.15", "matplotlib>=3.8", "pillow>=10", "tqdm>=4.66", "pydantic>=2.7", "shtab>=1.7"]
 CLUSTER = ["distributed>=2024.1"]
 TENSORBOARD = ["tensorboard>=2.16"]
+PRIVACY = ["dp-accounting>=0.4.4"]
 DEV = [
     "setuptools>=64",
     "wheel",
@@ -70,7 +71,8 @@ setup(
         "federated": FEDERATED,
         "cluster": FEDERATED + CLUSTER,
         "tensorboard": FEDERATED + TENSORBOARD,
-        "dev": FEDERATED + CLUSTER + TENSORBOARD + DEV + CHECKS + SITE,
+        "privacy": FEDERATED + PRIVACY,
+        "dev": FEDERATED + CLUSTER + TENSORBOARD + PRIVACY + DEV + CHECKS + SITE,
     },
     entry_points={"console_scripts": ["hilora = hilora.cli.main:main"]},
 )

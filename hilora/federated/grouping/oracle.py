@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from hilora.adapters.table import AdapterTable
@@ -14,6 +15,10 @@ from hilora.federated.grouping.subspace import SubspaceGrouping
 
 class OracleGrouping(SubspaceGrouping):
     """A cluster for each true group of the clients that trained."""
+
+    def stale(self, seen: Tensor) -> Tensor:
+        """None, once some have trained: nobody has to be compared with anybody."""
+        return seen[:0] if self.trained_root[seen].any() else seen
 
     def found(self, clients: Tensor) -> Clustering:
         found = super().found(clients)
@@ -27,7 +32,8 @@ class OracleGrouping(SubspaceGrouping):
         super().join(clients, probed, seen, clusters)
         if self.true_groups is None:
             return
+        there = seen[~torch.isin(seen, clients)]
         for client in clients:
-            same = seen[self.true_groups[seen] == self.true_groups[client]]
+            same = there[self.true_groups[there] == self.true_groups[client]]
             if len(same):
                 self.member[client] = self.member[same[0]]
