@@ -16,7 +16,6 @@ from hilora.federated.client import ClientStore, Models
 from hilora.federated.data.images import ImageSet
 from hilora.federated.data.partitions import Population
 from hilora.federated.engine.batched import BatchedEngine
-from hilora.federated.engine.post import Post
 from hilora.federated.engine.predictor import Scores
 from hilora.federated.engine.trainer import Trainer
 from hilora.federated.loop import Loop, Work
@@ -35,7 +34,6 @@ class Federation(Loop):
     Attributes:
         client: the clients' half.
         store: the clients' private states.
-        post: what was moved.
         engine: where clients train and predict.
     """
 
@@ -64,7 +62,7 @@ class Federation(Loop):
         problem = Problem(settings, count, self.engine.fresh, head, population.true_groups)
         server, self.client = (copy.deepcopy(method).join(problem) for _ in range(2))
         super().__init__(server, out, callbacks)
-        self.store, self.post = ClientStore(count), Post(count)
+        self.store = ClientStore(count)
 
     @property
     def seen(self) -> Tensor:
@@ -112,15 +110,6 @@ class Federation(Loop):
     def accuracies(self) -> dict[str, Tensor]:
         scores = self.scores(self.seen, self.models(self.seen))
         return {split: one.correct for split, one in scores.items()}
-
-    def communication(self, rounds: int) -> dict[str, Any]:
-        """Bytes that a seen client sent and was sent, on the mean of so many rounds, and each client in all."""
-        mean = {way: moved / max(rounds, 1) for way, moved in self.moved().items()}
-        return {**mean, "per_client": {"up": self.post.up.tolist(), "down": self.post.down.tolist()}}
-
-    def moved(self) -> dict[str, float]:
-        seen = self.population.seen
-        return {"up": float(self.post.up[seen].double().mean()), "down": float(self.post.down[seen].double().mean())}
 
     def clusters(self) -> dict[str, Any] | None:
         """The groups that the method formed, as the summary has them."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hilora.federated.callbacks.base import Callback, Round
 from hilora.federated.callbacks.checkpoint import restore
+from hilora.federated.engine.post import Post
 from hilora.federated.protocol import Download, Stage, Upload
 from hilora.federated.strategies.base import Ask, Strategy
 from hilora.federated.streams import stream
@@ -49,6 +50,7 @@ class Loop(ABC):
     Attributes:
         server: the server's half.
         out: folder for the results.
+        post: what was moved.
         stages: of the strategy; `stage` is the number of the one that is trained.
         round_in_stage: rounds of it that are done; `round` of all stages; `trained` of each stage that is over.
         phases: seconds of each phase.
@@ -64,6 +66,7 @@ class Loop(ABC):
         self.round, self.trained = 0, list[int]()
         self.images, self.trained_parameters, self.finished = 0, 0, False
         self.phases = dict.fromkeys(PHASES, 0.0)
+        self.post = Post(server.problem.clients)
 
     @property
     @abstractmethod
@@ -79,12 +82,18 @@ class Loop(ABC):
         """Shares of right answers of the seen clients on their validation and test images, `[n]`: `val` and `test`."""
 
     @abstractmethod
-    def moved(self) -> dict[str, float]:
-        """Bytes that a seen client has sent and been sent so far, on the mean: `up` and `down`."""
-
-    @abstractmethod
     def identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be of this run."""
+
+    def communication(self, rounds: int) -> dict[str, Any]:
+        """Bytes that a seen client sent and was sent, on the mean of so many rounds, and each client in all."""
+        mean = {way: moved / max(rounds, 1) for way, moved in self.moved().items()}
+        return {**mean, "per_client": {"up": self.post.up.tolist(), "down": self.post.down.tolist()}}
+
+    def moved(self) -> dict[str, float]:
+        """Bytes that a seen client has sent and been sent so far, on the mean."""
+        up, down = (float(bytes[self.seen].double().mean()) for bytes in (self.post.up, self.post.down))
+        return {"up": up, "down": down}
 
     @property
     def current(self) -> Stage:
@@ -221,6 +230,7 @@ class Loop(ABC):
             "schema": SCHEMA,
             "strategy": self.name,
             "seed": self.settings.seed,
+            "communication": self.communication(self.round),
             "trained_parameters": self.trained_parameters,
             "images": self.images,
             "seconds": self.seconds,
@@ -242,6 +252,7 @@ class Loop(ABC):
             "asked": [stage.rounds for stage in self.stages],
             "seconds_by_phase": self.phases,
             "strategy": self.server.state_dict(),
+            "post": self.post.state_dict(),
             "callbacks": {one.name: one.state_dict() for one in self.callbacks},
         }
 
@@ -257,5 +268,6 @@ class Loop(ABC):
             setattr(self, name, state[name])
         self.phases = {phase: state["seconds_by_phase"][phase] for phase in PHASES}
         self.server.load_state_dict(state["strategy"])
+        self.post.load_state_dict(state["post"])
         for callback in self.callbacks:
             callback.load_state_dict(state["callbacks"].get(callback.name, {}))

@@ -81,7 +81,6 @@ class Simulation(Federation):
             "data": self.train_images.name,
             "backbone": self.backbone.name,
             "dtype": str(self.engine.dtype).removeprefix("torch."),
-            "communication": self.communication(self.round),
             "clusters": self.clusters(),
             "arguments": self.arguments,
         }
@@ -103,12 +102,11 @@ class Simulation(Federation):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "store": self.store.state_dict(), "post": self.post.state_dict()}
+        return {**super().state_dict(), "store": self.store.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.store.load_state_dict(state["store"])
-        self.post.load_state_dict(state["post"])
 
 
 def _shares(population: Population) -> dict[str, Tensor]:

@@ -34,8 +34,8 @@ class Checkpoint(Callback):
 
 
 def restore(loop: Loop) -> None:
-    """Put a run where the checkpoint in its folder says. It may have more rounds than the run had, in the stage that it was
-    in or in later ones; of a finished run, in its last stage.
+    """Put a run where the checkpoint in its folder says. It may have more rounds than the run had, in the stage that
+    it was in or in later ones; of a finished run, in its last stage.
 
     Raises:
         MissingFileError: if there is no checkpoint.
