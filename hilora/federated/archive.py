@@ -55,7 +55,7 @@ def unpacked(source: Path | bytes) -> dict[str, Any]:
         if checksum(about["tree"], tensors) != about["checksum"]:
             raise FileError(f"{name} is damaged: its checksum does not agree with its contents")
         tree: dict[str, Any] = _built(json.loads(about["tree"]), tensors)
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, FileError):
             raise
         raise FileError(f"{name} is not readable: {error}") from error
