@@ -114,7 +114,7 @@ class Refused(_Fields):
     """A client cannot do what it was asked to do."""
 
     kind: Literal["refused"] = "refused"
-    reason: str
+    reason: Annotated[str, Field(max_length=2000)]
 
 
 Message = Hello | Present | Order | Lacks | Done | Counts | Refused
