@@ -87,7 +87,7 @@ FAULTS: dict[str, tuple[Callable[[Node], None], str]] = {
         field(lambda tree: tree["errand"].update(stage=["leaf", 1, "leaf", "train", False])),
         "(stage leaf, its round 1), expected training, round 1 (stage root",
     ),
-    "another run": (field(lambda tree: tree["errand"].update(run="an older one")), "it answers to"),
+    "another run": (field(lambda tree: tree["errand"].update(run="0" * 16)), "it answers to"),
     "another client": (field(lambda tree: tree.update(client=1)), "it answers as client 1"),
     "another kind": (
         lambda node: changed(
