@@ -52,7 +52,7 @@ def field(change: Callable[[dict[str, Any]], Any]) -> Callable[[Node], None]:
 
 
 FAULTS: dict[str, tuple[Callable[[Node], None], str]] = {
-    "vanishes": (silent, "no answer within 5 s"),
+    "vanishes": (silent, "no answer within 0.05 s"),
     "NaN": (tensor(lambda value: value * torch.nan), "root: 0.lora_B is not finite"),
     "infinite": (tensor(lambda value: value + torch.inf), "root: 0.lora_B is not finite"),
     "another shape": (
@@ -135,7 +135,7 @@ def test_a_client_that_comes_back_takes_part_again(world: Make) -> None:
     there = world(**SHORT)
     silent(there.nodes[1], times=1)
     there.run()
-    assert left_out(there, there.nodes[1]) == ["no answer within 5 s", None]
+    assert left_out(there, there.nodes[1]) == ["no answer within 0.05 s", None]
     assert [record["clients"] for record in there.records] == [3, 4]
 
 
@@ -168,7 +168,7 @@ def test_where_nobody_answers_the_run_says_so_and_ends(world: Make, caplog: pyte
     for node in there.nodes:
         silent(node)
     with pytest.raises(
-        NobodyAnsweredError, match="nobody answered in 2 attempts of 5 s; with resume=true the run goes on"
+        NobodyAnsweredError, match="nobody answered in 2 attempts of 0.05 s; with resume=true the run goes on"
     ):
         there.run()
     assert "nobody answered, attempt 1 of 2" in caplog.text
@@ -210,7 +210,7 @@ def test_a_client_on_a_new_node_takes_its_place_when_the_old_one_is_gone(world: 
 
     there.grid.before = move
     there.run()
-    assert left_out(there, there.nodes[3]) == ["no answer within 5 s", "is not connected", None]
+    assert left_out(there, there.nodes[3]) == ["no answer within 0.05 s", "is not connected", None]
     assert there.grid.nodes[200].answered == ["query", "train", "evaluate"]
 
 
