@@ -18,11 +18,12 @@ FEDERATED = ["timm>=1.0.15", "matplotlib>=3.8", "pillow>=10", "tqdm>=4.66", "pyd
 CLUSTER = ["distributed>=2024.1"]
 TENSORBOARD = ["tensorboard>=2.16"]
 PRIVACY = ["dp-accounting>=0.4.4"]
+FLOWER = ["flwr>=1.41,<1.43"]
 DEV = [
     "setuptools>=64",
     "wheel",
     "build>=1.2",
-    "twine>=6",
+    "twine>=6,<7",  # later ones want a newer packaging than flwr has
     "transformers>=4.56",
     "torchvision>=0.26",
     "open_clip_torch>=3",
@@ -69,10 +70,11 @@ setup(
     install_requires=CORE,
     extras_require={
         "federated": FEDERATED,
+        "flower": FLOWER,
         "cluster": FEDERATED + CLUSTER,
         "tensorboard": FEDERATED + TENSORBOARD,
         "privacy": FEDERATED + PRIVACY,
-        "dev": FEDERATED + CLUSTER + TENSORBOARD + PRIVACY + DEV + CHECKS + SITE,
+        "dev": FEDERATED + FLOWER + CLUSTER + TENSORBOARD + PRIVACY + DEV + CHECKS + SITE,
     },
     entry_points={"console_scripts": ["hilora = hilora.cli.main:main"]},
 )
