@@ -127,7 +127,7 @@ def _pack(x: Tensor, layout: _Layout, factors: Sequence[Tensor]) -> tuple[Tensor
         Bs.append(together if together.dtype == dtype else together.to(dtype))
     together = side_by_side(As, 1)
     if layout.scale is not None:
-        together = together * layout.scale
+        together = together.mul_(layout.scale) if len(As) > 1 else together * layout.scale
     return together if together.dtype == dtype else together.to(dtype), Bs
 
 
@@ -137,17 +137,20 @@ def _forward(
     """y, and what backward needs beside x: the weight with all adapters folded in, or `x Aᵀ` of all of them."""
     if layout.fold:
         folded = weight.expand(x.shape[0], -1, -1).clone() if layout.groups else weight.clone()
-        for segment, B in zip(layout.segments, Bs, strict=True):
-            _add_product(folded.narrow(-2, *segment.columns), B, A.narrow(-2, segment.first, segment.ranks))
+        for (columns, first, ranks, _), B in zip(layout.segments, Bs, strict=True):
+            _add_product(folded.narrow(-2, *columns), B, A.narrow(-2, first, ranks))
         if not layout.groups:
             return F.linear(x, folded, bias), folded
         return (x @ folded.mT if bias is None else torch.baddbmm(bias, x, folded.mT)), folded
-    y = F.linear(x, weight, bias)
-    shrunk = _rows(x, layout) @ A.mT
-    into = _rows(y, layout)
-    for segment, B in zip(layout.segments, Bs, strict=True):
-        _add_product(into.narrow(-1, *segment.columns), shrunk.narrow(-1, segment.first, segment.ranks), B.mT)
-    return y, shrunk
+    rows, out = _rows(x, layout), weight.shape[0]
+    y = F.linear(rows, weight, bias)
+    shrunk = rows @ A.mT
+    for ((start, width), first, ranks, _), B in zip(layout.segments, Bs, strict=True):
+        if width < out:
+            _add_product(y.narrow(-1, start, width), shrunk.narrow(-1, first, ranks), B.mT)
+        else:
+            _add_product(y, shrunk if len(Bs) == 1 else shrunk.narrow(-1, first, ranks), B.mT)
+    return (y if rows is x else y.view(*x.shape[:-1], out)), shrunk
 
 
 def _rows(x: Tensor, layout: _Layout) -> Tensor:
