@@ -21,7 +21,7 @@ from . import reference
 from .reference import choose, pick, within
 from .tier import Tier
 
-ENOUGH = 2  # rows that share adapters, over the width of x, from which on a pass over W is cheaper than over y and dX
+ENOUGH = 1  # rows that share adapters, over the width of x, from which on a pass over W is cheaper than over y and dX
 
 
 def stacked_lora_linear(
