@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from operator import is_
 from typing import Any, ClassVar, Self
 
 import torch
@@ -159,23 +160,35 @@ class TieredLoRALinear(FrozenLinear):
         """Of what the adapters see, now."""
         return self.config.lora_dropout if self.training else 0.0
 
-    def tiers(self, x: Tensor) -> list[kernels.Tier]:
+    def tiers(self, x: Tensor) -> Sequence[kernels.Tier]:
         """What is added to `x Wᵀ`, x `[..., in]`: for each projection, its tiers."""
+        shared = self.shared
+        all_held = len(shared.held) == len(shared.slots)
+        A_of, B_of = ({}, {}) if all_held else (self.lora_A(), self.lora_B())
+        tables = [self._used(name, A_of, B_of) for name in shared.slots]
+        lasting = all_held and shared.composition is None and self.order is None and not torch.is_grad_enabled()
+        if not lasting or torch.compiler.is_compiling():
+            return self._placed(x, tables)
+        made_of: list[object] = [*tables, *shared.slots.values(), *shared.ranks.values()]
+        before, tiers = shared.used.get(self.position, ((), ()))
+        if len(before) != len(made_of) or not all(map(is_, before, made_of)):
+            tiers = kernels.Tiers(self._placed(x, tables))
+            shared.used[self.position] = made_of, tiers
+        return tiers
+
+    def _placed(self, x: Tensor, tables: list[list[tuple[Tensor, Tensor]]]) -> list[kernels.Tier]:
+        """Tiers for each projection, of the A and B that each of the tiers has for it."""
         shared, order, tiers, found = self.shared, self.order, [], []
         rows = self.rows if order is not None else ()
-        A_of: Mapping[str, Tensor] = {}
-        B_of: Mapping[str, Tensor] = {}
-        if len(shared.held) < len(shared.slots):
-            A_of, B_of = self.lora_A(), self.lora_B()
-        for name, scale in shared.config.scales.items():
-            tables, slot = self._used(name, A_of, B_of), shared.slots[name]
-            if slot is None and (count := tables[0][0].shape[0]) > 1:
+        for (name, scale), own in zip(shared.config.scales.items(), tables, strict=True):
+            slot, count = shared.slots[name], own[0][0].shape[0]
+            if slot is None and count > 1:
                 raise InvalidValueError(f"tier {name!r} has {count} adapters: say which to use by hilora.set_slots")
-            found.append((name, tables, scale, slot, shared.ranks[name]))
+            found.append((name, own, scale, slot, shared.ranks[name]))
         for index, columns in enumerate(self.columns):
             gains = {} if shared.composition is None else shared.composition(self.position + index, x)
-            for name, tables, scale, slot, ranks in found:
-                (A, B), gain = tables[index], gains.get(name, 1.0)
+            for name, own, scale, slot, ranks in found:
+                (A, B), gain = own[index], gains.get(name, 1.0)
                 number, of_rows = (1.0, gain) if isinstance(gain, Tensor) else (gain, None)
                 place, B = (columns, B) if order is None else (None, self._spread(B, rows[index]))
                 tiers.append(kernels.Tier(A, B, scale * number, slot, place, of_rows, ranks))
@@ -187,9 +200,9 @@ class TieredLoRALinear(FrozenLinear):
 
     def factors(self, tier: str) -> list[tuple[Tensor, Tensor]]:
         """What is used of a tier: A `[S, r, in]` and B `[S, width, r]` for each of the layer's projections."""
-        return self._used(tier, self.lora_A, self.lora_B)
+        return self._used(tier, dict(self.lora_A), dict(self.lora_B))
 
-    def _used(self, tier: str, A_of: Mapping[str, Tensor], B_of: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def _used(self, tier: str, A_of: Mapping[str, Any], B_of: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
         held, widths = self.shared.held.get(tier), self.widths
         if held is not None:
             return held.parts(self.position, widths)

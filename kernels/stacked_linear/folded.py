@@ -19,9 +19,9 @@ from ..torch_internals import exporting, without_autocast
 from ..twice import differentiable_gradients
 from . import reference
 from .reference import choose, pick, within
-from .tier import Tier
+from .tier import Tier, Tiers
 
-ENOUGH = 1  # rows that share adapters, over the width of x, from which on a pass over W is cheaper than over y and dX
+ENOUGH = 1  # rows over the width of x from which on a pass over W is cheaper; twice that for groups, a weight for each
 
 
 def stacked_lora_linear(
@@ -31,9 +31,11 @@ def stacked_lora_linear(
     with without_autocast(x):
         if x.dtype != dtype or weight.dtype != dtype:
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        factors = [factor for tier in tiers for factor in (tier.A, tier.B)]
-        layout = _layout(x, weight.shape[0], tiers)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *factors)):
+        if isinstance(tiers, Tiers) and tiers.slotless:
+            layout, factors = tiers.recall("layout", (x.shape, x.dtype), _arranged, x, weight, tiers)
+        else:
+            layout, factors = _arranged(x, weight, tiers)
+        if torch.is_grad_enabled() and (x.requires_grad or any(factor.requires_grad for factor in factors)):
             y: Tensor = _StackedLinear.apply(x, weight, bias, layout, *factors)
             return y
         return _forward(x, weight, bias, layout, *_pack(x, layout, factors))[0]
@@ -42,7 +44,7 @@ def stacked_lora_linear(
 class _Place(NamedTuple):
     """Of a tier, all but its factors, and where it lies."""
 
-    index: int  # among the tiers
+    number: int  # among the tiers
     first: int  # of its ranks among those of all tiers,
     rank: int  # and how many
     scale: float
@@ -68,13 +70,16 @@ class _Layout(NamedTuple):
     segments: list[_Segment]
 
 
-def _layout(x: Tensor, out: int, tiers: Sequence[Tier]) -> _Layout:
+def _arranged(x: Tensor, weight: Tensor, tiers: Sequence[Tier]) -> tuple[_Layout, list[Tensor]]:
+    """How the tiers lie, and A and B of each."""
     by_columns: dict[tuple[int, int], list[int]] = {}
+    factors: list[Tensor] = []
     for index, tier in enumerate(tiers):
-        by_columns.setdefault(tier.columns or (0, out), []).append(index)
+        by_columns.setdefault(tier.columns or (0, weight.shape[0]), []).append(index)
+        factors += tier[:2]
     needed: dict[tuple[int, int], Tensor | None] = {}  # q and v have the same slots
-    segments, end, groups, scale = [], 0, 0, tiers[0].scale
     same = True
+    segments, end, groups, scale = [], 0, 0, tiers[0].scale
     for columns, members in by_columns.items():
         first, places = end, []
         for index in members:
@@ -90,8 +95,9 @@ def _layout(x: Tensor, out: int, tiers: Sequence[Tier]) -> _Layout:
             end += rank
         segments.append(_Segment(columns, first, end - first, places))
     rows = x.shape[1] if groups else x.numel() // max(x.shape[-1], 1)
-    fold = x.dtype.itemsize >= 4 and rows >= ENOUGH * x.shape[-1]
-    return _Layout(groups, fold, scale if same else None, segments)
+    enough = (2 if groups else 1) * ENOUGH * x.shape[-1]
+    fold = x.dtype.itemsize >= 4 and rows >= enough
+    return _Layout(groups, fold, scale if same else None, segments), factors
 
 
 def _needed(slot: Tensor, slots: int) -> Tensor | None:
@@ -199,7 +205,7 @@ class _StackedLinear(torch.autograd.Function):
                     expanded = own @ B
                     _add_product(dx, expanded, A.narrow(-2, segment.first, segment.ranks))
                 for place in segment.places:
-                    of, at = 2 * place.index, place.first - segment.first
+                    of, at = 2 * place.number, place.first - segment.first
                     if needed[4 + of]:
                         if expanded is None:  # a contiguous Bᵀ: twice as fast
                             dS = own @ B.narrow(-1, at, place.rank).mT.contiguous().mT
@@ -219,7 +225,7 @@ class _StackedLinear(torch.autograd.Function):
 def _tiers(layout: _Layout, factors: Sequence[Tensor]) -> list[Tier]:
     return [
         Tier(
-            factors[2 * place.index], factors[2 * place.index + 1], place.scale, place.slot, segment.columns,
+            factors[2 * place.number], factors[2 * place.number + 1], place.scale, place.slot, segment.columns,
             ranks=place.ranks,
         )
         for segment in layout.segments

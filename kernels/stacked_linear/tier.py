@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import InvalidValueError
 
+T = TypeVar("T")
 
 class Tier(NamedTuple):
     """One tier of low-rank adapters on a linear layer, `scale * B A`, as a table of S adapters.
@@ -44,6 +45,22 @@ class Tier(NamedTuple):
     def tells_groups_apart(self) -> bool:
         count = self.A.shape[0]
         return count > 1 or (count == 1 and self.slot is not None)
+
+
+class Tiers(tuple[Tier, ...]):
+    """Tiers that are used call after call, and what was found out about them last, by name and for which shapes."""
+
+    def __init__(self, tiers: Iterable[Tier]) -> None:
+        self.slotless = all(tier.slot is None for tier in tiers)
+        self._known: dict[str, tuple[tuple[Hashable, ...], Any]] = {}
+
+    def recall(self, name: str, key: tuple[Hashable, ...], find: Callable[..., T], *arguments: Any) -> T:
+        """What `find(*arguments)` gives, which depends on no more than the tiers, their values aside, and the key."""
+        known = self._known.get(name)
+        if known is None or known[0] != key:
+            known = self._known[name] = key, find(*arguments)
+        found: T = known[1]
+        return found
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier]) -> None:
