@@ -12,6 +12,7 @@ from ..errors import InvalidValueError
 
 T = TypeVar("T")
 
+
 class Tier(NamedTuple):
     """One tier of low-rank adapters on a linear layer, `scale * B A`, as a table of S adapters.
 

@@ -13,6 +13,7 @@ import hilora
 from hilora import AdapterBank, HiLoRAConfig
 from hilora.adapters.factors import Held
 from hilora.adapters.injection import banks
+from hilora.errors import InvalidValueError
 from tests.helpers import random, same
 
 CONFIG = HiLoRAConfig(
@@ -315,6 +316,50 @@ def test_parts_follow_every_change_of_what_is_held() -> None:
             now = bank.held["root"][1].detach()
             count = torch.tensor([used.count(i) * (i + 1) for i in range(3)])[:, None, None, None]
             torch.testing.assert_close(gradient(bank, used), 2 * count * now)
+
+
+def test_without_gradients_every_change_of_what_is_held_counts() -> None:
+    """Tiers are kept from call to call: not their values, nor which slots are meant, nor that x fits."""
+    bank = make(torch.float64)
+    layer = bank.layers[1]
+    x = random(2, 4, 7, dtype=torch.float64)
+    tables = {t: [random(*f(t).shape, dtype=torch.float64) for f in (bank.A, bank.B)] for t in bank.tiers}
+    slot = torch.tensor([0, 1], dtype=torch.int32)
+
+    def hold() -> None:
+        for tier, (A, B) in tables.items():
+            bank.hold(tier, A, B, slot if tier == "leaf" else None)
+
+    def both() -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            kept = layer(x)
+        return kept, layer(x).detach()  # with gradients on, tiers are put together anew
+
+    hold()
+    before, want = both()
+    torch.testing.assert_close(before, want)
+    A, B = tables["leaf"]
+    elsewhere = random(*B.shape, seed=3, dtype=torch.float64)
+    for change in (
+        lambda: B.data.mul_(3),
+        lambda: slot.copy_(torch.tensor([1, 0])),
+        lambda: slot.data.fill_(-1),
+        lambda: slot.copy_(torch.tensor([1, 1])),
+        lambda: setattr(A, "data", random(*A.shape, seed=2, dtype=torch.float64)),
+        lambda: bank.hold("leaf", A, elsewhere, slot),
+        bank.release,
+    ):
+        change()
+        bank.slots["leaf"] = slot
+        found, want = both()
+        torch.testing.assert_close(found, want)
+        assert not torch.equal(found, before), "the change has an effect"
+        before = found
+    hold()
+    with torch.no_grad(), pytest.raises(InvalidValueError):
+        layer(x[..., :3])
+    with torch.no_grad(), pytest.raises(InvalidValueError):
+        layer(x[:1])
 
 
 def test_functional_call_and_transforms_see_the_parameters_they_were_given() -> None:
