@@ -82,6 +82,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def linear_gradient(dy: Tensor, weight: Tensor) -> Tensor:
+    """`dy weight`, the gradient of `linear`'s x: in fp32 by the same product, unless it is differentiated in turn."""
+    plain = torch.is_grad_enabled() or dy.dtype != torch.float32 or weight.dim() != 2
+    return dy @ weight if plain else linear(dy, weight.mT, None)
+
+
 def _least_rows() -> dict[torch.dtype, int]:
     """From which on oneDNN is taken, where torch has it."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..torch_internals import exporting, linear, without_autocast
+from ..torch_internals import exporting, linear, linear_gradient, without_autocast
 from ..twice import differentiable_gradients
 from . import reference
 from .reference import choose, pick, within
@@ -194,7 +194,7 @@ class _StackedLinear(torch.autograd.Function):
         with without_autocast(x):
             needed = ctx.needs_input_grad
             rows, back = _rows(x, layout), _rows(dy, layout)
-            dx = _product(back, kept if layout.fold else weight) if needed[0] else None
+            dx = linear_gradient(back, kept if layout.fold else weight) if needed[0] else None
             gradients: list[Tensor | None] = [None] * count
             for segment, B in zip(layout.segments, Bs, strict=True):
                 own, expanded = back.narrow(-1, *segment.columns), None
@@ -217,11 +217,6 @@ class _StackedLinear(torch.autograd.Function):
                         )
                         gradients[of + 1] = _by_slot((S.mT @ own).mT, place, factors[of + 1], 2)
         return None if dx is None else dx.view(x.shape), None, None, None, *gradients
-
-
-def _product(dy: Tensor, weight: Tensor) -> Tensor:
-    """`dy weight`; in fp32 by way of the product that is quicker forward."""
-    return linear(dy, weight.mT, None) if weight.dim() == 2 and dy.dtype == torch.float32 else dy @ weight
 
 
 def _tiers(layout: _Layout, factors: Sequence[Tensor]) -> list[Tier]:

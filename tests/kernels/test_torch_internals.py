@@ -17,6 +17,7 @@ from hilora.kernels.torch_internals import (
     float8_product,
     in_transform,
     linear,
+    linear_gradient,
     without_autocast,
 )
 
@@ -123,3 +124,6 @@ def test_a_product_with_bias_is_that_of_torch(dtype: torch.dtype) -> None:
         torch.testing.assert_close(found.double(), want, rtol=off, atol=10 * off)
         assert found.dtype == dtype
         assert found.is_contiguous(), "adapters are added in place"
+        dx = linear_gradient(found, weight)
+        torch.testing.assert_close(dx.double(), found.double() @ weight.double(), rtol=off, atol=100 * off)
+        assert dx.is_contiguous()
