@@ -5,12 +5,14 @@ Tried on torch 2.11 and 2.14; `tests/kernels/test_torch_internals.py` says what 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Generic, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 T = TypeVar("T")
@@ -68,6 +70,32 @@ def float8_product(
     # Scales of rows come with results in bf16 alone.
     y: Tensor = torch._scaled_mm(x, weight.T, of_x.unsqueeze(1), of_weight.unsqueeze(0), out_dtype=torch.bfloat16)
     return y.to(dtype) if bias is None else (y + bias).to(dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x weightᵀ + bias` without gradients, x `[..., in]`. On a CPU oneDNN adds the bias within the product, where
+    `F.linear` writes it to y beforehand, and in fp32 may be quicker than MKL; with few rows of fp32 it is not."""
+    least = _LEAST_ROWS.get(x.dtype, math.inf)
+    if x.is_cpu and x.numel() >= least * x.shape[-1] > 0 and torch._C._get_mkldnn_enabled() and not observed(x, weight):
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return found
+    return F.linear(x, weight, bias)
+
+
+def linear_gradient(dy: Tensor, weight: Tensor) -> Tensor:
+    """`dy weight`, the gradient of `linear`'s x: in fp32 by the same product, unless it is differentiated in turn."""
+    plain = torch.is_grad_enabled() or dy.dtype != torch.float32 or weight.dim() != 2
+    return dy @ weight if plain else linear(dy, weight.mT, None)
+
+
+def _least_rows() -> dict[torch.dtype, int]:
+    """From which on oneDNN is taken, where torch has it."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return {}
+    return {torch.float32: 128} | ({torch.bfloat16: 1} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {})
+
+
+_LEAST_ROWS = _least_rows()
 
 
 def observed(*tensors: Tensor) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hilora import kernels
 from hilora.adapters.config import HiLoRAConfig
 from hilora.adapters.factors import Held, joined, sharded_as, slot_count, squeezed
 from hilora.adapters.table import AdapterTable
@@ -41,10 +42,12 @@ class Shared:
         self.composition: Composition | None = None
         self.held: dict[str, Held] = {}
         self.disabled = False
+        self.used: dict[int, tuple[list[object], kernels.Tiers]] = {}  # by a layer's position: its tiers, made of what
         self.before: dict[str, tuple[Tensor | None, Tensor | None]] = {}  # slots and ranks, for when nothing is held
 
     def release(self, tiers: Iterable[str] | None = None) -> None:
         """Hold nothing more, of these tiers or of all: slots and ranks are again what they were."""
+        self.used = {}
         for tier in list(self.held) if tiers is None else tiers:
             if self.held.pop(tier, None) is not None:
                 self.slots[tier], self.ranks[tier] = self.before.pop(tier)

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from numbers import Real
 from typing import Any
 
@@ -101,6 +102,11 @@ class HiLoRAConfig:
     def scale(self, tier: str) -> float:
         """What a tier's product `B A` is multiplied by: `lora_alpha / r`."""
         return float(self._of("lora_alpha", tier)) / self.rank(tier)
+
+    @cached_property
+    def scales(self) -> dict[str, float]:
+        """That of each tier."""
+        return {tier: self.scale(tier) for tier in self.tiers}
 
     def slot_count(self, tier: str) -> int:
         """Adapters that a tier's table starts with."""

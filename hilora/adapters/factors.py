@@ -37,6 +37,11 @@ def pieces(parameter: Tensor, projections: int) -> list[Tensor]:
     return [table if table.dim() == 3 else table.unsqueeze(0) for table in tables]
 
 
+def cut(B: Tensor, width: int) -> Tensor:
+    """B `[S, width, r]` of a projection: where several have several widths, it has rows for the widest."""
+    return B if B.shape[1] == width else B[:, :width]
+
+
 def slot_count(parameter: Tensor, projections: int) -> int:
     """S of a layer's parameter."""
     return parameter.shape[-3] if parameter.dim() - (projections > 1) == 3 else 1
@@ -94,27 +99,33 @@ class Held:
 
     All projections of a forward pass are taken apart by one `unbind`: layer by layer, the backward pass would write a
     gradient of the whole table for each of them. A part is handed out once, so that every forward pass has an unbind
-    of its own.
+    of its own. Without a history, views serve again, until a table lies elsewhere.
     """
 
     def __init__(self, A: Tensor, B: Tensor) -> None:
         self.A, self.B = A, B
         self._parts: dict[str, tuple[int, list[Tensor | None]]] = {}
-        self._views: dict[str, tuple[int, Sequence[Tensor]]] = {}  # those without a history
+        self._views: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}  # by their place and both addresses
 
-    def part(self, index: int) -> tuple[Tensor, Tensor]:
-        """The adapters of one projection: A `[S, r, in]`, B `[S, out, r]`."""
-        return self._part("A", self.A, index), self._part("B", self.B, index)
+    def parts(self, first: int, widths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """The adapters of projections from the `first` on: A `[S, r, in]`, B `[S, width, r]`, cut to their widths."""
+        A, B = self.A, self.B
+        indices = range(first, first + len(widths))
+        if torch.compiler.is_compiling() or in_transform():
+            return [(A[index], cut(B[index], width)) for index, width in zip(indices, widths, strict=True)]
+        if torch.is_grad_enabled() and (A.requires_grad or B.requires_grad):
+            return [
+                (self._part("A", A, index), cut(self._part("B", B, index), width))
+                for index, width in zip(indices, widths, strict=True)
+            ]
+        key = first, A.data_ptr(), B.data_ptr()
+        if key not in self._views:
+            with torch.no_grad():
+                views = [(A[index], cut(B[index], width)) for index, width in zip(indices, widths, strict=True)]
+            self._views = {old: kept for old, kept in self._views.items() if old[1:] == key[1:]} | {key: views}
+        return self._views[key]
 
     def _part(self, factor: str, table: Tensor, index: int) -> Tensor:
-        if torch.compiler.is_compiling() or in_transform():
-            return table[index]
-        if not (table.requires_grad and torch.is_grad_enabled()):
-            address, views = self._views.get(factor, (-1, ()))
-            if address != table.data_ptr():
-                with torch.no_grad():
-                    address, views = self._views[factor] = table.data_ptr(), table.unbind(0)
-            return views[index]
         written, parts = self._parts.get(factor, (-1, []))
         if written != version(table) or parts[index] is None:
             written, parts = self._parts[factor] = version(table), list(table.unbind(0))

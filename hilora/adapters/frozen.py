@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -51,7 +51,7 @@ class FrozenLinear(nn.Linear):
         values, self.weight_scale = _quantized(self.weight.detach())
         self.weight = nn.Parameter(values, requires_grad=False)
 
-    def product(self, x: Tensor, tiers: list[kernels.Tier], dropout: float = 0.0) -> Tensor:
+    def product(self, x: Tensor, tiers: Sequence[kernels.Tier], dropout: float = 0.0) -> Tensor:
         """`x Wᵀ + b` and what tiers add to it."""
         scale = self.weight_scale
         if scale is None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from operator import is_
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized, transfer_parametrization
 from hilora import kernels
 from hilora.adapters.bank import AdapterBank, Shared
 from hilora.adapters.config import HiLoRAConfig
-from hilora.adapters.factors import Factors, pieces
+from hilora.adapters.factors import Factors, cut, pieces
 from hilora.adapters.frozen import FrozenLinear
 from hilora.adapters.offload import check_brought, device_of, own_forward, take_over_offloading
 from hilora.adapters.torch_internals import owns_weight, take_over_hooks
@@ -69,6 +70,7 @@ class TieredLoRALinear(FrozenLinear):
         self.requires_grad_(False)
         self.parts = None if parts is None else tuple(parts)
         self.columns: tuple[Columns, ...] = ((0, out_features),) if parts is None else tuple(parts.values())
+        self.widths = tuple(width for _, width in self.columns)
         self.order: Tensor | None
         self.register_buffer("order", None if order is None else order.to(self.frozen_weight.device), persistent=False)
         self.shared = shared or Shared(config)
@@ -140,9 +142,13 @@ class TieredLoRALinear(FrozenLinear):
 
     def grouped(self, x: Tensor) -> Tensor:
         """x as `[G, M, in]`, where slots tell clients apart."""
-        slots = (slot for slot in self.shared.slots.values() if slot is not None)
-        groups = next((slot.shape[0] for slot in slots), None)
-        if groups is None:
+        for slot in self.shared.slots.values():
+            if slot is not None:
+                break
+        else:
+            return x
+        groups = slot.shape[0]
+        if x.dim() == 3 and x.shape[0] == groups:
             return x
         if x.dim() < 2 or x.shape[0] % groups:
             raise InvalidValueError(f"the rows of x {tuple(x.shape)} are not {groups} equal groups, as the slots say")
@@ -154,24 +160,37 @@ class TieredLoRALinear(FrozenLinear):
         """Of what the adapters see, now."""
         return self.config.lora_dropout if self.training else 0.0
 
-    def tiers(self, x: Tensor) -> list[kernels.Tier]:
+    def tiers(self, x: Tensor) -> Sequence[kernels.Tier]:
         """What is added to `x Wᵀ`, x `[..., in]`: for each projection, its tiers."""
-        shared, tiers = self.shared, []
-        rows = self.rows if self.order is not None else ()
-        A_of, B_of = self.lora_A(), self.lora_B()
-        found = []
-        for name in self.config.tiers:
-            tables, slot = self._used(name, A_of[name], B_of[name]), shared.slots[name]
-            if slot is None and (count := tables[0][0].shape[0]) > 1:
+        shared = self.shared
+        all_held = len(shared.held) == len(shared.slots)
+        A_of, B_of = ({}, {}) if all_held else (self.lora_A(), self.lora_B())
+        tables = [self._used(name, A_of, B_of) for name in shared.slots]
+        lasting = all_held and shared.composition is None and self.order is None and not torch.is_grad_enabled()
+        if not lasting or torch.compiler.is_compiling():
+            return self._placed(x, tables)
+        made_of: list[object] = [*tables, *shared.slots.values(), *shared.ranks.values()]
+        before, tiers = shared.used.get(self.position, ((), ()))
+        if len(before) != len(made_of) or not all(map(is_, before, made_of)):
+            tiers = kernels.Tiers(self._placed(x, tables))
+            shared.used[self.position] = made_of, tiers
+        return tiers
+
+    def _placed(self, x: Tensor, tables: list[list[tuple[Tensor, Tensor]]]) -> list[kernels.Tier]:
+        """Tiers for each projection, of the A and B that each of the tiers has for it."""
+        shared, order, tiers, found = self.shared, self.order, [], []
+        rows = self.rows if order is not None else ()
+        for (name, scale), own in zip(shared.config.scales.items(), tables, strict=True):
+            slot, count = shared.slots[name], own[0][0].shape[0]
+            if slot is None and count > 1:
                 raise InvalidValueError(f"tier {name!r} has {count} adapters: say which to use by hilora.set_slots")
-            found.append((name, tables, self.config.scale(name), slot, shared.ranks[name]))
+            found.append((name, own, scale, slot, shared.ranks[name]))
         for index, columns in enumerate(self.columns):
-            gains = shared.composition(self.position + index, x) if shared.composition is not None else {}
-            for name, tables, scale, slot, ranks in found:
-                gain = gains.get(name, 1.0)
+            gains = {} if shared.composition is None else shared.composition(self.position + index, x)
+            for name, own, scale, slot, ranks in found:
+                (A, B), gain = own[index], gains.get(name, 1.0)
                 number, of_rows = (1.0, gain) if isinstance(gain, Tensor) else (gain, None)
-                A, B = tables[index]
-                place, B = (columns, B) if self.order is None else (None, self._spread(B, rows[index]))
+                place, B = (columns, B) if order is None else (None, self._spread(B, rows[index]))
                 tiers.append(kernels.Tier(A, B, scale * number, slot, place, of_rows, ranks))
         return tiers
 
@@ -181,16 +200,14 @@ class TieredLoRALinear(FrozenLinear):
 
     def factors(self, tier: str) -> list[tuple[Tensor, Tensor]]:
         """What is used of a tier: A `[S, r, in]` and B `[S, width, r]` for each of the layer's projections."""
-        return self._used(tier, self.lora_A[tier], self.lora_B[tier])
+        return self._used(tier, dict(self.lora_A), dict(self.lora_B))
 
-    def _used(self, tier: str, A: Tensor, B: Tensor) -> list[tuple[Tensor, Tensor]]:
-        count, held = len(self.columns), self.shared.held.get(tier)
+    def _used(self, tier: str, A_of: Mapping[str, Any], B_of: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        held, widths = self.shared.held.get(tier), self.widths
         if held is not None:
-            found = [held.part(self.position + index) for index in range(count)]
-        else:
-            found = list(zip(pieces(A, count), pieces(B, count), strict=True))
-        # Where projections have several widths, B has rows for the widest.
-        return [(A, B[:, :width]) for (A, B), (_, width) in zip(found, self.columns, strict=True)]
+            return held.parts(self.position, widths)
+        found = zip(pieces(A_of[tier], len(widths)), pieces(B_of[tier], len(widths)), widths, strict=True)
+        return [(A, cut(B, width)) for A, B, width in found]
 
     def delta_weight(self, slots: Mapping[str, int] | None = None) -> Tensor:
         """What the adapters add to the weight: `[out, in]`, in fp32 or wider.

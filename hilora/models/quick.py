@@ -11,19 +11,21 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from hilora.kernels.torch_internals import softmax_gradient
+from hilora.kernels.torch_internals import autocast_dtype, linear, linear_gradient, softmax_gradient
 from hilora.kernels.twice import differentiable_gradients
 
 
 def hasten(model: nn.Module) -> None:
     """Let a ViT without masks compute its features in less time, in place; what it does not know it leaves alone.
 
-    Attention in one autograd step serves where torch's fused one does not, as on a CPU. Where only the class token is
-    pooled, the last block gives it alone, `[n, 1, D]`.
+    Attention in one autograd step serves where torch's fused one does not, as on a CPU; there frozen linear layers add
+    their bias within the product. Where only the class token is pooled, the last block gives it alone, `[n, 1, D]`.
     """
-    for attention in list(model.modules()):
-        if type(attention) is Attention and _is_plain(attention):
-            attention.__class__ = QuickAttention
+    for module in list(model.modules()):
+        if type(module) is Attention and _is_plain(module):
+            module.__class__ = QuickAttention
+        elif type(module) is nn.Linear:
+            module.__class__ = QuickLinear
     if type(model) is VisionTransformer and _pools_class_token(model):
         blocks: Any = model.blocks
         last = blocks[-1]
@@ -40,6 +42,32 @@ def _pools_class_token(model: VisionTransformer) -> bool:
     return (
         model.global_pool == "token" and model.attn_pool is None and isinstance(model.norm, nn.LayerNorm | nn.Identity)
     )
+
+
+class QuickLinear(nn.Linear):
+    """A linear layer, quicker where it is frozen and on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in]` → `[..., out]`."""
+        trained = any(parameter.requires_grad for parameter in self.parameters())
+        if trained or not x.is_cpu or x.dtype != self.weight.dtype or autocast_dtype("cpu") is not None:
+            return super().forward(x)
+        y: Tensor = _FrozenLinear.apply(x, self.weight, self.bias)
+        return y
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """`x Wᵀ + b`, differentiable in x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return linear_gradient(dy, weight), None, None
 
 
 class QuickAttention(Attention):  # type: ignore[misc, unused-ignore]

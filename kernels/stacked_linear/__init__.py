@@ -12,9 +12,9 @@ from ..torch_internals import autocast_dtype, foreign
 from . import float8, folded, reference
 from .float8 import float8_lora_linear
 from .rounding import dequantized, quantized
-from .tier import Tier, check
+from .tier import Tier, Tiers, check
 
-__all__ = ["OPERATIONS", "Tier", "dequantized", "float8_lora_linear", "quantized", "stacked_lora_linear"]
+__all__ = ["OPERATIONS", "Tier", "Tiers", "dequantized", "float8_lora_linear", "quantized", "stacked_lora_linear"]
 
 
 def stacked_lora_linear(
@@ -41,12 +41,22 @@ def stacked_lora_linear(
     return OPERATIONS[0](x, weight, bias, tiers, dropout)
 
 
-Call = tuple[Tensor, Tensor, Tensor | None, list[Tier], float]
+Call = tuple[Tensor, Tensor, Tensor | None, Sequence[Tier], float]
 
 
 def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier], dropout: float) -> Call:
+    if isinstance(tiers, Tiers):
+        key = x.shape, weight.shape, None if bias is None else bias.shape
+        own = tiers.recall("checked", key, _checked, x, weight, bias, tiers)
+    else:
+        own = _checked(x, weight, bias, tiers)
+    return x, weight, bias, own, dropout
+
+
+def _checked(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier]) -> Sequence[Tier]:
+    """Those of the tiers that have an effect."""
     check(x, weight, bias, tiers)
-    return x, weight, bias, [tier for tier in tiers if tier.A.numel()], dropout
+    return tiers if all(tier.A.numel() for tier in tiers) else [tier for tier in tiers if tier.A.numel()]
 
 
 def _dtype(x: Tensor, *_: object) -> torch.dtype:
@@ -56,12 +66,12 @@ def _dtype(x: Tensor, *_: object) -> torch.dtype:
     )  # autocast leaves fp64 alone
 
 
-def _rows(x: Tensor, tiers: list[Tier]) -> int:
+def _rows(x: Tensor, tiers: Sequence[Tier]) -> int:
     """Rows of x with the same adapters."""
     return x.shape[1] if any(tier.tells_groups_apart for tier in tiers) else x.numel() // max(x.shape[-1], 1)
 
 
-def _cannot(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier], dropout: float) -> str:
+def _cannot(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier], dropout: float) -> str:
     """Why the reference alone takes a call."""
     if not tiers:
         return "there are no adapters"
@@ -78,11 +88,11 @@ def _cannot(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier], d
     return ""
 
 
-def _slower_folded(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier], dropout: float) -> str:
+def _slower_folded(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier], dropout: float) -> str:
     return "it is for tensors without a GPU" if x.device.type == "cuda" else ""
 
 
-def _slower_fused(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier], dropout: float) -> str:
+def _slower_fused(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier], dropout: float) -> str:
     from . import operator
     from .devices import FEW, device
 
@@ -104,17 +114,17 @@ def _row() -> str:
     return f"by the row {row.name} of {PATH.name}, {row.source}"
 
 
-def _fold(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier], dropout: float) -> Tensor:
+def _fold(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier], dropout: float) -> Tensor:
     return folded.stacked_lora_linear(x, weight, bias, tiers, _dtype(x))
 
 
-def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier], dropout: float) -> Tensor:
+def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier], dropout: float) -> Tensor:
     from . import operator  # which imports Triton
 
     return operator.apply(x, weight, bias, tiers, "fused")
 
 
-def _split(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: list[Tier], dropout: float) -> Tensor:
+def _split(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier], dropout: float) -> Tensor:
     from . import operator
 
     return operator.apply(x, weight, bias, tiers, "split")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import InvalidValueError
+
+T = TypeVar("T")
 
 
 class Tier(NamedTuple):
@@ -46,6 +48,22 @@ class Tier(NamedTuple):
         return count > 1 or (count == 1 and self.slot is not None)
 
 
+class Tiers(tuple[Tier, ...]):
+    """Tiers that are used call after call, and what was found out about them last, by name and for which shapes."""
+
+    def __init__(self, tiers: Iterable[Tier]) -> None:
+        self.slotless = all(tier.slot is None for tier in tiers)
+        self._known: dict[str, tuple[tuple[Hashable, ...], Any]] = {}
+
+    def recall(self, name: str, key: tuple[Hashable, ...], find: Callable[..., T], *arguments: Any) -> T:
+        """What `find(*arguments)` gives, which depends on no more than the tiers, their values aside, and the key."""
+        known = self._known.get(name)
+        if known is None or known[0] != key:
+            known = self._known[name] = key, find(*arguments)
+        found: T = known[1]
+        return found
+
+
 def check(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier]) -> None:
     """Raise an InvalidValueError unless all shapes fit together."""
     if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:] or (bias is not None and bias.shape != weight.shape[:1]):
@@ -53,33 +71,32 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier])
             f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and bias {None if bias is None else tuple(bias.shape)} "
             "do not fit: expected [..., in], [out, in] and [out] or None"
         )
+    shape, (out, width_in) = x.shape, weight.shape
     for tier in tiers:
-        _check_tier(tier, x, weight)
+        _check_tier(tier, shape, out, width_in)
 
 
-def _check_tier(tier: Tier, x: Tensor, weight: Tensor) -> None:
-    A, B, slot = tier.A, tier.B, tier.slot
-    out, width_in = weight.shape
-    start, width = tier.columns or (0, out)
-    if A.dim() != 3 or A.shape[2] != width_in or B.shape != (A.shape[0], width, A.shape[1]):
+def _check_tier(tier: Tier, x: torch.Size, out: int, width_in: int) -> None:
+    A, B, _, slot, columns, gain, ranks = tier
+    start, width = columns or (0, out)
+    slots, rank, width_A = A.shape if A.dim() == 3 else (0, 0, -1)
+    if width_A != width_in or B.shape != (slots, width, rank):
         raise InvalidValueError(
             f"A {tuple(A.shape)} and B {tuple(B.shape)} do not fit: expected A [S, r, {width_in}] and "
-            f"B [S, {width}, r] for a weight {tuple(weight.shape)} and {width} columns"
+            f"B [S, {width}, r] for a weight {(out, width_in)} and {width} columns"
         )
     if start < 0 or start + width > out:
         raise InvalidValueError(f"columns (start {start}, width {width}) reach outside of the {out} outputs")
     if slot is not None and (slot.dim() != 1 or slot.dtype not in _INTEGERS):
         raise InvalidValueError(f"slot must hold integers [G], got {slot.dtype} {tuple(slot.shape)}")
-    ranks = tier.ranks
-    if ranks is not None and (ranks.shape != A.shape[:1] or ranks.dtype not in _INTEGERS):
-        raise InvalidValueError(f"ranks must hold integers [{len(A)}], got {ranks.dtype} {tuple(ranks.shape)}")
-    if tier.gain is not None and tier.gain.shape != x.shape[:-1]:
-        raise InvalidValueError(f"gain {tuple(tier.gain.shape)} must have a value for each row of x {tuple(x.shape)}")
-    if not tier.tells_groups_apart:
-        return
-    groups = len(A) if slot is None else len(slot)
-    if x.dim() != 3 or x.shape[0] != groups:
-        raise InvalidValueError(f"x {tuple(x.shape)} must be [G, M, in] with G = {groups}, as the tier's slots say")
+    if ranks is not None and (ranks.shape != (slots,) or ranks.dtype not in _INTEGERS):
+        raise InvalidValueError(f"ranks must hold integers [{slots}], got {ranks.dtype} {tuple(ranks.shape)}")
+    if gain is not None and gain.shape != x[:-1]:
+        raise InvalidValueError(f"gain {tuple(gain.shape)} must have a value for each row of x {tuple(x)}")
+    if slots > 1 or (slots == 1 and slot is not None):
+        groups = slots if slot is None else slot.shape[0]
+        if len(x) != 3 or x[0] != groups:
+            raise InvalidValueError(f"x {tuple(x)} must be [G, M, in] with G = {groups}, as the tier's slots say")
 
 
 _INTEGERS = (torch.int32, torch.int64)

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 import hilora
 from hilora import AdapterBank, HiLoRAConfig
+from hilora.adapters.factors import Held
 from hilora.adapters.injection import banks
+from hilora.errors import InvalidValueError
 from tests.helpers import random, same
 
 CONFIG = HiLoRAConfig(
@@ -259,13 +261,18 @@ def test_tables_with_a_history_can_be_held() -> None:
     torch.testing.assert_close(through, 2 * torch.autograd.grad(outputs(bank, x).square().sum(), direct)[0])
 
 
+def part(held: Held, index: int) -> tuple[Tensor, Tensor]:
+    (found,) = held.parts(index, [held.B.shape[2]])
+    return found
+
+
 def test_a_forward_pass_takes_held_tables_apart_once() -> None:
     bank = make(count=8)
     bank.hold("root", bank.A("root").detach().requires_grad_(), bank.B("root").detach())
     held = bank.shared.held["root"]
-    nodes = {held.part(index)[0].grad_fn for index in range(8)}
+    nodes = {part(held, index)[0].grad_fn for index in range(8)}
     assert len(nodes) == 1, "each part of its own would write a gradient of the whole table"
-    again = {held.part(index)[0].grad_fn for index in range(8)}
+    again = {part(held, index)[0].grad_fn for index in range(8)}
     assert len(again) == 1
     assert not again & nodes, "forward passes share no node"
 
@@ -273,7 +280,7 @@ def test_a_forward_pass_takes_held_tables_apart_once() -> None:
 def gradient(bank: AdapterBank, used: tuple[int, ...]) -> Tensor:
     table = bank.held["root"][1]
     held = bank.shared.held["root"]
-    losses = [(index + 1) * held.part(index)[1].square().sum() for index in used]
+    losses = [(index + 1) * part(held, index)[1].square().sum() for index in used]
     return torch.autograd.grad(torch.stack(losses).sum(), table)[0]
 
 
@@ -289,11 +296,11 @@ def test_parts_follow_every_change_of_what_is_held() -> None:
 
     def without_grad() -> None:
         with torch.no_grad():
-            assert bank.shared.held["root"].part(1)[1].grad_fn is None
+            assert part(bank.shared.held["root"], 1)[1].grad_fn is None
 
     def frozen() -> None:
         B.requires_grad_(False)
-        assert not bank.shared.held["root"].part(1)[1].requires_grad
+        assert not part(bank.shared.held["root"], 1)[1].requires_grad
         B.requires_grad_(True)
 
     for change in (
@@ -303,12 +310,56 @@ def test_parts_follow_every_change_of_what_is_held() -> None:
         lambda: gradient(bank, (1,)),
         lambda: bank.hold("root", bank.A("root"), random(3, 1, 5, 3, seed=4).requires_grad_()),
     ):
-        bank.shared.held["root"].part(0)
+        part(bank.shared.held["root"], 0)
         change()
         for used in ((1, 2, 0), (2, 0), (1, 1, 1)):
             now = bank.held["root"][1].detach()
             count = torch.tensor([used.count(i) * (i + 1) for i in range(3)])[:, None, None, None]
             torch.testing.assert_close(gradient(bank, used), 2 * count * now)
+
+
+def test_without_gradients_every_change_of_what_is_held_counts() -> None:
+    """Tiers are kept from call to call: not their values, nor which slots are meant, nor that x fits."""
+    bank = make(torch.float64)
+    layer = bank.layers[1]
+    x = random(2, 4, 7, dtype=torch.float64)
+    tables = {t: [random(*f(t).shape, dtype=torch.float64) for f in (bank.A, bank.B)] for t in bank.tiers}
+    slot = torch.tensor([0, 1], dtype=torch.int32)
+
+    def hold() -> None:
+        for tier, (A, B) in tables.items():
+            bank.hold(tier, A, B, slot if tier == "leaf" else None)
+
+    def both() -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            kept = layer(x)
+        return kept, layer(x).detach()  # with gradients on, tiers are put together anew
+
+    hold()
+    before, want = both()
+    torch.testing.assert_close(before, want)
+    A, B = tables["leaf"]
+    elsewhere = random(*B.shape, seed=3, dtype=torch.float64)
+    for change in (
+        lambda: B.data.mul_(3),
+        lambda: slot.copy_(torch.tensor([1, 0])),
+        lambda: slot.data.fill_(-1),
+        lambda: slot.copy_(torch.tensor([1, 1])),
+        lambda: setattr(A, "data", random(*A.shape, seed=2, dtype=torch.float64)),
+        lambda: bank.hold("leaf", A, elsewhere, slot),
+        bank.release,
+    ):
+        change()
+        bank.slots["leaf"] = slot
+        found, want = both()
+        torch.testing.assert_close(found, want)
+        assert not torch.equal(found, before), "the change has an effect"
+        before = found
+    hold()
+    with torch.no_grad(), pytest.raises(InvalidValueError):
+        layer(x[..., :3])
+    with torch.no_grad(), pytest.raises(InvalidValueError):
+        layer(x[:1])
 
 
 def test_functional_call_and_transforms_see_the_parameters_they_were_given() -> None:

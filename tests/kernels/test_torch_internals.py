@@ -5,12 +5,21 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
 
 from hilora.kernels import dequantized, quantized
-from hilora.kernels.torch_internals import Scoped, autocast_dtype, float8_product, in_transform, without_autocast
+from hilora.kernels.torch_internals import (
+    Scoped,
+    autocast_dtype,
+    float8_product,
+    in_transform,
+    linear,
+    linear_gradient,
+    without_autocast,
+)
 
 
 def test_what_autocast_casts_to() -> None:
@@ -99,3 +108,22 @@ def test_products_of_8_bits_are_the_gpus_alone() -> None:
     want = dequantized(x, of_x, torch.float64) @ dequantized(weight, of_weight, torch.float64).T + bias
     torch.testing.assert_close(found.cpu().double(), want, rtol=1e-2, atol=1e-2)
     assert float8_product(x8, s8, w8[:7], t8[:7], None, torch.float32) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_product_with_bias_is_that_of_torch(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    wide = torch.randn(48, 96, dtype=dtype)
+    weights = [torch.randn(48, 32, dtype=dtype), torch.randn(32, 48, dtype=dtype).T, wide[:, 40:72]]
+    rows = [torch.randn(shape, dtype=dtype) for shape in ((0, 32), (1, 32), (300, 32), (3, 50, 32), (2, 3, 50, 32))]
+    rows.append(torch.randn(32, 300, dtype=dtype).T)
+    off = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-12}[dtype]
+    for x, weight, bias in product(rows, weights, (torch.randn(48, dtype=dtype), None)):
+        found = linear(x, weight, bias)
+        want = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+        torch.testing.assert_close(found.double(), want, rtol=off, atol=10 * off)
+        assert found.dtype == dtype
+        assert found.is_contiguous(), "adapters are added in place"
+        dx = linear_gradient(found, weight)
+        torch.testing.assert_close(dx.double(), found.double() @ weight.double(), rtol=off, atol=100 * off)
+        assert dx.is_contiguous()

@@ -8,7 +8,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from hilora.models.quick import LastBlock, QuickAttention, hasten
+from hilora.models.quick import LastBlock, QuickAttention, QuickLinear, hasten
 
 
 def vit(fused: bool, **options: Any) -> VisionTransformer:
@@ -46,6 +46,22 @@ def test_features_and_gradients_stay_the_same(count: int, options: dict[str, Any
     images = torch.randn(count, 3, 32, 32, dtype=torch.float64, requires_grad=True)
     for want, got in zip(*(features_and_gradients(model, images) for model in (plain, quick)), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+def test_a_frozen_vit_stays_the_same() -> None:
+    plain, quick = vit(False).float(), vit(False).float()
+    hasten(quick)
+    quick.requires_grad_(False)
+    assert sum(type(module) is QuickLinear for module in quick.modules()) == 3 * 4
+    images = torch.randn(9, 3, 32, 32, requires_grad=True)
+    for second in (False, True):
+        found = []
+        for model in (plain, quick):
+            features = model(images)
+            (first,) = torch.autograd.grad(features.sin().sum(), images, create_graph=second)
+            found.append([features, first, *(torch.autograd.grad(first.cos().sum(), images) if second else ())])
+        for want, got in zip(*found, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
 
 def test_what_is_hastened() -> None:
