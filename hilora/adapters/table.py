@@ -172,6 +172,20 @@ class AdapterTable(Stack):
         B = [F.pad(tensor[..., :r], (0, more)) for tensor in self.B]
         return AdapterTable(A, B, self.rank)
 
+    def first(self, r: int | None) -> AdapterTable:
+        """The first r ranks of each adapter, with room for no more; None: all."""
+        if r is None or r >= self.r:
+            return self
+        return self.leading(torch.full((len(self),), r)).resized(r)
+
+    def leading(self, rank: Tensor) -> AdapterTable:
+        """The first ranks of each adapter, `rank` `[S]` of them at most; zeros beyond."""
+        rank = torch.minimum(self.rank, rank)
+        used = torch.arange(self.r) < rank[:, None]  # [S, r]
+        A = [tensor.where(used[:, None, :, None].to(tensor.device), 0) for tensor in self.A]
+        B = [tensor.where(used[:, None, None, :].to(tensor.device), 0) for tensor in self.B]
+        return AdapterTable(A, B, rank)
+
     def only(self, factors: str) -> AdapterTable:
         """The table without one of its factors: what is left is "A" or "B"."""
         return AdapterTable(self.A if "A" in factors else (), self.B if "B" in factors else (), self.rank)

@@ -29,6 +29,11 @@ class Budgets(NamedTuple):
     ranks: Tensor | None = None
     layers: Tensor | None = None
 
+    @property
+    def common(self) -> int | None:
+        """The ranks that all of unequal clients hold; None where all hold the same."""
+        return None if self.ranks is None or bool((self.ranks == self.ranks[0]).all()) else int(self.ranks.min())
+
     def rank(self, clients: Tensor, room: int) -> Tensor:
         """The ranks that clients `[n]` hold of adapters with room for so many: int64 `[n]`."""
         full = torch.full((len(clients),), room)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hilora.errors import InvalidValueError
+from hilora.federated.budgets import budgets
 from hilora.federated.client import ClientStore, Models
 from hilora.federated.data.images import ImageSet
 from hilora.federated.data.partitions import Population
@@ -34,6 +35,7 @@ class Federation:
         store: the clients' private states.
         post: what was moved.
         engine: where clients train and predict.
+        budgets: of the clients.
         stages: of the strategy; `stage` is the number of the one that is trained.
         round_in_stage: rounds of it that are done.
     """
@@ -58,7 +60,8 @@ class Federation:
         self.engine = BatchedEngine(backbone, method.adapters(settings), settings, device, dtype)
         count, classes = len(population.clients), len(train.classes)
         head = Head(torch.zeros(1, classes, backbone.features), torch.zeros(1, classes))
-        problem = Problem(settings, count, self.engine.fresh, head, population.true_groups)
+        self.budgets = budgets(settings, population)
+        problem = Problem(settings, count, self.engine.fresh, head, population.true_groups, self.budgets)
         self.server, self.client = (copy.deepcopy(method).join(problem) for _ in range(2))
         self.server.start()
         self.stages = self.server.stages()

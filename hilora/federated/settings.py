@@ -85,9 +85,7 @@ def shares(text: str) -> list[tuple[Fraction, int]]:
         try:
             found.append((Fraction(share.strip()) if colon else Fraction(1), int(budget)))
         except (ValueError, ZeroDivisionError):
-            raise InvalidValueError(
-                f"{part!r} is no budget of a share: expected some, as in 1/3:12,2/3:9"
-            ) from None
+            raise InvalidValueError(f"{part!r} is no budget of a share: expected some, as in 1/3:12,2/3:9") from None
     if any(share <= 0 or budget < 1 for share, budget in found):
         raise InvalidValueError(f"{text!r}: shares must be above 0, and budgets at least 1")
     if (total := sum(share for share, _ in found)) != 1:
