@@ -58,12 +58,18 @@ def product_space_mean(A: Tensor, B: Tensor, weights: Tensor, rank: int) -> tupl
     if not core.isfinite().all():
         raise InvalidValueError(f"the products of the clients' updates overflow {dtype}: scale A or B down")
     U, sigma, Vh = torch.linalg.svd(core, full_matrices=False)
-    U, sigma, V = Q_B @ U[..., :rank], sigma[..., :rank], Q_A @ Vh[..., :rank, :].mT
+    new_A, new_B = as_adapter(Q_B @ U, sigma, Vh @ Q_A.mT, rank)
+    return new_A.to(A.dtype), new_B.to(B.dtype)
+
+
+def as_adapter(U: Tensor, sigma: Tensor, Vh: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best adapter of a rank for a product `U Σ Vᵀ`, from its SVD: `B := U`, `A := Σ Vᵀ`, signs as in
+    `product_space_mean`, zeros where there are fewer singular values than `rank`."""
+    U, sigma, V = U[..., :rank], sigma[..., :rank], Vh[..., :rank, :].mT
     sign = U.gather(-2, U.abs().argmax(-2, keepdim=True)).sign()  # [..., 1, rank]
     U, V = U * sign, V * sign
     missing = rank - U.shape[-1]
-    new_A, new_B = F.pad((V * sigma.unsqueeze(-2)).mT, (0, 0, 0, missing)), F.pad(U, (0, missing))
-    return new_A.to(A.dtype), new_B.to(B.dtype)
+    return F.pad((V * sigma.unsqueeze(-2)).mT, (0, 0, 0, missing)), F.pad(U, (0, missing))
 
 
 def check_floating(*tensors: Tensor) -> None:

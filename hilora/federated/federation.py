@@ -18,6 +18,7 @@ from hilora.federated.engine.post import Post
 from hilora.federated.engine.predictor import Scores
 from hilora.federated.engine.trainer import Trainer
 from hilora.federated.protocol import Download, Head, Stage, Upload
+from hilora.federated.reception import Reception
 from hilora.federated.settings import TrainingSettings
 from hilora.federated.strategies import Strategy, resolve
 from hilora.federated.strategies.base import Ask, Problem
@@ -34,6 +35,7 @@ class Federation:
         client: the clients' half.
         store: the clients' private states.
         post: what was moved.
+        reception: what is done with messages before the server's half has them.
         engine: where clients train and predict.
         budgets: of the clients.
         stages: of the strategy; `stage` is the number of the one that is trained.
@@ -67,6 +69,7 @@ class Federation:
         self.stages = self.server.stages()
         self.stage, self.round_in_stage = 0, 0
         self.store, self.post = ClientStore(count), Post(count)
+        self.reception = Reception(self.server, len(population.seen))
 
     @property
     def current(self) -> Stage:
@@ -80,7 +83,7 @@ class Federation:
         upload = self.client.local(self.store.of(trainer.clients), download, trainer)
         if self.server.travels:
             self.post.receive(upload)
-        return upload
+        return self.reception(download, upload, trainer.purpose, trainer.round)
 
     def asks(self, purpose: str) -> Ask:
         """What a strategy can ask clients by, outside of rounds."""

@@ -140,6 +140,20 @@ class Download:
         return sum((part.nbytes() for part in self.parts()), start=torch.zeros((), dtype=torch.long))
 
 
+class Sends(NamedTuple):
+    """What a client sends back in a stage.
+
+    Attributes:
+        tiers: which factors of which tiers, "AB" or one of them.
+        head: whether the head.
+        choices: among how many adapters it names a choice; 0: it names none.
+    """
+
+    tiers: Mapping[str, str] = {}
+    head: bool = False
+    choices: int = 0
+
+
 @dataclass(frozen=True)
 class Upload:
     """What n clients send back.

@@ -169,6 +169,29 @@ class TrainingSettings(Settings):
         "chance",
         description="who has the first budgets: anybody, clients with the most images, or the first true groups",
     )
+    robust: Literal["none", "clip", "trimmed", "median"] = Field(
+        "none",
+        description="how the server takes means: by images; of clipped changes; trimmed by coordinate; the geometric "
+        "median. All but the first count every client alike",
+    )
+    robust_trim: Number = Field(
+        0.2, ge=0, lt=0.5, description="share of the clients that trimmed leaves out at either end of each coordinate"
+    )
+    robust_bound: Number | None = Field(
+        None, gt=0, description="the norm that clip scales a client's change down to; none: the median of the norms"
+    )
+    update_bound: Number | None = Field(
+        None, gt=0, description="the norm of a client's change beyond which its message is left out; none: any"
+    )
+    dp_clip: Number | None = Field(
+        None,
+        gt=0,
+        description="differential privacy of clients: the norm that all that one changed is clipped to; none: without",
+    )
+    dp_noise: Number = Field(
+        1.0, gt=0, description="standard deviation of the noise on the sum of clients' changes, in units of dp_clip"
+    )
+    dp_delta: Number = Field(1e-5, gt=0, lt=1, description="the δ at which ε is told")
     clients_at_once: Whole | None = Field(
         None,
         ge=1,

@@ -175,6 +175,7 @@ class Simulation(Federation):
             "clients": len(clients),
             "images": trainer.images,
             **({"skipped": trainer.skipped} if trainer.skipped else {}),
+            **self.reception.note(),
             **self.moved(),
             **noted,
         }
@@ -224,6 +225,7 @@ class Simulation(Federation):
             "rounds": self.round,
             "config": {**self.settings.plain(), **self.server.settings.plain()},
             "arguments": self.arguments,
+            **self.reception.summary(),
         }
         for callback in self.callbacks:
             for key, value in callback.summary(self).items():
@@ -255,6 +257,7 @@ class Simulation(Federation):
             "strategy": self.server.state_dict(),
             "store": self.store.state_dict(),
             "post": self.post.state_dict(),
+            "reception": self.reception.state_dict(),
             "callbacks": {one.name: one.state_dict() for one in self.callbacks},
         }
 
@@ -272,6 +275,7 @@ class Simulation(Federation):
         self.server.load_state_dict(state["strategy"])
         self.store.load_state_dict(state["store"])
         self.post.load_state_dict(state["post"])
+        self.reception.load_state_dict(state.get("reception", {}))
         for callback in self.callbacks:
             callback.load_state_dict(state["callbacks"].get(callback.name, {}))
 

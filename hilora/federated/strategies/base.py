@@ -13,10 +13,11 @@ from hilora.adapters.config import HiLoRAConfig
 from hilora.adapters.table import AdapterTable, Stack
 from hilora.algorithms.clustering import Clustering
 from hilora.errors import InvalidValueError
+from hilora.federated.averaging import Averaging
 from hilora.federated.budgets import Budgets
 from hilora.federated.client import ClientState, Models
 from hilora.federated.engine.trainer import Trainer
-from hilora.federated.protocol import Download, Head, Rows, Stage, Upload, fitted
+from hilora.federated.protocol import Download, Head, Rows, Sends, Stage, Upload, fitted
 from hilora.federated.settings import Settings, TrainingSettings
 
 Fresh = Callable[[str, int, torch.Generator], AdapterTable]
@@ -114,6 +115,11 @@ class Strategy(ABC):
 
     # The server's half
 
+    @property
+    def averaging(self) -> Averaging:
+        """How to take means of what clients sent."""
+        return Averaging(self.training)
+
     @abstractmethod
     def start(self) -> None:
         """Set up the server's state."""
@@ -128,6 +134,23 @@ class Strategy(ABC):
     @abstractmethod
     def configure(self, stage: Stage, clients: Tensor) -> Download:
         """What the clients `[n]` are sent in a stage, or predict with after it."""
+
+    def sends(self, stage: Stage) -> Sends:
+        """What a client sends back in a stage: here, what `local` does, and nothing where a stage is private. Messages
+        of another layout are not taken."""
+        return Sends() if stage.private else Sends({stage.tier: self.factors} if self.factors else {}, head=True)
+
+    def expected(self, stage: Stage) -> Upload:
+        """A message of the layout that `sends` says, of one client; its values do not count."""
+        sent, one = self.sends(stage), torch.zeros(1, dtype=torch.long)
+        tiers = {tier: self.problem.fresh(tier, 1, torch.Generator()).only(f) for tier, f in sent.tiers.items()}
+        choice = one + sent.choices - 1 if sent.choices else None
+        return Upload(one, one, tiers, self.problem.head if sent.head else None, choice)
+
+    @property
+    def sums(self) -> bool:
+        """Whether means of what clients change of what they are sent are all that the server needs."""
+        return False
 
     @abstractmethod
     def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:

@@ -14,6 +14,10 @@ class Central(FedIT):
     name = "central"
     travels = False
 
+    @property
+    def sums(self) -> bool:
+        return False
+
     def local(self, state: ClientState, download: Download, trainer: Trainer) -> Upload:
         models = self.models(state, download, trainer)
         return trainer.train(models, "root", rates=download.stage.rates, pooled=True).upload("root")

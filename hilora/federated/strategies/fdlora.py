@@ -13,7 +13,7 @@ from hilora.adapters.table import AdapterTable, Stack, Values
 from hilora.federated.client import ClientState, Models
 from hilora.federated.engine.trainer import Trainer
 from hilora.federated.local.search import evolve
-from hilora.federated.protocol import Download, Rows, Stage, Upload, own, shared
+from hilora.federated.protocol import Download, Rows, Sends, Stage, Upload, own, shared
 from hilora.federated.settings import Number, Settings, Whole
 from hilora.federated.strategies.base import Ask, Strategy, everyone_starts
 from hilora.federated.streams import stream
@@ -70,17 +70,24 @@ class FDLoRA(Strategy):
         if stage.task == SHARED:
             upload = ask(clients, Download(stage._replace(task=COLLECT)))
             assert upload.head is not None
-            self.root, self.head = upload.tiers["leaf"].mean(upload.images), upload.head.mean(upload.images)
+            self.root = self.averaging.mean(upload.tiers["leaf"], upload.images, self._first())
+            self.head = self.averaging.mean(upload.head, upload.images, self.problem.head)
 
     def configure(self, stage: Stage, clients: Tensor) -> Download:
         if stage.task == PERSONAL:
             return Download(stage)
         return Download(stage, {"root": shared(self.root, clients)}, shared(self.head, clients))
 
+    def sends(self, stage: Stage) -> Sends:
+        if stage.task == COLLECT:
+            return Sends({"leaf": "AB"}, head=True)
+        return Sends({"root": "AB"}, head=True) if stage.task == SHARED else Sends()
+
     def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
         if stage.task == SHARED and upload.head is not None and upload.images.sum() > 0:
-            self.root = self._stepped("adapters", self.root, upload.tiers["root"].mean(upload.images))
-            self.head = self._stepped("head", self.head, upload.head.mean(upload.images))
+            root = self.averaging.mean(upload.tiers["root"], upload.images, self.root)
+            head = self.averaging.mean(upload.head, upload.images, self.head)
+            self.root, self.head = self._stepped("adapters", self.root, root), self._stepped("head", self.head, head)
         return {}
 
     def _stepped(self, name: str, current: Any, reached: Stack) -> Any:

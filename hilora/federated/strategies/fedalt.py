@@ -12,7 +12,7 @@ from hilora.adapters.composition import Gate
 from hilora.adapters.table import AdapterTable, Values
 from hilora.federated.client import ClientState, Models
 from hilora.federated.engine.trainer import Trainer
-from hilora.federated.protocol import Download, Stage, Upload, own
+from hilora.federated.protocol import Download, Sends, Stage, Upload, own
 from hilora.federated.strategies.base import Ask
 from hilora.federated.strategies.own_head import SharableHead
 from hilora.federated.streams import stream
@@ -46,6 +46,8 @@ class FedALT(SharableHead):
         return Download(stage, {"root": own(self._rest_of_world(clients))}, self.sent_head(clients))
 
     def _rest_of_world(self, clients: Tensor) -> AdapterTable:
+        if self.training.robust != "none":
+            return self._robust_rest(clients)
         among = torch.isin(clients, self.seen)  # these are left out of their own means
         others = (len(self.seen) - among.long()).clamp_min(1)
 
@@ -56,6 +58,18 @@ class FedALT(SharableHead):
 
         table = self.uploaded
         return AdapterTable([rest(A) for A in table.A], [rest(B) for B in table.B])
+
+    def _robust_rest(self, clients: Tensor) -> AdapterTable:
+        """The same by a rule that is no sum: a mean of its own for each client."""
+        start, found = self.first(self.seen)[0], self.uploaded.rows(clients)
+        rows = self.uploaded.rows(self.seen)
+        for place, client in enumerate(clients):
+            others = (self.seen != client) | (len(self.seen) < 2)
+            found.put(torch.tensor([place]), self.averaging.mean(rows, others, start))
+        return found
+
+    def sends(self, stage: Stage) -> Sends:
+        return Sends({"leaf": "AB"}, head=self.shares_head)
 
     def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
         self.uploaded.put(upload.clients, upload.tiers["leaf"])

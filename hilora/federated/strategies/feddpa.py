@@ -15,7 +15,7 @@ from hilora.adapters.composition import Composition, Gains, Sight, Weights
 from hilora.adapters.table import Values
 from hilora.federated.client import ClientState, Models, Trained
 from hilora.federated.engine.trainer import Trainer
-from hilora.federated.protocol import Download, Rows, Stage, Upload, own, shared
+from hilora.federated.protocol import Download, Rows, Sends, Stage, Upload, own, shared
 from hilora.federated.settings import Number, Settings, Whole
 from hilora.federated.strategies.base import Strategy
 from hilora.federated.streams import stream
@@ -46,9 +46,17 @@ class FedDPA(Strategy):
     def configure(self, stage: Stage, clients: Tensor) -> Download:
         return Download(stage, {"root": shared(self.root, clients)}, shared(self.head, clients))
 
+    def sends(self, stage: Stage) -> Sends:
+        return Sends() if stage.private else Sends({"root": "AB"}, head=True)
+
+    @property
+    def sums(self) -> bool:
+        return True
+
     def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
         if upload.head is not None and upload.images.sum() > 0:
-            self.root, self.head = upload.tiers["root"].mean(upload.images), upload.head.mean(upload.images)
+            self.root = self.averaging.mean(upload.tiers["root"], upload.images, self.root)
+            self.head = self.averaging.mean(upload.head, upload.images, self.head)
         return {}
 
     def mixed(self, leaf: Rows[Any], state: ClientState, download: Download, trainer: Trainer) -> Models:

@@ -28,8 +28,12 @@ class FedIT(Strategy):
     def configure(self, stage: Stage, clients: Tensor) -> Download:
         return Download(stage, {"root": shared(self.root, clients)}, shared(self.head, clients))
 
+    @property
+    def sums(self) -> bool:
+        return True
+
     def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
         if upload.images.sum() > 0 and upload.head is not None:
-            self.root = self.root.joined(upload.tiers["root"].mean(upload.images))
-            self.head = upload.head.mean(upload.images)
+            self.root = self.root.joined(self.averaging.mean(upload.tiers["root"], upload.images, self.root))
+            self.head = self.averaging.mean(upload.head, upload.images, self.head)
         return {}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hilora.federated.client import ClientState, Models
 from hilora.federated.engine.trainer import Trainer
-from hilora.federated.protocol import Download, Stage, Upload, own, shared
+from hilora.federated.protocol import Download, Sends, Stage, Upload, own, shared
 from hilora.federated.strategies.own_head import SharableHead
 from hilora.federated.streams import stream
 
@@ -34,10 +34,17 @@ class FedSALoRA(SharableHead):
     def configure(self, stage: Stage, clients: Tensor) -> Download:
         return Download(stage, {"leaf": shared(self.A, clients)}, self.sent_head(clients))
 
+    def sends(self, stage: Stage) -> Sends:
+        return Sends({"leaf": "A"}, head=self.shares_head)
+
+    @property
+    def sums(self) -> bool:
+        return True
+
     def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
         self.average_heads(upload)
         if upload.images.sum() > 0:
-            self.A = upload.tiers["leaf"].mean(upload.images)
+            self.A = self.averaging.mean(upload.tiers["leaf"], upload.images, self.A)
         return {}
 
     def local(self, state: ClientState, download: Download, trainer: Trainer) -> Upload:

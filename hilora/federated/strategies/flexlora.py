@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 from hilora.adapters.table import AdapterTable
-from hilora.algorithms.aggregation import product_space_mean
 from hilora.federated.protocol import Stage, Upload
 from hilora.federated.strategies.fedit import FedIT
 
@@ -23,11 +22,10 @@ class FlexLoRA(FedIT):
     def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
         if upload.images.sum() > 0 and upload.head is not None:
             averaged_A, averaged_B = [], []
-            for A, B in upload.tiers["root"].factors:
-                A, B = product_space_mean(A, B, upload.images, A.shape[-2])  # B = U, A = Σ Vᵀ
-                sigma = A.norm(dim=-1, keepdim=True)
-                averaged_A.append((A / sigma.clamp_min(1e-30))[None])
-                averaged_B.append((B * sigma.mT)[None])
+            for A, B in self.averaging.product_mean(upload.tiers["root"], upload.images, self.root).factors:
+                sigma = A.norm(dim=-1, keepdim=True)  # A = Σ Vᵀ
+                averaged_A.append(A / sigma.clamp_min(1e-30))
+                averaged_B.append(B * sigma.mT)
             self.root = AdapterTable(averaged_A, averaged_B)
-            self.head = upload.head.mean(upload.images)
+            self.head = self.averaging.mean(upload.head, upload.images, self.head)
         return {}

@@ -11,7 +11,7 @@ from hilora.adapters.table import AdapterTable
 from hilora.federated.client import ClientState, Models
 from hilora.federated.engine.trainer import Trainer
 from hilora.federated.grouping import GroupingSettings
-from hilora.federated.protocol import Download, Stage, Upload, shared
+from hilora.federated.protocol import Download, Sends, Stage, Upload, shared
 from hilora.federated.strategies.hilora import PROBE, HiLoRA
 from hilora.federated.streams import stream
 
@@ -35,6 +35,9 @@ class HeadOnly(HiLoRA):
         found = super().configure(stage, clients)
         return Download(stage, {}, found.head)
 
+    def sends(self, stage: Stage) -> Sends:
+        return Sends(head=not stage.private)
+
     def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
         if stage.tier == "root":
             return super().aggregate(stage, upload)
@@ -43,11 +46,11 @@ class HeadOnly(HiLoRA):
             for group in member.unique():
                 members = upload.rows(member == group)
                 if members.head is not None and members.images.sum() > 0:
-                    heads.put(group[None], members.head.mean(members.images))
+                    heads.put(group[None], self.averaging.mean(members.head, members.images, heads.rows(group[None])))
             self.heads["cluster"] = heads
         return {}
 
-    def averaged(self, upload: Upload) -> AdapterTable:
+    def averaged(self, upload: Upload, start: AdapterTable) -> AdapterTable:
         return self.root
 
     def remember(self, upload: Upload) -> None:

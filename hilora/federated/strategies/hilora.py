@@ -10,12 +10,12 @@ from pydantic import Field
 from torch import Tensor
 
 from hilora.adapters.table import AdapterTable
-from hilora.algorithms.aggregation import product_space_mean, relative_change
+from hilora.algorithms.aggregation import relative_change
 from hilora.algorithms.clustering import Clustering
 from hilora.federated.client import ClientState, Models
 from hilora.federated.engine.trainer import Trainer
 from hilora.federated.grouping import GROUPINGS, GroupingSettings
-from hilora.federated.protocol import Download, Rows, Stage, Upload, shared
+from hilora.federated.protocol import Download, Rows, Sends, Stage, Upload, shared
 from hilora.federated.settings import Number
 from hilora.federated.strategies.base import Ask, Strategy
 from hilora.federated.streams import stream
@@ -80,6 +80,13 @@ class HiLoRA(Strategy):
         tiers = {"root": root, "cluster": self.fitted(Rows(self.cluster, member), clients)}
         return Download(stage, tiers, Rows(self.heads["cluster"], member.clamp_min(0)))
 
+    def sends(self, stage: Stage) -> Sends:
+        return super().sends(stage)._replace(head=not stage.private and stage != PROBE)
+
+    @property
+    def sums(self) -> bool:
+        return self.settings.groups == "true"
+
     def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
         if stage.tier == "root":
             return self._aggregate_root(upload)
@@ -89,8 +96,9 @@ class HiLoRA(Strategy):
             for group in member.unique():
                 members = upload.rows(member == group)
                 if members.head is not None and members.images.sum() > 0:
-                    cluster.put(group[None], self.averaged(members))
-                    heads.put(group[None], members.head.mean(members.images))
+                    cluster.put(group[None], self.averaged(members, cluster.rows(group[None])))
+                    head = self.averaging.mean(members.head, members.images, heads.rows(group[None]))
+                    heads.put(group[None], head)
             self.cluster, self.heads["cluster"] = cluster, heads
         return {}
 
@@ -99,20 +107,19 @@ class HiLoRA(Strategy):
         if not len(worked.clients) or worked.head is None:
             return {}
         self.remember(worked)
-        before, self.root = self.root, self.averaged(worked)
-        self.heads["root"] = worked.head.mean(worked.images)
+        before, self.root = self.root, self.averaged(worked, self.root)
+        self.heads["root"] = self.averaging.mean(worked.head, worked.images, self.heads["root"])
         if not any(B.any() for B in before.B):
             return {"rho": None}  # there was nothing before the first round
         rho = relative_change(self.root.factors, before.factors)
         return {"rho": rho, "stop": rho <= self.settings.tau_rel}
 
-    def averaged(self, upload: Upload) -> AdapterTable:
+    def averaged(self, upload: Upload, start: AdapterTable) -> AdapterTable:
         """The mean of the clients' adapters as one row, taken of their products, or of A and B apart."""
         (table,) = upload.tiers.values()
         if self.settings.aggregation == "factors":
-            return table.mean(upload.images)
-        means = [product_space_mean(A, B, upload.images, A.shape[-2]) for A, B in table.factors]
-        return AdapterTable([A[None] for A, _ in means], [B[None] for _, B in means])
+            return self.averaging.mean(table, upload.images, start)
+        return self.averaging.product_mean(table, upload.images, start)
 
     def remember(self, upload: Upload) -> None:
         """Note for the grouping what clients made of the root."""

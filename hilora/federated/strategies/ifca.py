@@ -12,7 +12,7 @@ from torch import Tensor
 from hilora.adapters.table import Values
 from hilora.federated.client import ClientState, Models
 from hilora.federated.engine.trainer import Trainer
-from hilora.federated.protocol import Download, Head, Rows, Stage, Upload
+from hilora.federated.protocol import Download, Head, Rows, Sends, Stage, Upload
 from hilora.federated.settings import Settings, Whole
 from hilora.federated.strategies.base import Strategy
 from hilora.federated.streams import stream
@@ -54,14 +54,17 @@ class IFCA(Strategy):
         all_of_them = torch.arange(self.settings.k).expand(len(clients), -1)
         return Download(stage, {"root": Rows(self.root, all_of_them)}, Rows(self.head, all_of_them))
 
+    def sends(self, stage: Stage) -> Sends:
+        return Sends({"root": "AB"}, head=True, choices=self.settings.k)
+
     def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
         assert upload.choice is not None
         root, head = self.root.each(Tensor.clone), self.head.each(Tensor.clone)
         for group in upload.choice.unique():
             members = upload.rows(upload.choice == group)
             if members.head is not None and members.images.sum() > 0:
-                root.put(group[None], members.tiers["root"].mean(members.images))
-                head.put(group[None], members.head.mean(members.images))
+                for table, sent in ((root, members.tiers["root"]), (head, members.head)):
+                    table.put(group[None], self.averaging.mean(sent, members.images, table.rows(group[None])))
         self.root, self.head = root, head
         return {}
 

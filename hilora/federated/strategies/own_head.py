@@ -47,7 +47,7 @@ class OwnHead(Strategy):
     def average_heads(self, upload: Upload) -> None:
         """The server averages the heads that it was sent."""
         if upload.head is not None and upload.images.sum() > 0:
-            self.head = upload.head.mean(upload.images)
+            self.head = self.averaging.mean(upload.head, upload.images, self.head)
 
 
 class SharableHead(OwnHead):

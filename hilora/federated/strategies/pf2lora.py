@@ -14,7 +14,7 @@ from hilora.adapters.table import AdapterTable
 from hilora.federated.client import ClientState, Models
 from hilora.federated.engine.trainer import Trainer
 from hilora.federated.local.bilevel import Bilevel
-from hilora.federated.protocol import Download, Stage, Upload, shared
+from hilora.federated.protocol import Download, Sends, Stage, Upload, shared
 from hilora.federated.settings import Number, TrainingSettings, Whole
 from hilora.federated.strategies.own_head import SharableHead
 from hilora.federated.streams import stream
@@ -57,10 +57,17 @@ class PF2LoRA(SharableHead):
     def configure(self, stage: Stage, clients: Tensor) -> Download:
         return Download(stage, {"root": shared(self.root, clients)}, self.sent_head(clients))
 
+    def sends(self, stage: Stage) -> Sends:
+        return Sends({"root": "AB"}, head=self.shares_head)
+
+    @property
+    def sums(self) -> bool:
+        return True
+
     def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
         self.average_heads(upload)
         if upload.images.sum() > 0:
-            self.root = upload.tiers["root"].mean(upload.images)
+            self.root = self.averaging.mean(upload.tiers["root"], upload.images, self.root)
         return {}
 
     def first(self, clients: Tensor) -> AdapterTable:
