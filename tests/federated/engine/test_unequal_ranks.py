@@ -83,3 +83,13 @@ def test_clients_get_the_leading_ranks_of_the_adapter_that_they_would_have() -> 
     assert several.slot[1, 1] == -1
     everyone = own(table)
     assert fitted(everyone, torch.tensor([4, 9])) is everyone
+
+
+def test_the_next_training_leaves_the_ranks_of_the_last_alone(backbone: Backbone) -> None:
+    torch.manual_seed(0)
+    engine = make(backbone, **OPTIONS)
+    models = some_models(engine)
+    roots = [fitted(models.tiers["root"], ranks) for ranks in (torch.tensor([1, 2, 1, 2]), torch.tensor([3, 4, 3, 4]))]
+    for root in roots:
+        train(engine, "leaf", replace(models, tiers={**models.tiers, "root": root}))
+    assert [root.table.rank.tolist() for root in roots] == [[1, 2], [3, 4]]
