@@ -63,7 +63,8 @@ class Federation:
         count, classes = len(population.clients), len(train.classes)
         head = Head(torch.zeros(1, classes, backbone.features), torch.zeros(1, classes))
         self.budgets = budgets(settings, population)
-        problem = Problem(settings, count, self.engine.fresh, head, population.true_groups, self.budgets)
+        blocks, truth = self.engine.blocks.of, population.true_groups
+        problem = Problem(settings, count, self.engine.fresh, head, truth, self.budgets, blocks)
         self.server, self.client = (copy.deepcopy(method).join(problem) for _ in range(2))
         self.server.start()
         self.stages = self.server.stages()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -40,6 +40,7 @@ class Problem(NamedTuple):
         head: the head `[1, ...]` that all begin with.
         true_groups: int64 `[N]`, of an oracle; None where there are no groups.
         budgets: of the clients.
+        blocks: for each shape of projection, int64 `[P]`, the block that each is in, from 0 to L − 1.
     """
 
     training: TrainingSettings
@@ -48,6 +49,7 @@ class Problem(NamedTuple):
     head: Head
     true_groups: Tensor | None = None
     budgets: Budgets = Budgets(torch.empty(0, dtype=torch.long))
+    blocks: Sequence[Tensor] = ()
 
 
 class Strategy(ABC):
@@ -108,6 +110,10 @@ class Strategy(ABC):
             lora_dropout=training.lora_dropout,
             tiers=self.tiers,
         )
+
+    def of_blocks(self, table: AdapterTable, blocks: Tensor) -> AdapterTable:
+        """The adapters `[n, ...]` of the blocks that each client has, bool `[n, L]`; zeros for the others."""
+        return table.having([blocks[:, of] for of in self.problem.blocks])
 
     def fitted(self, rows: Rows[AdapterTable], clients: Tensor) -> Rows[AdapterTable]:
         """Adapters for clients `[n]`: of each the leading ranks that its client can hold."""
