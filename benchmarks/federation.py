@@ -14,8 +14,9 @@ from benchmarks.cost import Cost
 from hilora.adapters.config import HiLoRAConfig
 from hilora.federated.client import Models, Trained
 from hilora.federated.data.images import ImageSet
-from hilora.federated.engine.batched import BatchedEngine, Task
+from hilora.federated.engine.batched import BatchedEngine
 from hilora.federated.engine.device import quick_dtype
+from hilora.federated.engine.shared_pass import Task
 from hilora.federated.local.sgd import LocalSGD
 from hilora.federated.protocol import Head, Rows, shared
 from hilora.federated.settings import TIERS, TrainingSettings

@@ -109,19 +109,23 @@ class AdapterTable(Stack):
     """S adapters of all projections of a model, each with a rank of its own.
 
     Projections of one shape lie in one tensor; a model has as many shapes as it has banks. Rows of A and columns of B
-    beyond an adapter's rank are zero. A table that travels may lack one of the factors.
+    beyond an adapter's rank are zero. A table that travels may lack one of the factors, or some projections.
 
     Args:
         A: for every shape of projection, `[S, P, r, in]`; empty where the table lacks A.
         B: likewise `[S, P, out, r]`.
         rank: int64 `[S]` on the CPU; r for all by default.
+        has: for every shape, bool `[S, P]` on the CPU, the projections that each adapter has; what the others hold does
+            not count. Empty where all have all.
 
     Raises:
         InvalidValueError: if the shapes do not belong together, or a rank exceeds r.
     """
 
-    def __init__(self, A: Sequence[Tensor], B: Sequence[Tensor], rank: Tensor | None = None) -> None:
-        self.A, self.B = tuple(A), tuple(B)
+    def __init__(
+        self, A: Sequence[Tensor], B: Sequence[Tensor], rank: Tensor | None = None, has: Sequence[Tensor] = ()
+    ) -> None:
+        self.A, self.B, self.has = tuple(A), tuple(B), tuple(has)
         if not self.A and not self.B:
             raise InvalidValueError("a table of adapters needs A or B, got neither")
         slots, widest = len((self.A or self.B)[0]), self.r
@@ -135,6 +139,10 @@ class AdapterTable(Stack):
         self.rank = torch.full((slots,), widest) if rank is None else rank
         if self.rank.shape != (slots,) or (slots and int(self.rank.max()) > widest):
             raise InvalidValueError(f"rank {self.rank.tolist()} does not fit: expected {slots} of at most {widest}")
+        expected_has = [factor.shape[:2] for factor in self.A or self.B] if self.has else []
+        if [one.shape for one in self.has] != expected_has:
+            found = [list(one.shape) for one in self.has]
+            raise InvalidValueError(f"has {found} does not fit: expected {[list(one) for one in expected_has]}")
 
     @property
     def r(self) -> int:
@@ -148,7 +156,8 @@ class AdapterTable(Stack):
 
     def tensors(self) -> dict[str, Tensor]:
         named = {f"{index}.lora_A": tensor for index, tensor in enumerate(self.A)}
-        return named | {f"{index}.lora_B": tensor for index, tensor in enumerate(self.B)} | {"rank": self.rank}
+        named |= {f"{index}.lora_B": tensor for index, tensor in enumerate(self.B)}
+        return named | {f"{index}.has": tensor for index, tensor in enumerate(self.has)} | {"rank": self.rank}
 
     def like(self, tensors: dict[str, Tensor]) -> AdapterTable:
         return AdapterTable.of(tensors)
@@ -156,8 +165,9 @@ class AdapterTable(Stack):
     @classmethod
     def of(cls, tensors: dict[str, Tensor]) -> AdapterTable:
         """The table whose `tensors()` these are."""
-        A, B = ([tensor for name, tensor in tensors.items() if name.endswith(end)] for end in ("lora_A", "lora_B"))
-        return AdapterTable(A, B, tensors["rank"])
+        ends = ("lora_A", "lora_B", "has")
+        A, B, has = ([tensor for name, tensor in tensors.items() if name.endswith(end)] for end in ends)
+        return AdapterTable(A, B, tensors["rank"], has)
 
     def resized(self, r: int) -> AdapterTable:
         """The same adapters with room for another rank: filled up with zeros, or without what is beyond it.
@@ -170,18 +180,38 @@ class AdapterTable(Stack):
         more = max(r - self.r, 0)
         A = [F.pad(tensor[:, :, :r], (0, 0, 0, more)) for tensor in self.A]
         B = [F.pad(tensor[..., :r], (0, more)) for tensor in self.B]
-        return AdapterTable(A, B, self.rank)
+        return AdapterTable(A, B, self.rank, self.has)
+
+    def first(self, r: int | None) -> AdapterTable:
+        """The first r ranks of each adapter, with room for no more; None: all."""
+        if r is None or r >= self.r:
+            return self
+        return self.leading(torch.full((len(self),), r)).resized(r)
+
+    def leading(self, rank: Tensor) -> AdapterTable:
+        """The first ranks of each adapter, `rank` `[S]` of them at most; zeros beyond."""
+        rank = torch.minimum(self.rank, rank)
+        used = torch.arange(self.r) < rank[:, None]  # [S, r]
+        A = [tensor.where(used[:, None, :, None].to(tensor.device), 0) for tensor in self.A]
+        B = [tensor.where(used[:, None, None, :].to(tensor.device), 0) for tensor in self.B]
+        return AdapterTable(A, B, rank, self.has)
+
+    def having(self, has: Sequence[Tensor]) -> AdapterTable:
+        """The same adapters of some projections, `has` bool `[S, P]` for every shape; zeros for the others."""
+        A = [tensor.where(one[..., None, None].to(tensor.device), 0) for tensor, one in zip(self.A, has, strict=False)]
+        B = [tensor.where(one[..., None, None].to(tensor.device), 0) for tensor, one in zip(self.B, has, strict=False)]
+        return AdapterTable(A, B, self.rank, has)
 
     def only(self, factors: str) -> AdapterTable:
         """The table without one of its factors: what is left is "A" or "B"."""
-        return AdapterTable(self.A if "A" in factors else (), self.B if "B" in factors else (), self.rank)
+        return AdapterTable(self.A if "A" in factors else (), self.B if "B" in factors else (), self.rank, self.has)
 
     def joined(self, other: AdapterTable) -> AdapterTable:
         """This table with the factors of another one in the place of its own."""
-        return AdapterTable(other.A or self.A, other.B or self.B, other.rank)
+        return AdapterTable(other.A or self.A, other.B or self.B, other.rank, other.has)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> AdapterTable:
-        return AdapterTable([change(a) for a in self.A], [change(b) for b in self.B], self.rank)
+        return AdapterTable([change(a) for a in self.A], [change(b) for b in self.B], self.rank, self.has)
 
     def mean(self, weights: Tensor) -> AdapterTable:
         A, B = ([weighted_mean(tensor, weights) for tensor in factor] for factor in (self.A, self.B))
@@ -191,6 +221,10 @@ class AdapterTable(Stack):
         return torch.stack([tensor.isfinite().flatten(1).all(1) for tensor in (*self.A, *self.B)]).all(0)
 
     def nbytes(self) -> Tensor:
-        """Bytes of each adapter: of the ranks that it has, not of those that there is room for."""
-        whole = sum(row_bytes(tensor) for tensor in (*self.A, *self.B))
-        return self.rank * (whole // max(self.r, 1))
+        """Bytes of each adapter: of the ranks and projections that it has, not of those that there is room for."""
+        total = torch.zeros(len(self), dtype=torch.long)
+        for factor in (self.A, self.B):
+            for index, tensor in enumerate(factor):
+                each = row_bytes(tensor[:, 0]) if tensor.shape[1] else 0  # of one projection
+                total += each * (self.has[index].sum(1) if self.has else tensor.shape[1])
+        return self.rank * (total // max(self.r, 1))

@@ -261,8 +261,14 @@ def cluster_bases(U: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([kernels.orthonormal_basis(members)[..., :rank] for members in groups])
 
 
+def _ranks(U: Tensor) -> Tensor:
+    """How many columns of bases `[..., out, r]` are not zero: `[...]`."""
+    return U.ne(0).any(-2).sum(-1)
+
+
 def route_client(U: Tensor, U_clusters: Tensor) -> tuple[int, Tensor]:
     """The group whose subspace is nearest to a client's: `argmax_j mean cos²Θ(U, U_j)`, the first of equal ones.
+    Of bases of different ranks the smaller one has to lie in the other.
 
     Args:
         U: the client's bases `[P, out, r]`.
@@ -283,6 +289,6 @@ def route_client(U: Tensor, U_clusters: Tensor) -> tuple[int, Tensor]:
         raise InvalidValueError("the bases are not finite")
     if not U.any():
         raise InvalidValueError("the client's basis is zero: probe it by some local steps first")
-    rank = min(U.shape[-1], U_clusters.shape[-1])
-    similarities = (U_clusters.mT @ U).square().sum((-2, -1)).mean(-1) / rank
+    ranks = torch.minimum(_ranks(U), _ranks(U_clusters)).clamp_min(1)
+    similarities = ((U_clusters.mT @ U).square().sum((-2, -1)) / ranks).mean(-1)
     return int(similarities.argmax()), similarities

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hilora.errors import InvalidValueError
+from hilora.federated.budgets import budgets
 from hilora.federated.callbacks.base import Callback
 from hilora.federated.client import ClientStore, Models
 from hilora.federated.data.images import ImageSet
@@ -36,6 +37,7 @@ class Federation(Loop):
         client: the clients' half.
         store: the clients' private states.
         engine: where clients train and predict.
+        budgets: of the clients.
     """
 
     def __init__(
@@ -60,7 +62,9 @@ class Federation(Loop):
         self.engine = BatchedEngine(backbone, method.adapters(settings), settings, device, dtype)
         count, classes = len(population.clients), len(train.classes)
         head = Head(torch.zeros(1, classes, backbone.features), torch.zeros(1, classes))
-        problem = Problem(settings, count, self.engine.fresh, head, population.true_groups)
+        self.budgets = budgets(settings, population)
+        blocks, truth = self.engine.blocks.of, population.true_groups
+        problem = Problem(settings, count, self.engine.fresh, head, truth, self.budgets, blocks)
         server, self.client = (copy.deepcopy(method).join(problem) for _ in range(2))
         super().__init__(server, out, callbacks, Reception(server, len(population.seen)))
         self.store = ClientStore(count)

@@ -78,6 +78,16 @@ def own(table: S) -> Rows[S]:
     return Rows(table, torch.arange(len(table)))
 
 
+def fitted(rows: Rows[AdapterTable], ranks: Tensor) -> Rows[AdapterTable]:
+    """The same for clients that hold so many ranks each, int64 `[n]`: the leading ones of their adapters."""
+    if bool((ranks >= rows.table.r).all()):
+        return rows
+    wanted = ranks.view(-1, *[1] * (rows.slot.dim() - 1)).expand_as(rows.slot)
+    pairs, place = torch.stack([rows.slot.flatten(), wanted.flatten()]).unique(dim=1, return_inverse=True)
+    table = rows.table.rows(pairs[0].clamp_min(0)).leading(pairs[1])
+    return Rows(table, place.view_as(rows.slot).where(rows.slot >= 0, -1))
+
+
 class Part(NamedTuple):
     """A piece of a message that a client may hold already: rows of one table, and their weight."""
 

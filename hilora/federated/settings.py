@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from hilora.errors import InvalidValueError
 
@@ -73,6 +74,31 @@ def per_tier(value: Any) -> Any:
     return dict(zip(TIERS, values * len(TIERS) if len(values) == 1 else values, strict=True))
 
 
+def shares(text: str) -> list[tuple[Fraction, int]]:
+    """Budgets of shares of the clients: `1/3:12,1/3:9,1/3:6` or `0.5:16,0.5:4`; `8` alone is one for all.
+
+    Raises:
+        InvalidValueError: it reads otherwise, or the shares do not add up to 1.
+    """
+    found = []
+    for part in text.split(","):
+        share, colon, budget = part.rpartition(":")
+        try:
+            found.append((Fraction(share.strip()) if colon else Fraction(1), int(budget)))
+        except (ValueError, ZeroDivisionError):
+            raise InvalidValueError(f"{part!r} is no budget of a share: expected some, as in 1/3:12,2/3:9") from None
+    if any(share <= 0 or budget < 1 for share, budget in found):
+        raise InvalidValueError(f"{text!r}: shares must be above 0, and budgets at least 1")
+    if (total := sum(share for share, _ in found)) != 1:
+        raise InvalidValueError(f"{text!r}: the shares add up to {total}, expected 1")
+    return found
+
+
+def _shares(text: str) -> str:
+    shares(text)
+    return text
+
+
 def _no_bool(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("expected a number")
@@ -81,6 +107,7 @@ def _no_bool(value: Any) -> Any:
 
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
+Shares = Annotated[str, AfterValidator(_shares)]
 Rounds = Annotated[dict[str, Annotated[Whole, Field(ge=0)]], BeforeValidator(per_tier)]
 Ranks = Annotated[dict[str, Annotated[Whole, Field(ge=1)]], BeforeValidator(per_tier)]
 Rates = Annotated[dict[str, Annotated[Number, Field(ge=0)]], BeforeValidator(per_tier)]
@@ -128,6 +155,20 @@ class TrainingSettings(Settings):
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="of the learning rates over a client's steps in a round; linear and cosine fall to zero"
+    )
+    rank_budgets: Shares | None = Field(
+        None,
+        description="the most ranks that clients hold of an adapter, for shares of them, as in 1/3:16,1/3:8,1/3:4; "
+        "none: all have those of rank",
+    )
+    layer_budgets: Shares | None = Field(
+        None,
+        description="the most blocks whose adapters clients train, for shares of them, as in 1/3:12,1/3:9,1/3:6; "
+        "none: all blocks",
+    )
+    budgets_follow: Literal["chance", "images", "groups"] = Field(
+        "chance",
+        description="who has the first budgets: anybody, clients with the most images, or the first true groups",
     )
     robust: Literal["none", "clip", "trimmed", "median"] = Field(
         "none",

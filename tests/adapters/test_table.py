@@ -128,3 +128,23 @@ def test_a_table_can_have_more_room_or_less_and_means_the_same() -> None:
     with pytest.raises(InvalidValueError, match="adapters of rank 2 have no room in rank 1"):
         table.resized(1)
     assert make(slots=0).resized(1).r == 1
+
+
+def test_leading_ranks_and_some_projections_weigh_less() -> None:
+    table = make(slots=2)
+    few = table.leading(torch.tensor([4, 1]))
+    assert few.rank.tolist() == [4, 1]
+    assert not few.A[0][1, :, 1:].any()
+    assert not few.B[1][1, ..., 1:].any()
+    assert torch.equal(few.A[0][0], table.A[0][0])
+    has = [torch.tensor([[True, False], [False, False]]), torch.tensor([[True], [True]])]
+    some = few.having(has)
+    wide, narrow = 4 * (7 + 6), 4 * (5 + 8)  # bytes of a rank
+    assert some.nbytes().tolist() == [4 * (wide + narrow), narrow]
+    assert not some.A[0][0, 1].any()
+    assert not some.B[0][1].any()
+    kept = [some.rows(torch.tensor([0, 1])), AdapterTable.of(some.tensors()), some.each(torch.clone), some.resized(6)]
+    assert all([one.tolist() for one in table.has] == [one.tolist() for one in has] for table in kept)
+    assert some.only("A").nbytes().tolist() == [4 * 4 * (7 + 5), 4 * 5]
+    with pytest.raises(InvalidValueError, match=r"has \[\[2, 2\]\] does not fit: expected \[\[2, 2\], \[2, 1\]\]"):
+        AdapterTable(table.A, table.B, table.rank, has[:1])

@@ -74,7 +74,8 @@ def simulate(backbone: Backbone, tmp_path: Path) -> Simulate:
     def build(strategy: str | type[Strategy] = "hilora", out: Path = tmp_path / "out", **options: Any) -> Simulation:
         kind = STRATEGIES[strategy] if isinstance(strategy, str) else strategy
         train, test = options.pop("images", (squares(120, 1), squares(42, 2)))
-        people = population(options.pop("sizes", [12, 9, 12, 5, 8, 7]), test, options.pop("unseen", 1))
+        sizes, unseen = options.pop("sizes", [12, 9, 12, 5, 8, 7]), options.pop("unseen", 1)
+        people = options.pop("people", None) or population(sizes, test, unseen)
         given = {name: options.pop(name) for name in ("resume", "callbacks", "arguments") if name in options}
         model, dtype = options.pop("backbone", backbone), options.pop("dtype", torch.get_default_dtype())
         fields: dict[str, Any] = {

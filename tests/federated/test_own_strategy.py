@@ -73,9 +73,9 @@ class _SignTraining(SGDTraining):
     def _update(self, task: Tensor, gradients: Any) -> None:
         takes_part = (self.target >= 0).any(1)
         with torch.no_grad():
-            for (value, dim, lr), gradient in zip(self.bench.trained, gradients, strict=True):
-                moves = takes_part.view([-1 if axis == dim else 1 for axis in range(value.dim())])
-                value -= self.shrink * lr * gradient.sign() * moves
+            for one, gradient in zip(self.bench.trained, gradients, strict=True):
+                moves = takes_part.view([-1 if axis == one.dim else 1 for axis in range(one.parameter.dim())])
+                one.parameter.sub_(self.shrink * one.lr * gradient.sign() * moves)
         self.loss += task.detach() * takes_part
 
 

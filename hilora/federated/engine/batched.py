@@ -2,135 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hilora import kernels
-from hilora.adapters.composition import Composition
 from hilora.adapters.config import HiLoRAConfig
 from hilora.adapters.table import Stack
 from hilora.federated.client import Models, Trained
 from hilora.federated.data.images import ImageSet, augment, draw
-from hilora.federated.engine.bench import LocalAlgorithm, Training
-from hilora.federated.engine.optim import Slotted
-from hilora.federated.engine.placement import Placed, Placement, all_share, arranged, overwrite
+from hilora.federated.engine.blocks import Parts
+from hilora.federated.engine.placement import all_share, arranged
 from hilora.federated.engine.predictor import Predictor
-from hilora.federated.protocol import Head
+from hilora.federated.engine.shared_pass import SharedPass, Task
 from hilora.federated.settings import TrainingSettings
 from hilora.federated.streams import stream
 from hilora.models.backbone import Backbone
-
-
-class Task(NamedTuple):
-    """What clients train: a tier and the head.
-
-    Attributes:
-        tier: which one.
-        algorithm: how.
-        epochs: passes over a client's images.
-        rates: the tier whose learning rates to use.
-        factors: which of the adapters' factors are trained: "AB", one of them, or "" for the head alone.
-        head: whether the head is trained.
-        penalty: the weights of the tier's overlap with earlier tiers, in their order.
-    """
-
-    tier: str
-    algorithm: LocalAlgorithm
-    epochs: int
-    rates: str
-    factors: str = "AB"
-    head: bool = True
-    penalty: tuple[tuple[str, float], ...] = ()
-
-    @property
-    def tiers(self) -> tuple[str, ...]:
-        """The tiers in training."""
-        return (self.tier, *self.algorithm.more_tiers)
-
-
-class _Bench:
-    """G clients in one forward pass (`bench.Bench`): a training that is set up serves again for clients whose tensors
-    have the same shapes."""
-
-    def __init__(
-        self,
-        engine: BatchedEngine,
-        tiers: Placed,
-        head: Head,
-        composition: Composition | None,
-        task: Task,
-        pixels: Tensor,
-    ) -> None:
-        self.engine, self.task, self.pixels, self.settings = engine, task, pixels, engine.settings
-        self.placement = Placement(engine.banks, tiers, engine.device)
-        self.head = head.each(lambda value: value.to(engine.device, copy=True).requires_grad_(task.head))
-        self.composition = None if composition is None else composition.each(self._own)
-        rate, head_rate = self.settings.lr[task.rates], self.settings.head_lr[task.rates]
-        self.trained: Sequence[Slotted] = self._all_trained(rate, head_rate)
-        self.training: Training = task.algorithm.training(self)
-
-    def _all_trained(self, rate: float, head_rate: float) -> list[Slotted]:
-        trained = self.factors(self.task.tier, self.task.factors, rate)
-        if self.composition is not None and self.composition.trained:
-            trained += [Slotted(value.requires_grad_(), 0, rate) for value in self.composition.tensors().values()]
-        if self.task.head:
-            trained += [Slotted(value, 0, head_rate) for value in self.head.tensors().values()]
-        return trained
-
-    def _own(self, value: Tensor) -> Tensor:
-        return value.to(self.engine.device, copy=True)
-
-    def put(self, tiers: Placed, head: Head, composition: Composition | None) -> None:
-        """Start from other values."""
-        self.placement.overwrite(tiers)
-        overwrite(self.head, head)
-        if self.composition is not None and composition is not None:
-            overwrite(self.composition, composition)
-        self.placement.hold()
-        self.engine._compose(self.composition)
-
-    def predict(self, pixels: Tensor) -> Tensor:
-        return self.engine._logits(pixels, self.head)
-
-    def factors(self, tier: str, factors: str, lr: float) -> list[Slotted]:
-        held = self.placement.held[tier]
-        return [Slotted(pair["AB".index(factor)].requires_grad_(), 1, lr) for pair in held for factor in factors]
-
-    @contextmanager
-    def holding(self, values: Mapping[int, Tensor]) -> Iterator[None]:
-        for tier, pairs in self.placement.held.items():
-            self.placement.hold_tier(tier, [(values.get(id(A), A), values.get(id(B), B)) for A, B in pairs])
-        yield
-        self.placement.hold()
-
-    def penalty(self) -> Tensor:
-        """`Σ_P Σ_tier γ ‖B_tierᵀ B‖²_F` of each client's adapters, `[G]`, or 0 for all where nothing weighs it."""
-        gammas = dict(self.task.penalty)
-        before = [tier for tier in self.engine.config.tiers if tier in gammas and tier in self._earlier()]
-        total = torch.zeros((), device=self.engine.device)
-        for bank, (_, active) in enumerate(self.placement.held[self.task.tier] if gammas else ()):
-            frozen = [self._chosen(tier, bank) for tier in before]
-            weights = [gammas[tier] for tier in before]
-            total = total + kernels.gram_penalty(self._present(active, self.task.tier), frozen, weights, per_slot=True)
-        return total
-
-    def _earlier(self) -> tuple[str, ...]:
-        """The tiers before the one in training, of which there are adapters."""
-        tiers = self.engine.config.tiers
-        return tuple(tier for tier in tiers[: tiers.index(self.task.tier)] if len(self.placement.tiers[tier].table))
-
-    def _chosen(self, tier: str, bank: int) -> Tensor:
-        """B of the adapters that the clients use, `[P, G or 1, out, r]`."""
-        slot, (_, B) = self.placement.tiers[tier].slot, self.placement.held[tier][bank]
-        return B if tier in self.placement.shared else self._present(B[:, slot.clamp_min(0)], tier)
-
-    def _present(self, B: Tensor, tier: str) -> Tensor:
-        """`[P, G, out, r]`, zero for clients that use none."""
-        return torch.where((self.placement.tiers[tier].slot >= 0)[:, None, None], B, 0)
 
 
 class BatchedEngine(Predictor):
@@ -150,7 +38,7 @@ class BatchedEngine(Predictor):
         dtype: torch.dtype,
     ) -> None:
         super().__init__(backbone, config, settings, device, dtype)
-        self._ready: tuple[tuple[object, ...], _Bench] | None = None
+        self._ready: tuple[tuple[object, ...], SharedPass] | None = None
 
     def train(
         self,
@@ -161,6 +49,7 @@ class BatchedEngine(Predictor):
         ids: Tensor,
         purpose: str,
         round: int = 0,
+        parts: Parts | None = None,
     ) -> Trained:
         """Local training of n clients, one tier and the head of each.
 
@@ -171,7 +60,13 @@ class BatchedEngine(Predictor):
             task: what they train.
             ids: `[n]`, which clients these are, for their random streams.
             purpose: of the training, and `round`: likewise.
+            parts: which blocks they train, and have; all by default.
+
+        Raises:
+            InvalidValueError: for parts of other clients or blocks.
         """
+        if parts is not None:
+            self.blocks.check(parts, len(shares))
         order = sorted(range(len(shares)), key=lambda i: -len(shares[i]))  # alike sizes together: fewer idle rows
         counts = torch.tensor([len(share) for share in shares])
         results: list[tuple[list[int], Trained]] = []
@@ -181,19 +76,26 @@ class BatchedEngine(Predictor):
             # Without images, so that turns have one size, and a graph that was captured for one serves the next.
             idle = (room - len(members)) * (self.device.type == "cuda")
             own = [shares[i] for i in members] + [counts.new_empty(0)] * idle
-            picked = models.of(torch.tensor(members + members[:1] * idle))
+            places = torch.tensor(members + members[:1] * idle)
+            picked, own_parts = models.of(places), None if parts is None else parts.of(places)
             with torch.random.fork_rng():  # of the dropout's draws
                 torch.manual_seed(streams[0].initial_seed())
-                results.append((members, self._train(images, own, picked, task, streams)))
+                results.append((members, self._train(images, own, picked, task, streams, own_parts)))
 
         self._in_turns(order, images, train)
         return _in_order(results, ids, counts * task.epochs)
 
     def _train(
-        self, images: ImageSet, shares: list[Tensor], models: Models, task: Task, streams: list[torch.Generator]
+        self,
+        images: ImageSet,
+        shares: list[Tensor],
+        models: Models,
+        task: Task,
+        streams: list[torch.Generator],
+        parts: Parts | None,
     ) -> Trained:
         """What G clients trained, idle ones included, in memory of its own."""
-        bench = self._prepared(images, models, task)
+        bench = self._prepared(images, models, task, parts)
         training, batch = bench.training, self.settings.batch_size
         steps = -(-torch.tensor([len(share) for share in shares]) // batch)  # [G]
         training.begin(steps * task.epochs)
@@ -215,7 +117,7 @@ class BatchedEngine(Predictor):
             kept(training.loss / (steps * task.epochs).to(training.loss)),
         )
 
-    def _prepared(self, images: ImageSet, models: Models, task: Task) -> _Bench:
+    def _prepared(self, images: ImageSet, models: Models, task: Task, parts: Parts | None) -> SharedPass:
         """The training of clients with their values in place; the one before serves again where all shapes agree."""
         tiers, head = arranged(self.banks, models.tiers, task.tiers), models.head.taken()
         shapes = [tensor.shape for rows in tiers.values() for tensor in (*rows.table.tensors().values(), rows.slot)]
@@ -230,14 +132,15 @@ class BatchedEngine(Predictor):
             str(shared),
             len(head),
             images.images.shape[1:],
+            None if parts is None else parts.present is None,
         )
         if self._ready is None or self._ready[0] != key:
             self._ready = None  # its memory is free before more is taken
             clients, batch = len(head), self.settings.batch_size
             pixels = torch.zeros(clients, batch, *images.images.shape[1:], dtype=torch.uint8, device=self.device)
-            self._ready = key, _Bench(self, tiers, head, models.composition, task, pixels)
+            self._ready = key, SharedPass(self, tiers, head, models.composition, task, pixels, parts)
         bench = self._ready[1]
-        bench.put(tiers, head, models.composition)
+        bench.put(tiers, head, models.composition, parts)
         self.model.train()
         return bench
 

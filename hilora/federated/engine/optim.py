@@ -10,17 +10,23 @@ from torch import Tensor
 
 
 class Slotted(NamedTuple):
-    """A parameter that holds a tensor for each of G clients along the dimension `dim`."""
+    """A parameter that holds a tensor for each of G clients along the dimension `dim`.
+
+    `part`: 1 where it is trained and 0 where it stays as it is, of a shape that broadcasts to the parameter's; None
+    trains all of it.
+    """
 
     parameter: Tensor
     dim: int
     lr: float
+    part: Tensor | None = None
 
 
 class SlotAdamW:
     """AdamW (Loshchilov & Hutter, 2019) on G clients' parameters: as G optimisers, since it works element by element.
 
-    A client that sits a step out keeps its parameters, moments and step count. Nothing waits for the device.
+    A client that sits a step out keeps its parameters, moments and step count. What a part leaves out is as if it were
+    not there: it counts for no gradient norm, and does not decay. Nothing waits for the device.
 
     Args:
         parameters: what is trained.
@@ -59,8 +65,12 @@ class SlotAdamW:
         self.steps += takes_part
         beta1, beta2 = self.betas
         steps = self.steps.clamp_min(1)
+        gradients = [
+            gradient if one.part is None else gradient * one.part
+            for gradient, one in zip(gradients, self.parameters, strict=True)
+        ]
         clipped = self._clip(gradients)
-        for (parameter, dim, lr), (first, second), gradient, kept in zip(
+        for (parameter, dim, lr, part), (first, second), gradient, kept in zip(
             self.parameters, self.moments, gradients, clipped, strict=True
         ):
             shape = [-1 if axis == dim else 1 for axis in range(parameter.dim())]
@@ -75,7 +85,7 @@ class SlotAdamW:
             second.lerp_(gradient.square(), (1 - beta2) * moves)
             scale = second.sqrt().div_(of_client((1 - beta2**steps).sqrt())).add_(self.eps)
             lrs = lr * moves if rate is None else lr * moves * of_client(rate)
-            parameter.mul_(1 - lrs * self.weight_decay)
+            parameter.mul_(1 - (lrs if part is None else lrs * part) * self.weight_decay)
             parameter.sub_((first / scale).mul_(lrs / of_client(1 - beta1**steps)))
 
     def _clip(self, gradients: Sequence[Tensor]) -> list[Tensor | None]:

@@ -60,10 +60,11 @@ class Placement:
         def copy(tensor: Tensor) -> Tensor:  # the projections, not the clients, come first in memory
             return tensor.transpose(0, 1).to(device, copy=True, memory_format=torch.contiguous_format).transpose(0, 1)
 
+        def copied(table: AdapterTable) -> AdapterTable:
+            return AdapterTable(list(map(copy, table.A)), list(map(copy, table.B)), table.rank.clone())
+
         self.banks = banks
-        self.tiers = {
-            tier: Rows(rows.table.each(copy), rows.slot.to(device, torch.int32)) for tier, rows in tiers.items()
-        }
+        self.tiers = {tier: Rows(copied(rows.table), rows.slot.to(device, torch.int32)) for tier, rows in tiers.items()}
         self.ranks = {
             tier: rows.table.rank.to(device, torch.int32) if (rows.table.rank < rows.table.r).any() else None
             for tier, rows in tiers.items()

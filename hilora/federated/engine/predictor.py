@@ -19,6 +19,7 @@ from hilora.adapters.table import AdapterTable
 from hilora.errors import InvalidValueError
 from hilora.federated.client import Models
 from hilora.federated.data.images import ImageSet, prepare
+from hilora.federated.engine.blocks import Blocks
 from hilora.federated.engine.device import free_memory, out_of_memory, saved_bytes
 from hilora.federated.engine.placement import Placement, arranged
 from hilora.federated.protocol import Head, Rows
@@ -50,6 +51,7 @@ class Predictor:
         dtype: of the backbone; adapters, heads and losses are fp32.
 
     Attributes:
+        blocks: of the model; which of them the clients have is said in training alone.
         room: how many clients are trained at once at most; None until the first of them are, if that is to be found.
 
     Raises:
@@ -70,6 +72,7 @@ class Predictor:
         self.model = inject(copy.deepcopy(backbone.model).to(device, dtype), config)
         hasten(self.model)
         self.banks = banks(self.model)
+        self.blocks = Blocks(self.model, self.banks)
         for bank in self.banks:
             for tier in config.tiers:
                 if config.rank(tier) > min(bank.in_features, bank.out_features):
@@ -130,6 +133,7 @@ class Predictor:
             Placement(self.banks, arranged(self.banks, picked.tiers), self.device).hold()
             head = picked.head.taken().to(self.device)
             self.model.eval()
+            self.blocks.gate = None
             composed = self._seeing(picked.composition, training or images)
             rows = max(1, EVALUATION_ROWS // len(own))
             right, loss = (torch.zeros(len(own), device=self.device) for _ in range(2))
@@ -182,6 +186,7 @@ class Predictor:
         rank = max(self.config.rank(tier) for tier in self.config.tiers)
         Placement(self.banks, arranged(self.banks, {}), self.device).hold()
         self._compose(None)
+        self.blocks.gate = None
         x = self._prepared_pixels(images.images[:1].to(self.device))
         activations = saved_bytes(lambda: self.model(x.requires_grad_()))
         elements = sum(len(bank.names) * rank * (bank.in_features + bank.out_features) for bank in self.banks)

@@ -12,9 +12,11 @@ from hilora.errors import InvalidValueError
 from hilora.federated.client import Models, Trained
 from hilora.federated.data.images import ImageSet
 from hilora.federated.data.partitions import Population
-from hilora.federated.engine.batched import BatchedEngine, Task
+from hilora.federated.engine.batched import BatchedEngine
 from hilora.federated.engine.bench import LocalAlgorithm
+from hilora.federated.engine.blocks import Parts
 from hilora.federated.engine.predictor import Scores
+from hilora.federated.engine.shared_pass import Task
 from hilora.federated.local.sgd import LocalSGD
 from hilora.federated.streams import stream
 
@@ -71,6 +73,7 @@ class Trainer:
         head: bool = True,
         penalty: Mapping[str, float] | None = None,
         pooled: bool = False,
+        parts: Parts | None = None,
     ) -> Trained:
         """Local training of a tier and the head.
 
@@ -84,6 +87,7 @@ class Trainer:
             head: whether the head is trained.
             penalty: weight of the tier's overlap with each earlier one.
             pooled: all their images are one client's, who starts from the first model.
+            parts: which blocks they train, and have; all by default.
 
         Raises:
             InvalidValueError: for fewer than one epoch.
@@ -98,7 +102,8 @@ class Trainer:
         if pooled:
             shares, models, clients = [torch.cat(shares)], models.of(torch.tensor([0])), clients[:1]
         purpose = f"{self.purpose} {tier}"
-        trained = self.engine.train(self.training_images, shares, models, task, clients, purpose, self.round)
+        images, round = self.training_images, self.round
+        trained = self.engine.train(images, shares, models, task, clients, purpose, round, parts)
         finite = trained.finite()
         if not finite.all():
             broken = clients[~finite.cpu()].tolist()

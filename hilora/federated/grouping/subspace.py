@@ -67,6 +67,9 @@ class SubspaceGrouping:
       Default: what its probe changes against the subspaces of the clusters' members.
     - No groups in the data: published, K is at least 2. Default: one cluster, unless groups stand out.
 
+    Clients of unequal ranks are compared by the leading ranks that all of them hold: subspaces of more dimensions lie
+    nearer to each other by chance, and clusters would be of budgets.
+
     Attributes:
         member: int64 `[N]`, the cluster of each client, -1 for none as yet.
         groups: the fields of a `Clustering` of the seen clients, once there is one.
@@ -76,9 +79,14 @@ class SubspaceGrouping:
     kept: ClassVar[tuple[str, ...]] = ("member", "subspace", "trained_root", "groups", "centres")
 
     def __init__(
-        self, settings: GroupingSettings, run: TrainingSettings, clients: int, true_groups: Tensor | None = None
+        self,
+        settings: GroupingSettings,
+        run: TrainingSettings,
+        clients: int,
+        true_groups: Tensor | None = None,
+        common: int | None = None,
     ) -> None:
-        self.settings, self.training, self.true_groups = settings, run, true_groups
+        self.settings, self.training, self.true_groups, self.common = settings, run, true_groups, common
         self.member = torch.full((clients,), -1)
         self.subspace: list[Tensor] = []  # for each shape, the clients' directions so far [N, P, out, r]
         self.trained_root = torch.zeros(clients, dtype=torch.bool)
@@ -87,6 +95,7 @@ class SubspaceGrouping:
 
     def remember(self, clients: Tensor, trained: AdapterTable, server: AdapterTable) -> None:
         """Take in the adapters `[n, ...]` that clients trained from the server's `[1, ...]`."""
+        trained, server = trained.first(self.common), server.first(self.common)
         if not self.subspace:
             self.subspace = [B.new_zeros(len(self.member), *B.shape[1:]) for B in trained.B]
         new = ~self.trained_root[clients].view(-1, 1, 1, 1)

@@ -12,24 +12,38 @@ from torch import Tensor
 
 from hilora.federated.engine.bench import Bench, LocalAlgorithm, Training
 from hilora.federated.engine.graph import Replay
-from hilora.federated.engine.optim import SlotAdamW
+from hilora.federated.engine.optim import SlotAdamW, Slotted
 
 
 @dataclass(frozen=True)
 class LocalSGD(LocalAlgorithm):
-    """Mini-batch steps of AdamW on the cross entropy and the penalty."""
+    """Mini-batch steps of AdamW on the cross entropy and the penalty.
+
+    Attributes:
+        also: tiers whose adapters are trained in the same steps as the one that is asked for.
+        rates: the tier whose learning rate these take.
+    """
+
+    also: tuple[str, ...] = ()
+    rates: str = "leaf"
+
+    @property
+    def more_tiers(self) -> tuple[str, ...]:
+        return self.also
 
     def training(self, bench: Bench) -> Training:
-        return SGDTraining(bench)
+        rate = bench.settings.lr[self.rates]
+        return SGDTraining(bench, [one for tier in self.also for one in bench.factors(tier, "AB", rate)])
 
 
 class SGDTraining(Training):
     """Steps on tensors that stay in place, so that a GPU can replay them as a graph."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, also: Sequence[Slotted] = ()) -> None:
         settings, (clients, batch) = bench.settings, bench.pixels.shape[:2]
         self.bench, self.schedule = bench, settings.schedule
-        self.optimiser = SlotAdamW(bench.trained, clients, settings.weight_decay, settings.clip_norm)
+        self.trained = [slotted.parameter for slotted in (*bench.trained, *also)]
+        self.optimiser = SlotAdamW([*bench.trained, *also], clients, settings.weight_decay, settings.clip_norm)
         self.pixels, device = bench.pixels, bench.pixels.device
         self.target = torch.full((clients, batch), -1, device=device)  # -1 where a client has no more images
         self.loss = torch.zeros(clients, device=device)
@@ -50,7 +64,7 @@ class SGDTraining(Training):
     def _step(self) -> None:
         task = self._task(self.bench.predict(self.pixels))
         total = (task + self.bench.penalty()).sum()
-        self._update(task, torch.autograd.grad(total, [slotted.parameter for slotted in self.bench.trained]))
+        self._update(task, torch.autograd.grad(total, self.trained))
 
     def _task(self, logits: Tensor) -> Tensor:
         """The clients' mean cross entropies `[G]` from logits `[G, b, classes]`; 0 for one without images."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
@@ -12,10 +12,12 @@ from torch import Tensor
 from hilora.adapters.config import HiLoRAConfig
 from hilora.adapters.table import AdapterTable, Stack
 from hilora.algorithms.clustering import Clustering
+from hilora.errors import InvalidValueError
 from hilora.federated.averaging import Averaging
+from hilora.federated.budgets import Budgets
 from hilora.federated.client import ClientState, Models
 from hilora.federated.engine.trainer import Trainer
-from hilora.federated.protocol import Download, Head, Sends, Stage, Upload
+from hilora.federated.protocol import Download, Head, Rows, Sends, Stage, Upload, fitted
 from hilora.federated.settings import Settings, TrainingSettings
 
 
@@ -44,6 +46,8 @@ class Problem(NamedTuple):
         fresh: makes new adapters.
         head: the head `[1, ...]` that all begin with.
         true_groups: int64 `[N]`, of an oracle; None where there are no groups.
+        budgets: of the clients.
+        blocks: for each shape of projection, int64 `[P]`, the block that each is in, from 0 to L − 1.
     """
 
     training: TrainingSettings
@@ -51,6 +55,8 @@ class Problem(NamedTuple):
     fresh: Fresh
     head: Head
     true_groups: Tensor | None = None
+    budgets: Budgets = Budgets(torch.empty(0, dtype=torch.long))
+    blocks: Sequence[Tensor] = ()
 
 
 class Strategy(ABC):
@@ -70,6 +76,7 @@ class Strategy(ABC):
         own_rates: the tier whose learning rates it takes: the leaf's, which suit a start from what others trained.
         factors: which of the adapters' factors are trained and sent: "AB", one of them, or "".
         travels: whether messages travel at all.
+        unequal: which budgets of unequal clients it keeps: "ranks", "layers".
     """
 
     name: ClassVar[str] = ""
@@ -79,6 +86,7 @@ class Strategy(ABC):
     own_rates: ClassVar[str] = "leaf"
     factors: ClassVar[str] = "AB"
     travels: ClassVar[bool] = True
+    unequal: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, **settings: Any) -> None:
         """A method with some of its own settings.
@@ -89,7 +97,14 @@ class Strategy(ABC):
         self.settings = self.Settings(**settings)
 
     def join(self, problem: Problem) -> Self:
-        """Take up a problem; both halves do."""
+        """Take up a problem; both halves do.
+
+        Raises:
+            InvalidValueError: clients have budgets that the method does not keep.
+        """
+        for kind, budget in (("ranks", problem.budgets.ranks), ("layers", problem.budgets.layers)):
+            if budget is not None and kind not in self.unequal:
+                raise InvalidValueError(f"{self.name} has no use for budgets of {kind}: leave {kind[:-1]}_budgets out")
         self.problem, self.training = problem, problem.training
         return self
 
@@ -102,6 +117,14 @@ class Strategy(ABC):
             lora_dropout=training.lora_dropout,
             tiers=self.tiers,
         )
+
+    def of_blocks(self, table: AdapterTable, blocks: Tensor) -> AdapterTable:
+        """The adapters `[n, ...]` of the blocks that each client has, bool `[n, L]`; zeros for the others."""
+        return table.having([blocks[:, of] for of in self.problem.blocks])
+
+    def fitted(self, rows: Rows[AdapterTable], clients: Tensor) -> Rows[AdapterTable]:
+        """Adapters for clients `[n]`: of each the leading ranks that its client can hold."""
+        return fitted(rows, self.problem.budgets.rank(clients, rows.table.r))
 
     # The server's half
 

@@ -26,7 +26,8 @@ class FedIT(Strategy):
         return [Stage("root", self.total_rounds(), rates="root")]
 
     def configure(self, stage: Stage, clients: Tensor) -> Download:
-        return Download(stage, {"root": shared(self.root, clients)}, shared(self.head, clients))
+        root = self.fitted(shared(self.root, clients), clients)
+        return Download(stage, {"root": root}, shared(self.head, clients))
 
     @property
     def sums(self) -> bool:

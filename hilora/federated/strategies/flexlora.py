@@ -13,11 +13,12 @@ from hilora.federated.strategies.fedit import FedIT
 class FlexLoRA(FedIT):
     """`Σ π B A = U Σ Vᵀ`, then `B := U Σ` and `A := Vᵀ`, the leading r of each.
 
-    The paper is about clients of different ranks. Here all have the same one, as in the comparison of HiLoRA's paper,
-    so that one truncation serves them all. The head is averaged.
+    Clients with a budget of ranks are sent as many leading directions as they can hold. A tier is scaled by
+    lora_alpha / rank for all of them. The head is averaged.
     """
 
     name = "flexlora"
+    unequal = frozenset({"ranks"})
 
     def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
         if upload.images.sum() > 0 and upload.head is not None:

@@ -15,7 +15,7 @@ from hilora.algorithms.clustering import Clustering
 from hilora.federated.client import ClientState, Models
 from hilora.federated.engine.trainer import Trainer
 from hilora.federated.grouping import GROUPINGS, GroupingSettings
-from hilora.federated.protocol import Download, Rows, Sends, Stage, Upload, shared
+from hilora.federated.protocol import Download, Rows, Sends, Stage, Upload, own, shared
 from hilora.federated.settings import Number
 from hilora.federated.strategies.base import Ask, Strategy
 from hilora.federated.streams import stream
@@ -48,6 +48,7 @@ class HiLoRA(Strategy):
 
     name = "hilora"
     tiers = ("root", "cluster", "leaf")
+    unequal = frozenset({"ranks"})
     settings: Settings
 
     def start(self) -> None:
@@ -56,7 +57,9 @@ class HiLoRA(Strategy):
         self.heads = {"root": self.problem.head}
         self.seen = torch.empty(0, dtype=torch.long)
         kind = GROUPINGS[self.settings.groups]
-        self.grouping = kind(self.settings, self.training, self.problem.clients, self.problem.true_groups)
+        problem = self.problem
+        common = problem.budgets.common
+        self.grouping = kind(self.settings, self.training, problem.clients, problem.true_groups, common)
 
     def stages(self) -> list[Stage]:
         return [Stage(tier, self.training.rounds[tier], tier, private=tier == "leaf") for tier in self.tiers]
@@ -70,11 +73,11 @@ class HiLoRA(Strategy):
             self.heads["cluster"] = self.heads["root"].repeated(count)
 
     def configure(self, stage: Stage, clients: Tensor) -> Download:
-        root = shared(self.root, clients)
+        root = self.fitted(shared(self.root, clients), clients)
         if stage.tier == "root" or self.cluster is None:
             return Download(stage, {"root": root}, shared(self.heads["root"], clients))
         member = self.grouping.member[clients]
-        tiers = {"root": root, "cluster": Rows(self.cluster, member)}
+        tiers = {"root": root, "cluster": self.fitted(Rows(self.cluster, member), clients)}
         return Download(stage, tiers, Rows(self.heads["cluster"], member.clamp_min(0)))
 
     def sends(self, stage: Stage) -> Sends:
@@ -167,7 +170,7 @@ class HiLoRA(Strategy):
     def models(self, state: ClientState, download: Download, trainer: Trainer) -> Models:
         assert download.head is not None
         tiers, head = dict(download.tiers), download.head
-        cluster = tiers["cluster"].slot if "cluster" in tiers else None
+        cluster = head.slot.where(tiers["cluster"].slot >= 0, -1) if "cluster" in tiers else None
         if download.stage.tier == "leaf":
             tiers["leaf"] = state.filled("leaf", lambda: self._first_leaves(state.clients))
             head = state.filled("head", download.head.taken)
@@ -175,7 +178,7 @@ class HiLoRA(Strategy):
 
     def _first_leaves(self, clients: Tensor) -> AdapterTable:
         draws = stream(self.training.seed, "fresh adapters", 2)
-        return self.problem.fresh("leaf", self.problem.clients, draws, clients)
+        return self.fitted(own(self.problem.fresh("leaf", self.problem.clients, draws, clients)), clients).taken()
 
     def personal_training(self) -> dict[str, Any]:
         return self._how(self.own_tier)

@@ -14,8 +14,10 @@ from benchmarks.timing import peak_bytes
 from hilora.adapters.table import AdapterTable
 from hilora.federated.client import Models, Trained
 from hilora.federated.data.images import ImageSet
-from hilora.federated.engine.batched import BatchedEngine, Task
+from hilora.federated.engine.batched import BatchedEngine
 from hilora.federated.engine.bench import LocalAlgorithm
+from hilora.federated.engine.blocks import Parts
+from hilora.federated.engine.shared_pass import Task
 from hilora.federated.local.sgd import LocalSGD
 from hilora.federated.protocol import Head, Rows, own, shared
 from hilora.federated.settings import TrainingSettings
@@ -51,11 +53,13 @@ def task(tier: str, epochs: int = 2, algorithm: LocalAlgorithm | None = None, **
     return Task(tier, algorithm or LocalSGD(), epochs, tier, **{"penalty": PENALTY, **more})
 
 
-def train(engine: BatchedEngine, what: str | Task, models: Models, order: list[int] | None = None) -> Trained:
+def train(
+    engine: BatchedEngine, what: str | Task, models: Models, order: list[int] | None = None, parts: Parts | None = None
+) -> Trained:
     order = order or [0, 1, 2, 3]
     what = task(what) if isinstance(what, str) else what
     shares = [SHARES[i] for i in order]
-    return engine.train(IMAGES, shares, models.of(torch.tensor(order)), what, IDS[order], "training", 1)
+    return engine.train(IMAGES, shares, models.of(torch.tensor(order)), what, IDS[order], "training", 1, parts)
 
 
 @pytest.mark.parametrize("tier", ["root", "cluster", "leaf"])

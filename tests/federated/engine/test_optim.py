@@ -76,3 +76,22 @@ def test_a_client_that_never_takes_part_keeps_its_parameters_to_the_bit() -> Non
         optimiser.step([torch.randn(2, 3)], torch.tensor([True, False]))
     assert torch.equal(parameter[1], before[1])
     assert not torch.equal(parameter[0], before[0])
+
+
+def test_a_part_is_as_if_the_rest_were_no_parameters() -> None:
+    torch.manual_seed(0)
+    whole = torch.randn(4, 2, 3, dtype=torch.float64)  # projections, clients
+    part = torch.tensor([[1.0, 1], [0, 1], [1, 0], [0, 0]], dtype=torch.float64)[..., None]
+    start, few = whole.clone(), [whole[part[:, g, 0] == 1, g].clone().requires_grad_() for g in range(2)]
+    optimisers = [torch.optim.AdamW([tensor], lr=1e-2, weight_decay=0.1) for tensor in few]
+    together = SlotAdamW([Slotted(whole, 1, 1e-2, part)], 2, 0.1, clip_norm=0.5)
+    for _ in range(3):
+        gradient = torch.randn_like(whole)
+        together.step([gradient], torch.tensor([True, True]))
+        for g, (tensor, optimiser) in enumerate(zip(few, optimisers, strict=True)):
+            tensor.grad = gradient[part[:, g, 0] == 1, g].clone()
+            assert torch.nn.utils.clip_grad_norm_([tensor], 0.5) > 0.5
+            optimiser.step()
+    for g, tensor in enumerate(few):
+        torch.testing.assert_close(whole[part[:, g, 0] == 1, g], tensor.detach(), rtol=1e-11, atol=1e-11)
+        assert torch.equal(whole[part[:, g, 0] == 0, g], start[part[:, g, 0] == 0, g])

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from hilora.errors import InvalidValueError
+from hilora.federated.data.partitions import Client, Population
 from hilora.federated.protocol import Upload
 from hilora.federated.strategies import STRATEGIES
-from tests.federated.conftest import copied, same
+from tests.federated.conftest import Simulate, copied, same, squares
 from tests.federated.strategies.by_hand import CLIENTS, GROUPS, RANK, SEEN, UNSEEN, everywhere
 from tests.federated.strategies.grouped import GroupedHalves, products
 
@@ -167,3 +168,45 @@ def test_a_groups_mean_is_seen_by_its_members_alone() -> None:
     sent = halves.server.configure(halves.stages[1], SEEN).tiers["cluster"]
     assert sent.slot.tolist() == GROUPS[SEEN].tolist()
     everywhere(halves.server.heads["cluster"].bias[0] - halves.server.heads["root"].bias[0], 2.0)  # of 0, 2, 4
+
+
+def test_clients_of_unequal_ranks_hold_train_and_send_what_they_can(simulate: Simulate) -> None:
+    plain = simulate("hilora", rank=4)
+    unequal = simulate("hilora", rank=4, rank_budgets="1/2:4,1/2:1", out=plain.out.parent / "unequal")
+    for simulation in (plain, unequal):
+        simulation.run()
+    held = unequal.budgets.ranks
+    assert held is not None
+    assert held[:5].bincount(minlength=5).tolist() in ([0, 2, 0, 0, 3], [0, 3, 0, 0, 2])
+    small, large = (held == 1).nonzero().flatten(), (held == 4).nonzero().flatten()
+    everyone = torch.arange(len(held))
+    for tier, rows in unequal.models(everyone).tiers.items():
+        assert rows.taken().rank.tolist() == held.tolist(), tier
+    up, whole = unequal.post.up, plain.post.up
+    seen = unequal.population.seen.tolist()
+    assert all(up[client] == whole[client] for client in large.tolist() if client in seen)
+    assert all(up[client] < whole[client] for client in small.tolist() if client in seen)
+    leaf = unequal.models(everyone).tiers["leaf"].taken()
+    assert leaf.B[0][small][..., 0].any()
+    assert not leaf.B[0][small][..., 1:].any()
+    assert not leaf.A[0][small][:, :, 1:].any()
+
+
+@pytest.mark.parametrize("budgets", ["12", "1/2:12,1/2:3", "1/3:12,1/3:6,1/3:2"])
+@pytest.mark.parametrize(("negatives", "groups"), [(0, 1), (6, 2)])
+def test_clusters_are_of_data_and_not_of_budgets(simulate: Simulate, budgets: str, negatives: int, groups: int) -> None:
+    """Twelve clients with images of all classes, of which some have negatives of them."""
+    images, nothing = squares(144, 1), torch.empty(0, dtype=torch.long)
+    pixels: Any = images.images
+    pixels[144 - 12 * negatives :] = 255 - pixels[144 - 12 * negatives :]
+    shares = torch.arange(144).view(12, 12)
+    clients = tuple(Client(share, nothing, torch.arange(12), None, True) for share in shares)
+    people = Population(clients, "by hand", ())
+    simulation = simulate(
+        rank=12, rank_budgets=budgets, rounds=[3, 1, 0], images=(images, squares(42, 2)), people=people
+    )
+    simulation.run()
+    found = simulation.clusters()
+    assert found is not None
+    assert found["labels"] == [int(client >= 12 - negatives) for client in range(12)]
+    assert found["k"] == groups

@@ -1,0 +1,92 @@
+"""Budgets of ranks and layers: how they are read, and who gets them."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import Tensor
+
+from hilora.errors import InvalidValueError
+from hilora.federated.budgets import Budgets, budgets
+from hilora.federated.data.partitions import Client, Population
+from hilora.federated.settings import TrainingSettings, shares
+
+
+def population(sizes: list[int], groups: list[int] | None = None, unseen: int = 0) -> Population:
+    """Clients with so many images; the last ones are unseen."""
+    nothing = torch.empty(0, dtype=torch.int64)
+    clients = tuple(
+        Client(torch.arange(size), nothing, nothing, groups[i] if groups else None, i < len(sizes) - unseen)
+        for i, size in enumerate(sizes)
+    )
+    return Population(clients, "by hand", tuple(f"group {one}" for one in sorted(set(groups or ()))))
+
+
+def ranks(found: Budgets) -> Tensor:
+    assert found.ranks is not None
+    return found.ranks
+
+
+def test_budgets_are_read_as_fractions_and_as_one_for_all() -> None:
+    third = Fraction(1, 3)
+    assert shares("1/3:12,1/3:9, 1/3:6") == [(third, 12), (third, 9), (third, 6)]
+    assert shares("0.5:16,0.5:4") == [(Fraction(1, 2), 16), (Fraction(1, 2), 4)]
+    assert shares("8") == [(Fraction(1), 8)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "'' is no budget of a share: expected some, as in 1/3:12"),
+        ("1/3:12,", "'' is no budget"),
+        ("half:4", "'half:4' is no budget"),
+        ("1/0:4", "'1/0:4' is no budget"),
+        ("1/2:4,1/3:2", "the shares add up to 5/6, expected 1"),
+        ("1/2:0,1/2:3", "budgets must be at least|shares must be above 0, and budgets at least 1"),
+        ("-1/2:4,3/2:3", "shares must be above 0"),
+    ],
+)
+def test_what_is_no_budget_is_said(text: str, message: str) -> None:
+    with pytest.raises(InvalidValueError, match=message):
+        TrainingSettings(rank_budgets=text)
+
+
+def test_nothing_set_limits_nobody() -> None:
+    found = budgets(TrainingSettings(), population([3] * 4))
+    assert found == Budgets(found.group)
+    assert not found.group.any()
+    assert found.rank(torch.tensor([1, 3]), 8).tolist() == [8, 8]
+
+
+def test_every_share_gets_its_part_of_the_seen_and_of_the_unseen_clients() -> None:
+    settings = TrainingSettings(rank_budgets="1/3:16,1/3:8,1/3:4", layer_budgets="1/3:12,1/3:9,1/3:6")
+    found = budgets(settings, population([5] * 18, unseen=6))
+    for clients, each in ((slice(0, 12), 4), (slice(12, 18), 2)):
+        assert found.group[clients].bincount().tolist() == [each] * 3
+    assert torch.equal(ranks(found), torch.tensor([16, 8, 4])[found.group])
+    assert found.layers is not None
+    assert torch.equal(found.layers, torch.tensor([12, 9, 6])[found.group])
+    assert torch.equal(found.rank(torch.arange(18), 8), ranks(found).clamp_max(8))
+
+
+def test_who_gets_them_depends_on_the_seed_alone_unless_asked_otherwise() -> None:
+    text = "1/2:8,1/2:2"
+    one, other = population(list(range(1, 21))), population(list(range(20, 0, -1)))
+    drawn = [ranks(budgets(TrainingSettings(rank_budgets=text, seed=seed), one)) for seed in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert torch.equal(drawn[0], ranks(budgets(TrainingSettings(rank_budgets=text), other)))
+    by_images = budgets(TrainingSettings(rank_budgets=text, budgets_follow="images"), one)
+    assert ranks(by_images).tolist() == [2] * 10 + [8] * 10
+    groups = [i % 2 for i in range(20)]
+    by_group = budgets(TrainingSettings(rank_budgets=text, budgets_follow="groups"), population([3] * 20, groups))
+    assert ranks(by_group).tolist() == [8, 2] * 10
+
+
+def test_what_cannot_be_is_said() -> None:
+    with pytest.raises(InvalidValueError, match="are of different shares: a client has one budget of both"):
+        budgets(TrainingSettings(rank_budgets="1/2:8,1/2:4", layer_budgets="1/3:3,2/3:2"), population([1]))
+    with pytest.raises(InvalidValueError, match="by hand has no true groups: choose chance or images"):
+        budgets(TrainingSettings(rank_budgets="1/2:8,1/2:4", budgets_follow="groups"), population([1] * 4))
