@@ -189,7 +189,7 @@ def test_ctrl_c_stops_the_runs_of_the_workers_and_the_same_command_goes_on(
     with pytest.raises(KeyboardInterrupt):
         run(client, experiment, tmp_path, stop, first=2)
     assert [line["key"]["method"] for line in Ledger(tmp_path / "ledger.jsonl").lines] == ["fedit"]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while any(client.run(lambda dask_worker: bool(dask_worker.state.executing)).values()):
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -209,10 +209,7 @@ def test_a_worker_without_the_data_is_named(client: Client, write: Write, tmp_pa
         run(client, experiment, tmp_path, print)
 
 
-def test_a_scheduler_without_workers_is_waited_for_and_one_that_goes_away_is_told(
-    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cluster, "PATIENCE", 1.0)
+def test_a_scheduler_without_workers_is_waited_for_and_one_that_goes_away_is_told(write: Write, tmp_path: Path) -> None:
     said: list[str] = []
     options = {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": ":0"}
     scheduler = SpecCluster({}, {"cls": Scheduler, "options": options}, silence_logs=50)
