@@ -66,7 +66,7 @@ class Federation:
         self.stages = self.server.stages()
         self.stage, self.round_in_stage = 0, 0
         self.store, self.post = ClientStore(count), Post(count)
-        self.reception = Reception(self.server, len(population.seen))
+        self.reception = Reception(self.server)
 
     @property
     def current(self) -> Stage:
@@ -80,7 +80,7 @@ class Federation:
         upload = self.client.local(self.store.of(trainer.clients), download, trainer)
         if self.server.travels:
             self.post.receive(upload)
-        return self.reception(download, upload, trainer.purpose, trainer.round)
+        return self.reception(download, upload, trainer.purpose, trainer.round, len(self.population.seen))
 
     def asks(self, purpose: str) -> Ask:
         """What a strategy can ask clients by, outside of rounds."""
