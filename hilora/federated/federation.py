@@ -66,7 +66,7 @@ class Federation(Loop):
         blocks, truth = self.engine.blocks.of, population.true_groups
         problem = Problem(settings, count, self.engine.fresh, head, truth, self.budgets, blocks)
         server, self.client = (copy.deepcopy(method).join(problem) for _ in range(2))
-        super().__init__(server, out, callbacks, Reception(server, len(population.seen)))
+        super().__init__(server, out, callbacks, Reception(server))
         self.store = ClientStore(count)
 
     @property

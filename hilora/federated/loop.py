@@ -106,7 +106,8 @@ class Loop(ABC):
 
     def _asked(self, clients: Tensor, download: Download, purpose: str, round: int = 0) -> Work:
         """What the server's half gets of clients `[n]` to which it has a download sent."""
-        return self.reception.take(self.work(clients, download, purpose, round), clients, download, purpose, round)
+        work = self.work(clients, download, purpose, round)
+        return self.reception.take(work, clients, download, purpose, round, len(self.seen))
 
     @property
     def seconds(self) -> float:

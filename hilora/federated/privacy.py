@@ -39,36 +39,36 @@ class Privacy:
 
     Args:
         settings: of the training.
-        clients: how many there are to be drawn from.
         seed: of the noise; by default that of the settings, for runs that can be repeated.
 
     Raises:
         InvalidValueError: if `dp-accounting` is not installed.
     """
 
-    def __init__(self, settings: TrainingSettings, clients: int, seed: int | None = None) -> None:
+    def __init__(self, settings: TrainingSettings, seed: int | None = None) -> None:
         assert settings.dp_clip is not None
         self.clip, self.noise, self.delta = settings.dp_clip, settings.dp_noise, settings.dp_delta
-        self.clients, self.drawn = clients, max(1, round(settings.participation * clients))
+        self.share = settings.participation
         self.seed = settings.seed if seed is None else seed
-        self.rounds = Counter[int]()  # how many released a mean of so many drawn; 0: in groups
+        self.rounds = Counter[tuple[int, int]]()  # how many released a mean of so many, drawn from so many; 0: groups
         self.epsilon()
 
-    def release(self, upload: Upload, download: Download, usable: Tensor, round: int) -> Upload:
+    def release(self, upload: Upload, download: Download, usable: Tensor, number: int, clients: int) -> Upload:
         """The messages of n clients as ones that say no more than the noised mean of each group.
 
         Args:
             upload: what they sent.
             download: what they were sent, in the same order.
             usable: bool `[n]`, whose changes count; those of the others are taken for zero.
-            round: its number in the run, which the noise depends on.
+            number: of the round in the run, which the noise depends on.
+            clients: how many the n were drawn from.
         """
         changed = changes(upload, download)
         if not changed:
             return Upload(upload.clients, torch.ones_like(upload.images))
         changed = {name: torch.where(_wide(usable, value), value, 0) for name, value in changed.items()}
         scales = clipping_scales(norms(changed, len(usable)), self.clip)
-        group, draws = groups(download), stream(self.seed, "noise", round)
+        group, draws = groups(download), stream(self.seed, "noise", number)
         mean = {}
         for name in sorted(changed):
             value = changed[name].double() * _wide(scales, changed[name])
@@ -77,13 +77,13 @@ class Privacy:
             sums += self.noise * self.clip * noise
             found = sums / _wide(group.bincount(), sums)
             mean[name] = found[group.to(found.device)].to(changed[name])
-        alone = int(group.max()) == 0
-        self.rounds[max(self.drawn, len(usable)) if alone else 0] += 1
+        drawn = max(1, round(self.share * clients), len(usable))  # also those who sent nothing
+        self.rounds[(0, 0) if group.any() else (drawn, max(drawn, clients))] += 1
         return spread(upload, download, mean)
 
     def epsilon(self) -> float:
         """What all releases so far have spent at most, at `dp_delta`."""
-        return _epsilon(tuple(sorted(self.rounds.items())), self.clients, self.noise / 2, self.delta)
+        return _epsilon(tuple(sorted(self.rounds.items())), self.noise / 2, self.delta)
 
     def summary(self) -> dict[str, Any]:
         return {
@@ -98,10 +98,10 @@ class Privacy:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rounds": {str(drawn): count for drawn, count in self.rounds.items()}}
+        return {"rounds": [[drawn, clients, count] for (drawn, clients), count in self.rounds.items()]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.rounds = Counter({int(drawn): count for drawn, count in state["rounds"].items()})
+        self.rounds = Counter({(drawn, clients): count for drawn, clients, count in state["rounds"]})
 
 
 def _wide(values: Tensor, like: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def _wide(values: Tensor, like: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=1024)
-def _epsilon(rounds: tuple[tuple[int, int], ...], clients: int, multiplier: float, delta: float) -> float:
+def _epsilon(rounds: tuple[tuple[tuple[int, int], int], ...], multiplier: float, delta: float) -> float:
     """The smaller of two upper bounds: with the gain of sampling, and without."""
     try:
         import dp_accounting as accounting
@@ -120,8 +120,8 @@ def _epsilon(rounds: tuple[tuple[int, int], ...], clients: int, multiplier: floa
     bounds = []
     for sampled in (True, False):
         accountant = accounting.rdp.RdpAccountant(neighboring_relation=accounting.NeighboringRelation.REPLACE_ONE)
-        for drawn, count in rounds:
-            one = accounting.SampledWithoutReplacementDpEvent(max(clients, drawn), drawn, gaussian)
+        for (drawn, clients), count in rounds:
+            one = accounting.SampledWithoutReplacementDpEvent(clients, drawn, gaussian)
             accountant.compose(one if sampled and drawn else gaussian, count)
         bounds.append(float(accountant.get_epsilon(delta)))
     return min(bounds)

@@ -38,7 +38,6 @@ class Reception:
 
     Args:
         server: the server's half of the strategy.
-        clients: how many there are to be drawn from in a round.
         noise_seed: of the noise of differential privacy; by default the training's seed. Where privacy counts it has
             to be a secret.
 
@@ -49,7 +48,7 @@ class Reception:
         InvalidValueError: for settings that cannot go together.
     """
 
-    def __init__(self, server: Strategy, clients: int, noise_seed: int | None = None) -> None:
+    def __init__(self, server: Strategy, noise_seed: int | None = None) -> None:
         self.server, settings = server, server.training
         self.left_out: dict[int, str] = {}
         self.privacy: Privacy | None = None
@@ -63,9 +62,9 @@ class Reception:
                 raise InvalidValueError(
                     f"robust={settings.robust!r} with dp_clip: the server has the noised mean alone, which was clipped"
                 )
-            self.privacy = Privacy(settings, clients, noise_seed)
+            self.privacy = Privacy(settings, noise_seed)
 
-    def __call__(self, download: Download, upload: Upload, purpose: str, round: int) -> Upload:
+    def __call__(self, download: Download, upload: Upload, purpose: str, round: int, clients: int) -> Upload:
         """What the strategy gets of messages of n clients.
 
         Args:
@@ -73,6 +72,7 @@ class Reception:
             upload: what they sent.
             purpose: "training" in a round. Under differential privacy nobody answers outside of rounds.
             round: its number in the run, from 1.
+            clients: how many the n were drawn from.
 
         Raises:
             InvalidValueError: the messages are not those that `Strategy.sends` says.
@@ -92,17 +92,19 @@ class Reception:
             return upload if usable.all() else upload.rows(usable)
         if purpose != "training":
             return upload.rows(torch.empty(0, dtype=torch.long))
-        return self.privacy.release(upload, download, usable, round)
+        return self.privacy.release(upload, download, usable, round, clients)
 
-    def take(self, work: Work, clients: Tensor, download: Download, purpose: str, round: int) -> Work:
+    def take(
+        self, work: Work, clients: Tensor, download: Download, purpose: str, round: int, drawn_from: int
+    ) -> Work:
         """What some of the clients `[n]` did with a download to them all, as the strategy is to have it."""
         place = {client: place for place, client in enumerate(clients.tolist())}
         sent = download.of(torch.tensor([place[client] for client in work.upload.clients.tolist()], dtype=torch.long))
-        upload, noted = self(sent, work.upload, purpose, round), self.note()
-        left_out = {**work.notes.get("left_out", {}), **noted.pop("left_out", {})}
-        return work._replace(
-            upload=upload, notes={**work.notes, **noted, **({"left_out": left_out} if left_out else {})}
-        )
+        upload = self(sent, work.upload, purpose, round, drawn_from)
+        notes = {**work.notes, **self.note()}
+        if "left_out" in notes:
+            notes["left_out"] = {**work.notes.get("left_out", {}), **notes["left_out"]}
+        return work._replace(upload=upload, notes=notes)
 
     def note(self) -> dict[str, Any]:
         """What is worth a note in the metrics of a round."""

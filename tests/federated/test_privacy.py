@@ -30,8 +30,8 @@ GROUPED = Download(STAGE, {"root": Rows(table(2, 1.0), GROUP)}, Rows(head(2, 1.0
 ALL = torch.ones(N, dtype=torch.bool)
 
 
-def privacy(clip: float = 2.0, noise: float = 1.0, clients: int = N, **options: Any) -> Privacy:
-    return Privacy(TrainingSettings(dp_clip=clip, dp_noise=noise, **options), clients)
+def privacy(clip: float = 2.0, noise: float = 1.0, **options: Any) -> Privacy:
+    return Privacy(TrainingSettings(dp_clip=clip, dp_noise=noise, **options))
 
 
 def sent(sizes: Tensor) -> Upload:
@@ -51,7 +51,7 @@ def flat(upload: Upload, download: Download = SENT) -> Tensor:
 def test_without_noise_it_is_the_mean_of_clipped_changes() -> None:
     numbers = flat(sent(torch.zeros(N))).shape[1]
     sizes = torch.tensor([0.0, 0.01, -0.02, 1.0, -500.0, 1e6])
-    found = privacy(2.0, 1e-12).release(sent(sizes), SENT, ALL, 1)
+    found = privacy(2.0, 1e-12).release(sent(sizes), SENT, ALL, 1, N)
     largest = 2.0 / numbers**0.5
     mean = (0.01 - 0.02 + largest - largest + largest) / N
     torch.testing.assert_close(flat(found), torch.full((N, numbers), mean).double(), rtol=1e-4, atol=1e-7)
@@ -67,8 +67,8 @@ def test_another_client_moves_the_sums_by_at_most_two_bounds(download: Download,
     changed = sizes.clone()
     changed[4] = 0.0 if other is None else other
     usable[4] = other is not None
-    before = flat(privacy().release(sent(sizes), download, ALL, 1), download)
-    after = flat(privacy().release(sent(changed), download, usable, 1), download)
+    before = flat(privacy().release(sent(sizes), download, ALL, 1, N), download)
+    after = flat(privacy().release(sent(changed), download, usable, 1, N), download)
     size = groups(download).bincount()[groups(download)]  # a mean is of so many
     moved = ((before - after) * size[:, None]).norm(dim=1)
     assert moved.max() <= 2 * 2.0 * (1 + 1e-5)
@@ -79,26 +79,26 @@ def test_another_client_moves_the_sums_by_at_most_two_bounds(download: Download,
 def test_the_noise_has_its_size_and_a_stream_of_its_own() -> None:
     wide = Download(STAGE, {"root": shared(table(1, 1.0, 100), CLIENTS)})
     upload = Upload(CLIENTS, torch.ones(N).long(), {"root": table(N, 1.0, 100)})
-    noise = flat(privacy(3.0, 2.0).release(upload, wide, ALL, 1), wide)
+    noise = flat(privacy(3.0, 2.0).release(upload, wide, ALL, 1, N), wide)
     assert (noise == noise[:1]).all()  # every client's message is the mean
     assert float(noise[0].std()) == pytest.approx(2.0 * 3.0 / N, rel=0.05)
     assert abs(float(noise[0].mean())) < 4 * 2.0 * 3.0 / N / noise.shape[1] ** 0.5
     again, later, other = (
-        flat(one.release(upload, wide, ALL, round), wide)
+        flat(one.release(upload, wide, ALL, round, N), wide)
         for one, round in ((privacy(3.0, 2.0), 1), (privacy(3.0, 2.0), 2), (privacy(3.0, 2.0, seed=1), 1))
     )
     assert torch.equal(noise, again)
     for different in (later, other):
         assert abs(float(torch.corrcoef(torch.stack([noise[0], different[0]]))[0, 1])) < 0.1
-    secret = Privacy(TrainingSettings(dp_clip=3.0, dp_noise=2.0), N, seed=99)
-    assert not torch.equal(flat(secret.release(upload, wide, ALL, 1), wide), noise)
+    secret = Privacy(TrainingSettings(dp_clip=3.0, dp_noise=2.0), seed=99)
+    assert not torch.equal(flat(secret.release(upload, wide, ALL, 1, N), wide), noise)
 
 
 def test_groups_have_means_and_noise_of_their_own() -> None:
     sizes = torch.tensor([0.1, 0.3, 0.2, 0.3, 0.3, 0.3])
-    means = flat(privacy(1e3, 1e-9).release(sent(sizes), GROUPED, ALL, 1), GROUPED)[:, 0]
+    means = flat(privacy(1e3, 1e-9).release(sent(sizes), GROUPED, ALL, 1, N), GROUPED)[:, 0]
     torch.testing.assert_close(means.float(), torch.where(GROUP == 0, 0.15, 0.3), rtol=1e-4, atol=0)
-    noise = flat(privacy(1.0, 1.0).release(sent(0 * sizes), GROUPED, ALL, 1), GROUPED)
+    noise = flat(privacy(1.0, 1.0).release(sent(0 * sizes), GROUPED, ALL, 1, N), GROUPED)
     assert torch.equal(noise[0], noise[2])
     assert not torch.allclose(noise[0] * 2, noise[1] * 4)
 
@@ -107,19 +107,19 @@ def test_epsilon_is_an_upper_bound_of_what_is_exactly_known() -> None:
     """One release to all clients is a Gaussian mechanism, whose ε is known in closed form."""
     one = privacy(noise=4.0)
     assert one.epsilon() == 0
-    one.release(sent(torch.zeros(N)), SENT, ALL, 1)
+    one.release(sent(torch.zeros(N)), SENT, ALL, 1, N)
     exact = dp_accounting.get_epsilon_gaussian(4.0 / 2, 1e-5)
     assert exact < one.epsilon() < 1.25 * exact
     for round in range(2, 10):
-        one.release(sent(torch.zeros(N)), SENT, ALL, round)
+        one.release(sent(torch.zeros(N)), SENT, ALL, round, N)
     nine = dp_accounting.get_epsilon_gaussian(4.0 / 2 / 3, 1e-5)  # nine releases are one of a third of the noise
     assert nine < one.epsilon() < 1.25 * nine
 
 
 def test_epsilon_falls_with_the_noise_and_with_sampling_and_not_with_groups() -> None:
     def spent(noise: float, share: float, download: Download = SENT) -> float:
-        one = privacy(noise=noise, clients=600, participation=share)
-        one.release(sent(torch.zeros(N)), download, ALL, 1)
+        one = privacy(noise=noise, participation=share)
+        one.release(sent(torch.zeros(N)), download, ALL, 1, 600)
         return one.epsilon()
 
     assert spent(8.0, 0.01) < spent(4.0, 0.01)
@@ -134,7 +134,7 @@ def test_epsilon_falls_with_the_noise_and_with_sampling_and_not_with_groups() ->
 
 def test_what_sends_nothing_spends_nothing() -> None:
     one = privacy()
-    found = one.release(Upload(CLIENTS, torch.arange(N)), SENT, ALL, 1)
+    found = one.release(Upload(CLIENTS, torch.arange(N)), SENT, ALL, 1, N)
     assert (found.images.tolist(), one.epsilon()) == ([1] * N, 0)
 
 

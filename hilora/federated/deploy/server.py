@@ -63,7 +63,7 @@ class Deployment(Loop):
         self.asked, self.backbone, self.courier, self.poll = asked, backbone, courier, poll
         server, self.engine, self.layout = half(asked, backbone, find_device(asked.run.device))
         usual = [Metrics(), UnseenClients(), *callbacks, ProgressBar(), SharedReport(), Checkpoint()]
-        reception = Reception(server, asked.run.clients, secrets.randbits(63))
+        reception = Reception(server, secrets.randbits(63))
         super().__init__(server, asked.run.out, usual, reception)
         self._weights = checksum("", backbone.model.state_dict())
         self.roster = Roster(courier, asked.run.clients, self._weights, asked.run.deadline)
@@ -125,7 +125,7 @@ class Deployment(Loop):
 
     def _probed(self, clients: Tensor, download: Download) -> Upload:
         work = self._work(clients, download, "probe", 0, attempts=1)
-        return self.reception.take(work, clients, download, "probe", 0).upload
+        return self.reception.take(work, clients, download, "probe", 0, len(self.seen)).upload
 
     def _stage(self, stage: Stage) -> None:
         self._welcome(formed=self.stage > 1 or (self.stage == 1 and self.round_in_stage > 0))

@@ -205,7 +205,7 @@ def test_a_strategy_comes_to_the_same_by_a_secure_sum(strategy: str, options: di
         return mean.arrays, torch.tensor(mean.nodes) - 10
 
     upload = mean_upload(secret.server.expected(secret.stage), download, SEEN, learn)
-    upload = Reception(secret.server, 6)(download, upload, "training", 1)
+    upload = Reception(secret.server)(download, upload, "training", 1, 6)
     secret.server.aggregate(secret.stage, upload)
     a, b = open_.models(SEEN), secret.models(SEEN)
     assert same(
@@ -222,7 +222,7 @@ def test_noise_goes_on_a_secure_sum_as_on_the_sum_itself() -> None:
     mean = [torch.stack(found).double().mean(0).numpy() for found in zip(*rows, strict=True)]
     secret = mean_upload(EXPECTED, SENT, SEEN, lambda places: (mean, places))
     found = [
-        Reception(halves.server, 6).privacy.release(one, SENT, torch.ones(6, dtype=torch.bool), 3)  # type: ignore[union-attr]
+        Reception(halves.server).privacy.release(one, SENT, torch.ones(6, dtype=torch.bool), 3, 6)  # type: ignore[union-attr]
         for one in (upload, secret)
     ]
     torch.testing.assert_close(flat(found[1]), flat(found[0]), rtol=1e-4, atol=1e-5)
