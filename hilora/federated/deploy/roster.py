@@ -60,7 +60,7 @@ class Roster:
     def look(self) -> None:
         """See who is there now."""
         nodes = self.courier.nodes()
-        for node, answer in self.courier.collect().items():
+        for node, answer in sorted(self.courier.collect().items()):
             self._take(node, answer)
         now = time.monotonic()
         new = [n for n in nodes if n not in self._said and n not in self._refused and self._asked.get(n, 0) <= now]
