@@ -15,11 +15,12 @@ CORE = [
     "lazy-loader>=0.4",
 ]
 FEDERATED = ["timm>=1.0.15", "matplotlib>=3.8", "pillow>=10", "tqdm>=4.66", "pydantic>=2.7", "shtab>=1.7"]
+FLOWER = ["flwr>=1.41,<1.43"]
 DEV = [
     "setuptools>=64",
     "wheel",
     "build>=1.2",
-    "twine>=6",
+    "twine>=6,<7",  # later ones want a newer packaging than flwr has
     "transformers>=4.56",
     "torchvision>=0.26",
     "open_clip_torch>=3",
@@ -64,6 +65,6 @@ setup(
     packages=find_packages(include=["hilora", "hilora.*"]),
     package_data={"hilora": ["py.typed", "*.pyi", "**/*.safetensors", "**/*.json", "**/*.css", "**/*.js", "**/*.c"]},
     install_requires=CORE,
-    extras_require={"federated": FEDERATED, "dev": FEDERATED + DEV + CHECKS + SITE},
+    extras_require={"federated": FEDERATED, "flower": FLOWER, "dev": FEDERATED + FLOWER + DEV + CHECKS + SITE},
     entry_points={"console_scripts": ["hilora = hilora.cli.main:main"]},
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from hilora.adapters.io.files import checksum
@@ -40,26 +40,35 @@ def packed(tree: Mapping[str, Any]) -> bytes:
     return save(tensors, {"hilora": json.dumps(about)})
 
 
-def unpacked(path: Path) -> dict[str, Any]:
-    """The tree in a file.
+def unpacked(source: Path | bytes) -> dict[str, Any]:
+    """The tree in a file, or in its bytes.
 
     Raises:
-        FileError: if the file is damaged, or something else.
+        FileError: if it is damaged, or something else.
     """
+    name = source if isinstance(source, Path) else "what was received"
     try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("hilora", "{}"))
-            if about.get("format") != FORMAT:
-                raise FileError(f"{path} is no file of a run: its format is {about.get('format')!r}, not {FORMAT!r}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors, metadata = _opened(source)
+        about = json.loads(metadata.get("hilora", "{}"))
+        if about.get("format") != FORMAT:
+            raise FileError(f"{name} is no file of a run: its format is {about.get('format')!r}, not {FORMAT!r}")
         if checksum(about["tree"], tensors) != about["checksum"]:
-            raise FileError(f"{path} is damaged: its checksum does not agree with its contents")
+            raise FileError(f"{name} is damaged: its checksum does not agree with its contents")
         tree: dict[str, Any] = _built(json.loads(about["tree"]), tensors)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, FileError):
             raise
-        raise FileError(f"{path} is not readable: {error}") from error
+        raise FileError(f"{name} is not readable: {error}") from error
     return tree
+
+
+def _opened(source: Path | bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata; a file is not read as a whole first."""
+    if isinstance(source, Path):
+        with safe_open(source, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    header = json.loads(source[8 : 8 + int.from_bytes(source[:8], "little")])
+    return load(source), header.get("__metadata__", {})
 
 
 def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:

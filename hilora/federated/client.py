@@ -15,10 +15,13 @@ from hilora.federated.protocol import Head, Rows, Upload, own
 
 
 class ClientStore:
-    """The private states of N clients, which the server never sees: named stacks with a row for each client."""
+    """The private states of so many clients, which the server never sees: named stacks with a row for each of them.
 
-    def __init__(self, clients: int) -> None:
-        self.clients = clients
+    `first` is the id of the first one: a machine that is one client has a store of that one alone.
+    """
+
+    def __init__(self, clients: int, first: int = 0) -> None:
+        self.clients, self.first = clients, first
         self.tables: dict[str, Stack] = {}
         self.has: dict[str, Tensor] = {}  # bool [N]
 
@@ -39,14 +42,18 @@ class ClientState(NamedTuple):
     store: ClientStore
     clients: Tensor  # int64 [n]
 
+    @property
+    def _places(self) -> Tensor:
+        return self.clients - self.store.first
+
     def has(self, name: str) -> Tensor:
         """Which of the clients have such a row: bool `[n]`."""
         known = self.store.has.get(name)
-        return torch.zeros(len(self.clients), dtype=torch.bool) if known is None else known[self.clients]
+        return torch.zeros(len(self.clients), dtype=torch.bool) if known is None else known[self._places]
 
     def rows(self, name: str) -> Rows[Any]:
         """The clients' rows; what one that has none reads is undefined."""
-        return Rows(self.store.tables[name], self.clients)
+        return Rows(self.store.tables[name], self._places)
 
     def put(self, name: str, rows: Stack, where: Tensor | None = None) -> None:
         """Write a row of each client, or of those `where` the mask `[n]` says so."""
@@ -56,9 +63,9 @@ class ClientState(NamedTuple):
             }
             self.store.tables[name] = rows.like(empty)
             self.store.has[name] = torch.zeros(self.store.clients, dtype=torch.bool)
-        clients, rows = (self.clients, rows) if where is None else (self.clients[where], rows.rows(where))
-        self.store.tables[name].put(clients, rows)
-        self.store.has[name][clients] = True
+        places, rows = (self._places, rows) if where is None else (self._places[where], rows.rows(where))
+        self.store.tables[name].put(places, rows)
+        self.store.has[name][places] = True
 
     def filled(self, name: str, make: Callable[[], Stack]) -> Rows[Any]:
         """The clients' rows; those that have none get theirs of the n rows that `make` gives."""

@@ -57,7 +57,7 @@ def _told(error: Any, kind: type[Settings]) -> str:
 
 
 def per_tier(value: Any) -> Any:
-    """One value for all tiers, a sequence of one a tier, or a mapping: as a mapping.
+    """One value for all tiers, a sequence of one a tier (or a text with commas), or a mapping: as a mapping.
 
     Raises:
         InvalidValueError: for another number of values, or other tiers.
@@ -66,6 +66,7 @@ def per_tier(value: Any) -> Any:
         if set(value) != set(TIERS):
             raise InvalidValueError(f"give one value, or one for each of {', '.join(TIERS)}, got {', '.join(value)}")
         return {tier: value[tier] for tier in TIERS}
+    value = value.split(",") if isinstance(value, str) else value
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     if len(values) not in (1, len(TIERS)):
         raise InvalidValueError(f"give one value, or one for each of {', '.join(TIERS)}, got {values}")

@@ -14,6 +14,7 @@ from hilora.adapters.table import Stack
 from hilora.federated.callbacks.metrics import Metrics
 from hilora.federated.data.images import ImageSet
 from hilora.federated.data.partitions import Client, Population
+from hilora.federated.loop import Loop
 from hilora.federated.settings import TrainingSettings
 from hilora.federated.simulation import Simulation
 from hilora.federated.strategies import STRATEGIES, Strategy
@@ -90,7 +91,7 @@ def simulate(backbone: Backbone, tmp_path: Path) -> Simulate:
     return build
 
 
-def records(simulation: Simulation) -> list[dict[str, Any]]:
+def records(simulation: Loop) -> list[dict[str, Any]]:
     """What `metrics.jsonl` says, a round each."""
     (metrics,) = (one for one in simulation.callbacks if isinstance(one, Metrics))
     return metrics.log.records

@@ -13,7 +13,7 @@ from hilora.federated.callbacks.base import Callback
 from hilora.files import write_bytes
 
 if TYPE_CHECKING:
-    from hilora.federated.simulation import Simulation
+    from hilora.federated.loop import Loop
 
 log = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint.safetensors"
@@ -25,57 +25,55 @@ class Checkpoint(Callback):
 
     name = "checkpoint"
 
-    def saved(self, simulation: Simulation) -> None:
-        path, previous = simulation.out / CHECKPOINT, simulation.out / PREVIOUS
-        content = packed({"identity": simulation.identity(), **simulation.state_dict()})
+    def saved(self, loop: Loop) -> None:
+        path, previous = loop.out / CHECKPOINT, loop.out / PREVIOUS
+        content = packed({"identity": loop.identity(), **loop.state_dict()})
         if path.exists():
             os.replace(path, previous)
         write_bytes(path, content)
 
 
-def restore(simulation: Simulation) -> None:
-    """Put a simulation where the checkpoint in its folder says. The simulation may have more rounds than the run had,
-    in the stage that it was in or in later ones; of a finished run, in its last stage.
+def restore(loop: Loop) -> None:
+    """Put a run where the checkpoint in its folder says. It may have more rounds than the run had, in the stage that
+    it was in or in later ones; of a finished run, in its last stage.
 
     Raises:
         MissingFileError: if there is no checkpoint.
         FileError: if it is damaged, or of another run; names what differs.
     """
-    state = load_checkpoint(simulation.out)
+    state = load_checkpoint(loop.out)
     try:
-        simulation.load_state_dict(_agreed(simulation, state))
+        loop.load_state_dict(_agreed(loop, state))
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise FileError(
-            f"{simulation.out / CHECKPOINT} lacks parts of a checkpoint, or has others: {error!r}"
-        ) from error
+        raise FileError(f"{loop.out / CHECKPOINT} lacks parts of a checkpoint, or has others: {error!r}") from error
 
 
-def _agreed(simulation: Simulation, state: dict[str, Any]) -> dict[str, Any]:
-    """The state that a simulation goes on from.
+def _agreed(loop: Loop, state: dict[str, Any]) -> dict[str, Any]:
+    """The state that a run goes on from.
 
     Raises:
         FileError: if it is of another run; names what differs.
     """
-    own, known = simulation.identity(), state["identity"]
+    own, known = loop.identity(), state["identity"]
     differing = [name for name in {**own, **known} if known.get(name) != own.get(name)]
-    longer = _before_more_rounds(simulation, state) if differing == ["rounds"] else None
+    longer = _before_more_rounds(loop, state) if differing == ["rounds"] else None
     if longer is not None:
         return longer
     if differing:
         said = "; ".join(f"{name} was {_short(known.get(name))}, now {_short(own.get(name))}" for name in differing)
         raise FileError(
-            f"the checkpoint in {simulation.out} is of another run: {said}. Resume with the same settings, or choose "
+            f"the checkpoint in {loop.out} is of another run: {said}. Resume with the same settings, or choose "
             "another folder"
         )
     return state
 
 
-def _before_more_rounds(simulation: Simulation, state: dict[str, Any]) -> dict[str, Any] | None:
+def _before_more_rounds(loop: Loop, state: dict[str, Any]) -> dict[str, Any] | None:
     """What a run with more rounds goes on from; None where those that are over would have been others."""
-    rounds = [stage.rounds for stage in simulation.stages]
+    rounds = [stage.rounds for stage in loop.stages]
     place, done = state["stage"], state["round_in_stage"]
     if place == len(state["asked"]):  # all is over: the last stage goes on, from before the unseen clients arrived
-        path = simulation.out / (PREVIOUS if state["finished"] else CHECKPOINT)
+        path = loop.out / (PREVIOUS if state["finished"] else CHECKPOINT)
         state = unpacked(path) if path.is_file() else state
         place, done = place - 1, state["trained"][-1] if state["trained"] else 0
         if state["finished"] or done < state["asked"][-1]:  # a strategy that ended the stage itself would do so again

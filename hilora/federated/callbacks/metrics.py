@@ -12,7 +12,7 @@ from hilora.reporting.metrics import MetricsLog
 from hilora.reporting.statistics import summarise
 
 if TYPE_CHECKING:
-    from hilora.federated.simulation import Simulation
+    from hilora.federated.loop import Loop
 
 NOT_MEASURED = summarise(torch.empty(0))
 
@@ -34,32 +34,30 @@ class Metrics(Callback):
         self.by_tier: dict[str, list[Any]] = {}
         self._measured: dict[str, Any] = {}
 
-    def begin(self, simulation: Simulation) -> None:
-        self.log = MetricsLog(simulation.out / "metrics.jsonl", keep=simulation.round)
+    def begin(self, loop: Loop) -> None:
+        self.log = MetricsLog(loop.out / "metrics.jsonl", keep=loop.round)
 
-    def measure(self, simulation: Simulation, round: Round) -> None:
-        every, number = simulation.settings.evaluate_every, round.record["round"]
+    def measure(self, loop: Loop, round: Round) -> None:
+        every, number = loop.settings.evaluate_every, round.record["round"]
         due = round.last or (every and number % every == 0)
-        seen = simulation.population.seen
-        scores = simulation.scores(seen, simulation.models(seen)) if due else {}
-        self._measured = {split: one.correct for split, one in scores.items()}
+        self._measured = loop.accuracies() if due else {}
         for split in ("val", "test"):
-            round.record[split] = summarise(self._measured[split]) if scores else NOT_MEASURED
+            round.record[split] = summarise(self._measured[split]) if due else NOT_MEASURED
 
-    def commit(self, simulation: Simulation, round: Round) -> None:
+    def commit(self, loop: Loop, round: Round) -> None:
         if self._measured:
             self.tiers.pop(round.stage.tier, None)  # the last one measured stands last
             self.tiers[round.stage.tier], self.val = round.record["test"], round.record["val"]
-            self.per_client = {"ids": simulation.population.seen.tolist()}
+            self.per_client = {"ids": loop.seen.tolist()}
             self.per_client |= {split: correct.tolist() for split, correct in self._measured.items()}
             self.by_tier[round.stage.tier] = self.per_client["test"]
         self.log.append(round.record)
 
-    def end(self, simulation: Simulation) -> None:
-        if len(self.log.records) > simulation.round:  # a round that was stopped after it was written does not count
-            self.begin(simulation)
+    def end(self, loop: Loop) -> None:
+        if len(self.log.records) > loop.round:  # a round that was stopped after it was written does not count
+            self.begin(loop)
 
-    def summary(self, simulation: Simulation) -> Mapping[str, Any]:
+    def summary(self, loop: Loop) -> Mapping[str, Any]:
         last = list(self.tiers.values())[-1] if self.tiers else NOT_MEASURED
         found = {"tiers": self.tiers, "final": last, "val": self.val, "per_client": self.per_client}
         return {

@@ -8,7 +8,7 @@ from hilora.federated.callbacks.base import Callback, Round
 from hilora.reporting.progress import Progress
 
 if TYPE_CHECKING:
-    from hilora.federated.simulation import Simulation
+    from hilora.federated.loop import Loop
 
 
 class ProgressBar(Callback):
@@ -17,13 +17,13 @@ class ProgressBar(Callback):
     name = "progress"
     bar: Progress | None = None
 
-    def begin(self, simulation: Simulation) -> None:
-        self.bar = Progress(sum(stage.rounds for stage in simulation.stages), simulation.name).__enter__()
+    def begin(self, loop: Loop) -> None:
+        self.bar = Progress(sum(stage.rounds for stage in loop.stages), loop.name).__enter__()
 
-    def commit(self, simulation: Simulation, round: Round) -> None:
+    def commit(self, loop: Loop, round: Round) -> None:
         if self.bar is not None:
             self.bar.round(round.record)
 
-    def end(self, simulation: Simulation) -> None:
+    def end(self, loop: Loop) -> None:
         if self.bar is not None:
-            self.bar.__exit__(None if simulation.finished else KeyboardInterrupt, None, None)
+            self.bar.__exit__(None if loop.finished else KeyboardInterrupt, None, None)

@@ -30,9 +30,18 @@ class Post:
         """The clients `[n]` get what they do not have."""
         for part in download.parts():
             held = self.held.setdefault(part.name, torch.zeros(self.clients, dtype=torch.long))
-            digest = _digests(part)
-            self.down[clients] += torch.where(held[clients] == digest, 0, part.nbytes())
-            held[clients] = digest
+            found = digests(part)
+            self.down[clients] += torch.where(held[clients] == found, 0, part.nbytes())
+            held[clients] = found
+
+    def held_by(self, client: int) -> dict[str, int]:
+        """The digests of what a client holds, by the names of the parts."""
+        return {name: int(held[client]) for name, held in self.held.items()}
+
+    def forget(self, client: int) -> None:
+        """A client holds nothing any more, or nobody knows what it holds."""
+        for held in self.held.values():
+            held[client] = 0
 
     def receive(self, upload: Upload) -> None:
         """The clients' messages arrive."""
@@ -45,13 +54,14 @@ class Post:
         self.up, self.down, self.held = state["up"], state["down"], dict(state["held"])
 
 
-def _digests(part: Part) -> Tensor:
+def digests(part: Part) -> Tensor:
     """A number for the contents of each client's row, int64 `[n]`."""
     rows, place = part.slot.unique(return_inverse=True)
-    return torch.tensor([_digest(part.table, int(row)) if row >= 0 else 0 for row in rows])[place]
+    return torch.tensor([digest(part.table, int(row)) if row >= 0 else 0 for row in rows])[place]
 
 
-def _digest(table: Stack, row: int) -> int:
+def digest(table: Stack, row: int) -> int:
+    """A number for the contents of a row."""
     state = hashlib.blake2b(digest_size=8)
     for tensor in table.tensors().values():
         state.update(tensor[row].detach().cpu().contiguous().numpy().tobytes())

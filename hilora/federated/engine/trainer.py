@@ -118,9 +118,17 @@ class Trainer:
 
     def examples(self, count: int) -> Tensor:
         """Training images of the clients, drawn at random: indices int64 `[n, count]`. One with fewer has some of them
-        several times; one without any has another's."""
+        several times; one without any has another's, or a validation image where nobody has any.
+
+        Raises:
+            InvalidValueError: if there is no image at all.
+        """
         drawn = []
-        everyone = torch.cat([client.train for client in self.population.clients])
+        people = self.population.clients
+        everyone = torch.cat([client.train for client in people])
+        everyone = everyone if len(everyone) else torch.cat([client.val for client in people])
+        if not len(everyone):
+            raise InvalidValueError("there is no image for training or validation: give the client one")
         for client, own in zip(self.clients.tolist(), self._shares(), strict=True):
             share = own if len(own) else everyone
             order = torch.randperm(len(share), generator=stream(self.settings.seed, "examples", client))

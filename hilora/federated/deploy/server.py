@@ -1,0 +1,299 @@
+"""The server of a deployment: the loop of the simulation, with clients that are machines of their own."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hilora.adapters.io.files import checksum
+from hilora.errors import HiLoRAError
+from hilora.federated.callbacks.base import Callback
+from hilora.federated.callbacks.checkpoint import Checkpoint, restore
+from hilora.federated.callbacks.metrics import Metrics
+from hilora.federated.callbacks.progress import ProgressBar
+from hilora.federated.deploy.member import half
+from hilora.federated.deploy.messages import Counts, Done, Errand, Lacks, MessageError, Refused, of_bytes, to_bytes
+from hilora.federated.deploy.report import SharedReport
+from hilora.federated.deploy.roster import Answer, Courier, Roster
+from hilora.federated.deploy.settings import Asked
+from hilora.federated.deploy.trial import Trial
+from hilora.federated.deploy.wire import order, together, uploaded
+from hilora.federated.engine.device import find_device
+from hilora.federated.loop import Loop, Work
+from hilora.federated.protocol import Download, Stage, Upload
+from hilora.models.backbone import Backbone
+from hilora.reporting.clusters import clusters
+
+log = logging.getLogger(__name__)
+
+
+class NobodyAnsweredError(HiLoRAError, TimeoutError):
+    """No client gave an answer that is of use, as often as the settings allow."""
+
+
+class Deployment(Loop):
+    """The training of one strategy on clients that a courier brings messages to.
+
+    The server has the clients' numbers of images, what they upload, and how many of their images they predict right;
+    their images and private states it cannot reach. A client that does not answer in time, or answers something that is
+    of no use, is left out of the round, which the record of the round says with the reason.
+
+    Args:
+        asked: the settings of the run.
+        backbone: the frozen ViT, of the same weights as the clients have.
+        courier: brings messages.
+        callbacks: more than those that every run has.
+        poll: seconds between two looks for clients while there are too few.
+
+    Raises:
+        MissingFileError: if there is no checkpoint to resume from; FileError: if it is of another run.
+    """
+
+    def __init__(
+        self, asked: Asked, backbone: Backbone, courier: Courier, callbacks: Sequence[Callback] = (), poll: float = 1.0
+    ) -> None:
+        self.asked, self.backbone, self.courier, self.poll = asked, backbone, courier, poll
+        server, self.engine, self.layout = half(asked, backbone, find_device(asked.run.device))
+        usual = [Metrics(), *callbacks, ProgressBar(), SharedReport(), Checkpoint()]
+        super().__init__(server, asked.run.out, usual)
+        client = copy.deepcopy(asked.strategy).join(server.problem)
+        self.trial = Trial(client, self.engine, len(asked.run.class_names))
+        self._weights = checksum("", backbone.model.state_dict())
+        self.roster = Roster(courier, asked.run.clients, self._weights, asked.run.deadline)
+        self.id, self.known = secrets.token_hex(8), set[int]()
+        asked.run.out.mkdir(parents=True, exist_ok=True)
+        if asked.run.resume:
+            restore(self)
+        else:
+            self._save()
+
+    @property
+    def seen(self) -> Tensor:
+        return torch.tensor(sorted(self.known), dtype=torch.long)
+
+    def run(self) -> dict[str, Any]:
+        self._gather()
+        return super().run()
+
+    def _gather(self) -> None:
+        """Wait until there are as many clients as the run needs.
+
+        Raises:
+            NobodyAnsweredError: too few came.
+        """
+        run, told = self.asked.run, -1
+        need, until = run.min_clients or run.clients, time.monotonic() + run.wait
+        while True:
+            self.roster.look()
+            here = sorted(self.roster.connected)
+            said = f"{len(here)} of {need} are here ({', '.join(map(str, here)) or 'none'})"
+            if len(here) >= need:
+                break
+            if time.monotonic() >= until:
+                raise NobodyAnsweredError(f"too few clients after {run.wait:g} s: {said}")
+            if told != len(here):
+                log.info("waiting for clients: %s", said)
+                told = len(here)
+            time.sleep(self.poll)
+        log.info("%s begins: clients %s", self.name, ", ".join(map(str, here)))
+        self._welcome()
+
+    def _welcome(self) -> None:
+        """Take in clients that came since. Once groups may have been formed, a method admits them as it does unseen
+        ones."""
+        self.roster.look()
+        new = sorted(set(self.roster.connected) - self.known)
+        begun = self.stage > 1 or (self.stage == 1 and self.round_in_stage > 0)
+        if new and self.known and begun:
+            try:
+                self.server.admit(
+                    torch.tensor(new), lambda clients, sent: self._work(clients, sent, "probe", 0, 1).upload
+                )
+            except NobodyAnsweredError:
+                log.warning("clients %s came and did not answer: they are not taken in yet", new)
+                return
+        if new and self.round:
+            log.info("clients %s take part from round %d on", new, self.round + 1)
+        self.known |= set(new)
+
+    def _stage(self, stage: Stage) -> None:
+        self._welcome()
+        super()._stage(stage)
+
+    def _round(self, stage: Stage) -> None:
+        self._welcome()
+        super()._round(stage)
+
+    def _sample(self, seen: Tensor, stage: Stage) -> Tensor:
+        """Of the clients that are connected. The others are named, too, and are left out."""
+        here = torch.tensor([client in self.roster.connected for client in seen.tolist()], dtype=torch.bool)
+        return torch.cat([super()._sample(seen[here], stage), seen[~here]]).sort().values
+
+    def work(self, clients: Tensor, download: Download, purpose: str, round: int = 0) -> Work:
+        return self._work(clients, download, purpose, round, self.asked.run.patience)
+
+    def _work(self, clients: Tensor, download: Download, purpose: str, round: int, attempts: int) -> Work:
+        errand = Errand(run=self.id, purpose=purpose, number=round, stage=download.stage, round=download.round)
+        expected = self.trial(download)
+        for attempt in range(1, attempts + 1):
+            found, left = self._exchange(
+                clients, download, errand, "train", lambda answer: uploaded(_checked(answer, Done, errand), expected)
+            )
+            if found:
+                break
+            log.error("%s: nobody answered, attempt %d of %d: %s", errand, attempt, attempts, left)
+        else:
+            raise NobodyAnsweredError(
+                f"{errand}: nobody answered in {attempts} attempts of {self.asked.run.deadline:g} s; with resume=true "
+                f"the run goes on from {self.out}. The last reasons: {left}"
+            )
+        upload: Upload = together(list(found.values()))
+        self.post.receive(upload)
+        notes = {"left_out": {str(client): reason for client, reason in left.items()}} if left else {}
+        return Work(upload, int(upload.images.sum()), notes=notes)
+
+    def accuracies(self) -> dict[str, Tensor]:
+        seen, download = self.seen, self.configured(self.seen)
+        errand = Errand(
+            run=self.id, purpose="models", number=self.round + 1, stage=download.stage, round=download.round
+        )
+        found, _ = self._exchange(
+            seen, download, errand, "evaluate", lambda answer: _counted(_checked(answer, Counts, errand))
+        )
+        nothing = {"val": torch.nan, "test": torch.nan}
+        by_client = [found.get(client, nothing) for client in seen.tolist()]
+        return {split: torch.tensor([one[split] for one in by_client]) for split in ("val", "test")}
+
+    def _exchange(
+        self, clients: Tensor, download: Download, errand: Errand, kind: str, take: Callable[[Any], Any]
+    ) -> tuple[dict[int, Any], dict[int, str]]:
+        """Send clients `[n]` a download; what `take` makes of the answers, by client, and why others gave none."""
+        until = time.monotonic() + self.asked.run.deadline
+        while not set(clients.tolist()) & set(self.roster.connected) and time.monotonic() < until:
+            time.sleep(self.poll)
+            self.roster.look()
+        places = {client: place for place, client in enumerate(clients.tolist())}
+        left = {client: "is not connected" for client in places if client not in self.roster.connected}
+        found: dict[int, Any] = {}
+        open_ = [client for client in places if client not in left]
+        for _ in range(2):  # once more to those that have lost what they were sent earlier
+            answers = self._send(
+                {client: download.of(torch.tensor([places[client]])) for client in open_}, errand, kind, until
+            )
+            open_ = []
+            for client, answer in answers.items():
+                if isinstance(answer, Lacks):
+                    self.post.forget(client)
+                    open_.append(client)
+                    continue
+                try:
+                    found[client] = take(answer)
+                except MessageError as error:
+                    left[client] = str(error)
+                    self.post.forget(client)
+            if not open_:
+                break
+        left |= dict.fromkeys(open_, "lacks parts that it was sent")
+        for client, reason in sorted(left.items()):
+            log.warning("round %d: left out client %d: %s", errand.number, client, reason)
+        return dict(sorted(found.items())), dict(sorted(left.items()))
+
+    def _send(self, downloads: Mapping[int, Download], errand: Errand, kind: str, until: float) -> dict[int, Any]:
+        """The clients' messages, or a text where there is none."""
+        nodes = {client: self.roster.connected[client] for client in downloads}
+        messages = {}
+        for client, download in downloads.items():
+            messages[nodes[client]] = to_bytes(order(download, errand, self.post.held_by(client)))
+            self.post.send(torch.tensor([client]), download)
+        remaining = max(until - time.monotonic(), 0.01)
+        answers = self.courier.exchange(messages, kind, remaining) if messages else {}
+        silent = f"no answer within {self.asked.run.deadline:g} s"
+        return {client: _message(answers.get(node, silent), client) for client, node in nodes.items()}
+
+    def clusters(self) -> dict[str, Any] | None:
+        """The groups that the method formed, as the summary has them."""
+        found = self.server.clustering()
+        return None if found is None else clusters(found.labels, None, None)
+
+    def summary(self) -> dict[str, Any]:
+        run = self.asked.run
+        return {
+            **super().summary(),
+            "partition": "the clients' own" if self.asked.partition is None else self.asked.partition.name,
+            "data": "the clients' own" if self.asked.partition is None else "divided among the clients",
+            "backbone": self.backbone.name,
+            "dtype": run.dtype,
+            "unseen": {"zero_leaf": None, "leaf": None},
+            "clusters": self.clusters(),
+            "arguments": run.plain(),
+        }
+
+    def identity(self) -> dict[str, Any]:
+        settings, run = self.settings.plain(), self.asked.run
+        del settings["clients_at_once"]
+        return {
+            **settings,
+            **{f"{self.name}.{name}": value for name, value in self.server.settings.plain().items()},
+            "strategy": self.name,
+            "backbone": [self.backbone.name, self.backbone.size, self._weights],
+            "dtype": run.dtype,
+            "clients": run.clients,
+            "classes": list(run.class_names),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "id": self.id, "known": sorted(self.known)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.id, self.known = state["id"], set(state["known"])
+
+
+def _message(answer: Answer, client: int) -> Any:
+    """The message in an answer; one that says why there is none in the place of anything else."""
+    if isinstance(answer, str):
+        return Refused(reason=answer)
+    try:
+        found = of_bytes(answer, Done, Counts, Lacks, Refused)
+    except MessageError as error:
+        return Refused(reason=str(error))
+    if isinstance(found, Done | Counts) and found.client != client:
+        return Refused(reason=f"it answers as client {found.client}")
+    return found
+
+
+def _checked(answer: Any, kind: type[Any], errand: Errand) -> Any:
+    """An answer of a kind, to what was asked.
+
+    Raises:
+        MessageError: it is another.
+    """
+    if isinstance(answer, Refused):
+        raise MessageError(answer.reason)
+    if not isinstance(answer, kind):
+        raise MessageError(f"it answers with {answer.kind!r}, expected {kind.model_fields['kind'].default!r}")
+    if answer.errand != errand:
+        raise MessageError(f"it answers to {answer.errand}, expected {errand}")
+    return answer
+
+
+def _counted(counts: Counts) -> dict[str, float]:
+    """Shares of right answers; NaN where there are no images.
+
+    Raises:
+        MessageError: more are right than there are.
+    """
+    found = {}
+    for split in ("val", "test"):
+        right, total = getattr(counts, split)
+        if right > total:
+            raise MessageError(f"{right} of {total} {split} images are right: expected at most all")
+        found[split] = right / total if total else torch.nan
+    return found

@@ -1,0 +1,40 @@
+"""A deployment gives the simulation's numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hilora.federated.strategies import STRATEGIES
+from tests.federated.conftest import records
+from tests.federated.deploy.conftest import Make
+from tests.federated.test_federation import tensors
+
+METHODS = [name for name, kind in STRATEGIES.items() if kind.travels]
+
+
+def close(one: Any, other: Any) -> None:
+    """Two states are the same but for rounding."""
+    left, right = dict(tensors(one)), dict(tensors(other))
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert isinstance(right[name], Tensor)
+        torch.testing.assert_close(value, right[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_deployment_gives_the_simulations_numbers(world: Make, tmp_path: Path, method: str) -> None:
+    there = world(strategy=method)
+    deployed, simulated = there.deployment(), there.simulation(tmp_path / "simulated")
+    summary, expected = deployed.run(), simulated.run()
+    close(deployed.server.state_dict(), simulated.server.state_dict())
+    assert summary["per_client"]["test"] == pytest.approx(expected["per_client"]["test"], nan_ok=True)
+    assert summary["tiers"].keys() == expected["tiers"].keys()
+    assert summary["communication"]["up"] == expected["communication"]["up"]
+    for mine, other in zip(records(deployed), records(simulated), strict=True):
+        assert mine["val"] == pytest.approx(other["val"])
+        assert (mine["clients"], mine["stage"]) == (other["clients"], other["stage"])
