@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[3]
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": str(ROOT),
 }
@@ -102,7 +102,7 @@ class Loopback:
         pid = self.start(
             *("flower-superlink", "--port", str(self.port), "--enable-supernode-auth"),
             *("--ssl-ca-certfile", str(authority), "--ssl-certfile", str(server), "--ssl-keyfile", str(key)),
-            *("--database", str(self.folder / "superlink.db"), "--disable-runtime-dependency-installation"),
+            "--disable-runtime-dependency-installation",
             log="superlink",
         )
         context = ssl.create_default_context(cafile=str(authority))

@@ -22,10 +22,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
+from hilora.models.backbone import load_backbone
+
 COMMANDS = {point.name: point for point in entry_points(group="console_scripts") if "flwr" in point.value}
-PRELOADED = ("flwr.superlink.main", "flwr.supernode.main", "timm", "hilora.federated.simulation")
-HASTE = 20
-"""A SuperNode looks for messages every 3 / HASTE seconds, and for replies every 0.5 / HASTE."""
+PRELOADED = ("flwr.superlink.main", "flwr.supernode.main", "hilora.federated.deploy.flower", "hilora.federated.simulation")
+SLEEPY = ("flwr.supernode.start_client_internal", "flwr.superlink.grid.http_grid")
+HASTE = 10
+"""SuperNodes and ServerApps look for messages every 3 / HASTE seconds, in the place of 3."""
 
 
 class Child(NamedTuple):
@@ -148,8 +151,9 @@ def become(argv: list[str], log: str, path: Path) -> NoReturn:
             return popen(args, *rest, **options)
 
         subprocess.Popen = start  # type: ignore[assignment,misc]
-        supernode: Any = importlib.import_module("flwr.supernode.start_client_internal")
-        supernode.time = SimpleNamespace(time=time.time, sleep=lambda seconds: time.sleep(seconds / HASTE))
+        hasty = SimpleNamespace(time=time.time, sleep=lambda seconds: time.sleep(seconds / HASTE))
+        for name in SLEEPY:
+            importlib.import_module(name).__dict__["time"] = hasty
         sys.argv = argv
         COMMANDS[argv[0]].load()()
         code = 0
@@ -164,8 +168,13 @@ def become(argv: list[str], log: str, path: Path) -> NoReturn:
 
 
 def main() -> None:
+    waits: Any = importlib.import_module("flwr.supercore.constant")  # for objects that have not arrived yet
+    waits.PULL_INITIAL_BACKOFF, waits.PULL_BACKOFF_CAP = 1 / HASTE, 10 / HASTE
     for name in PRELOADED:
         importlib.import_module(name)
+    for name in ("flwr", "flower-superlink", "flower-supernode", "flower-superexec", "flwr-serverapp", "flwr-clientapp"):
+        COMMANDS[name].load()
+    load_backbone("glyph_vit")  # imports timm's models
     nursery = Nursery(Path(sys.argv[1]))
     try:
         nursery.serve()
