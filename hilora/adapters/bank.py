@@ -171,13 +171,22 @@ class AdapterBank:
             for parameter in self.parameters(name):
                 parameter.requires_grad_(name == tier)
 
-    def fresh(self, tier: str, slots: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def fresh(
+        self, tier: str, slots: int, generator: torch.Generator | None = None, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """New adapters of a tier that change nothing yet, on the CPU: A `[P, slots, r, in]` Kaiming-uniform as in PEFT,
-        B `[P, slots, out, r]` zero."""
+        B `[P, slots, out, r]` zero. Or the `rows` `[n]` of them alone, a few in no more memory than they take."""
         count, rank = len(self.names), self.config.rank(tier)
         bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform_(a=√5)
-        A = torch.empty(count, slots, rank, self.in_features).uniform_(-bound, bound, generator=generator)
-        return A, A.new_zeros(count, slots, self.out_features, rank)
+        if rows is None or 2 * len(rows) > slots:
+            A = torch.empty(count, slots, rank, self.in_features).uniform_(-bound, bound, generator=generator)
+            A = A if rows is None else A[:, rows]
+        else:
+            A, drawn = torch.empty(count, len(rows), rank, self.in_features), torch.empty(rank, self.in_features)
+            for projection in A:
+                for slot in range(slots):  # all are drawn, as the stream goes from one to the next
+                    projection[rows == slot] = drawn.uniform_(-bound, bound, generator=generator)
+        return A, A.new_zeros(count, A.shape[1], self.out_features, rank)
 
     def start(self) -> None:
         """Give layers that have no parameters yet fresh ones, of which the first tier is in training: in fp32 also

@@ -54,8 +54,10 @@ def unpacked(source: Path | bytes) -> dict[str, Any]:
             raise FileError(f"{name} is no file of a run: its format is {about.get('format')!r}, not {FORMAT!r}")
         if checksum(about["tree"], tensors) != about["checksum"]:
             raise FileError(f"{name} is damaged: its checksum does not agree with its contents")
-        tree: dict[str, Any] = _built(json.loads(about["tree"]), tensors)
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        tree = _built(json.loads(about["tree"]), tensors)
+        if not isinstance(tree, dict):
+            raise FileError(f"{name} has a {type(tree).__name__}, expected names and values")
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, FileError):
             raise
         raise FileError(f"{name} is not readable: {error}") from error

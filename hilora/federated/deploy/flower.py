@@ -11,6 +11,7 @@ in their names); where a client's images, weights and private state are, in its 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from hilora.locks import claimed
 from hilora.models.backbone import Backbone, load_backbone
 
 log = logging.getLogger(__name__)
+POLL = 0.2  # seconds between two looks for answers; the grid's own way to wait sleeps for three
 RECORD, ARRAY, STYPE = "hilora", "message", "hilora.safetensors"
 Read = Callable[[Context], tuple[ImageSet, ImageSet]]
 """Reads a client's training and test images."""
@@ -70,14 +72,26 @@ class GridCourier:
         return sorted(self.grid.get_node_ids())
 
     def exchange(self, messages: Mapping[int, bytes], kind: str, timeout: float) -> dict[int, Answer]:
-        return _answers(self.grid.send_and_receive(_addressed(messages, kind, timeout), timeout=timeout))
+        until = time.monotonic() + timeout
+        waiting = set(self.grid.push_messages(_addressed(messages, kind, timeout)))
+        found: dict[int, Answer] = {}
+        while waiting:
+            found |= self._pulled(waiting)
+            if not waiting or time.monotonic() >= until:
+                break
+            time.sleep(POLL)
+        return found
 
     def post(self, messages: Mapping[int, bytes], kind: str, timeout: float) -> None:
         self._posted |= set(self.grid.push_messages(_addressed(messages, kind, timeout)))
 
     def collect(self) -> dict[int, Answer]:
-        replies = list(self.grid.pull_messages(self._posted)) if self._posted else []
-        self._posted -= {reply.metadata.reply_to_message_id for reply in replies}
+        return self._pulled(self._posted) if self._posted else {}
+
+    def _pulled(self, waiting: set[str]) -> dict[int, Answer]:
+        """The answers that are there, to messages that are not waited for any longer."""
+        replies = list(self.grid.pull_messages(waiting))
+        waiting -= {reply.metadata.reply_to_message_id for reply in replies}
         return _answers(replies)
 
 
@@ -149,14 +163,14 @@ def client_app(read: Read | None = None) -> ClientApp:
 
 def _answered(message: Message, answer: Callable[[bytes], Any]) -> Message:
     """The reply to a message. Of what goes wrong the server is told the reason where that is about what it sent or what
-    it is to set; all else stands in the client's own log."""
+    it is to set. All else may name files or classes of the client's: it stands in the client's own log."""
     try:
         said = answer(data_of(message.content))
     except (MessageError, Diverged) as error:
         log.error("%s", error)
         said = Refused(reason=str(error))
-    except HiLoRAError as error:
-        log.error("%s", error)
+    except Exception as error:
+        log.error("%s", error, exc_info=not isinstance(error, HiLoRAError))
         said = Refused(reason=f"{type(error).__name__} at the client, whose log says more")
     return Message(record(to_bytes(said)), reply_to=message)
 

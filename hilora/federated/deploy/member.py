@@ -104,7 +104,7 @@ class Member:
             for one in (images.train, images.test)
         )
         self.client, self.id, self.images, self.test = images.shares, client, train, test
-        self.weights = checksum("", backbone.model.state_dict())
+        self.backbone = backbone
         self.strategy, self.engine, self.layout = half(asked, backbone, device)
         none = torch.empty(0, dtype=torch.long)
         nobody = Client(none, none, none, None, False)
@@ -112,7 +112,8 @@ class Member:
 
     def present(self) -> Present:
         """Who it is."""
-        return Present(client=self.id, images=len(self.client.train), backbone=self.weights)
+        weights = checksum("", self.backbone.model.state_dict())
+        return Present(client=self.id, images=len(self.client.train), backbone=weights)
 
     def answer(self, order: Order, private: Private, measure: bool = False) -> Done | Counts | Lacks:
         """Do what an order says.

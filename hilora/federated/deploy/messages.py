@@ -14,7 +14,7 @@ from hilora.errors import FileError, HiLoRAError
 from hilora.federated.archive import packed, unpacked
 from hilora.federated.protocol import Stage
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
 Pair = Annotated[tuple[Count, Count], Strict(False)]  # a list in JSON
 Tensors = dict[str, Tensor]
 
@@ -114,7 +114,7 @@ class Refused(_Fields):
     """A client cannot do what it was asked to do."""
 
     kind: Literal["refused"] = "refused"
-    reason: str
+    reason: Annotated[str, Field(max_length=2000)]
 
 
 Message = Hello | Present | Order | Lacks | Done | Counts | Refused

@@ -103,15 +103,13 @@ class Deployment(Loop):
                 told = len(here)
             time.sleep(self.poll)
         log.info("%s begins: clients %s", self.name, ", ".join(map(str, here)))
-        self._welcome()
 
-    def _welcome(self) -> None:
-        """Take in clients that came since. Once groups may have been formed, a method admits them as it does unseen
-        ones."""
+    def _welcome(self, formed: bool) -> None:
+        """Take in clients that came since. Once groups may have been `formed`, which is before the first round of the
+        second stage, the method admits them as it does unseen ones."""
         self.roster.look()
         new = sorted(set(self.roster.connected) - self.known)
-        begun = self.stage > 1 or (self.stage == 1 and self.round_in_stage > 0)
-        if new and self.known and begun:
+        if new and formed:
             try:
                 self.server.admit(
                     torch.tensor(new), lambda clients, sent: self._work(clients, sent, "probe", 0, 1).upload
@@ -124,11 +122,11 @@ class Deployment(Loop):
         self.known |= set(new)
 
     def _stage(self, stage: Stage) -> None:
-        self._welcome()
+        self._welcome(formed=self.stage > 1 or (self.stage == 1 and self.round_in_stage > 0))
         super()._stage(stage)
 
     def _round(self, stage: Stage) -> None:
-        self._welcome()
+        self._welcome(formed=self.stage > 0)
         super()._round(stage)
 
     def _sample(self, seen: Tensor, stage: Stage) -> Tensor:

@@ -47,7 +47,7 @@ def read(tensors: Tensors, layout: Stack, what: str) -> Any:
     """The stack of one row that `written` gave.
 
     Raises:
-        MessageError: a tensor lacks, is unknown, or has another dtype or shape than the layout's.
+        MessageError: a tensor lacks, is unknown, is not finite, or has another dtype or shape than the layout's.
     """
     expected = {name: value[0] for name, value in layout.tensors().items() if name != "rank"}
     if set(tensors) != set(expected):
@@ -59,6 +59,8 @@ def read(tensors: Tensors, layout: Stack, what: str) -> Any:
             shape[_rank_place(name)] = rank
         if found.dtype != value.dtype or list(found.shape) != shape:
             raise MessageError(f"{what}: {name} is {found.dtype} {list(found.shape)}, expected {value.dtype} {shape}")
+        if not found.isfinite().all():
+            raise MessageError(f"{what}: {name} is not finite")
     rows = {name: value[None] for name, value in tensors.items()}
     if not isinstance(layout, AdapterTable):
         return layout.like(rows)

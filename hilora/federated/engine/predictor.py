@@ -78,9 +78,9 @@ class Predictor:
                         f"{bank.in_features} → {bank.out_features}: choose a lower one"
                     )
 
-    def fresh(self, tier: str, slots: int, generator: torch.Generator) -> AdapterTable:
-        """New adapters of a tier, `[slots, ...]`, without effect as yet."""
-        pairs = [bank.fresh(tier, slots, generator) for bank in self.banks]
+    def fresh(self, tier: str, slots: int, generator: torch.Generator, rows: Tensor | None = None) -> AdapterTable:
+        """New adapters of a tier, `[slots, ...]`, without effect as yet; or the `rows` `[n]` of them alone."""
+        pairs = [bank.fresh(tier, slots, generator, rows) for bank in self.banks]
         A, B = ([factor.transpose(0, 1).contiguous() for factor in factors] for factors in zip(*pairs, strict=True))
         return AdapterTable(A, B)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -17,8 +17,15 @@ from hilora.federated.engine.trainer import Trainer
 from hilora.federated.protocol import Download, Head, Stage, Upload
 from hilora.federated.settings import Settings, TrainingSettings
 
-Fresh = Callable[[str, int, torch.Generator], AdapterTable]
-"""New adapters, without effect as yet: (tier, how many, random stream) → `[how many, ...]`."""
+
+class Fresh(Protocol):
+    """Makes new adapters, without effect as yet."""
+
+    def __call__(
+        self, tier: str, slots: int, generator: torch.Generator, rows: Tensor | None = None, /
+    ) -> AdapterTable:
+        """So many adapters of a tier from a random stream, `[slots, ...]`; or the `rows` `[n]` of them alone."""
+
 
 GIVEN = frozenset({"settings", "problem", "training"})
 """Attributes of a strategy that it is made with, and that are no state of its own."""

@@ -65,14 +65,14 @@ class FedALT(SharableHead):
     def first(self, clients: Tensor) -> tuple[AdapterTable, Values]:
         """The adapters and the gates that clients begin with."""
         generator = stream(self.training.seed, "fresh adapters")
-        leaf = self.problem.fresh("leaf", self.problem.clients, generator)
+        leaf = self.problem.fresh("leaf", self.problem.clients, generator, clients)
         gates = {}
         for index, A in enumerate(leaf.A):
             _, projections, _, width = A.shape
             bound = width**-0.5  # as nn.Linear starts
-            gate = torch.empty(len(leaf), projections, 2, width).uniform_(-bound, bound, generator=generator)
-            gates[f"gate.{index}"] = gate.to(A)
-        return leaf.rows(clients), Values(**gates).rows(clients)
+            gate = torch.empty(self.problem.clients, projections, 2, width).uniform_(-bound, bound, generator=generator)
+            gates[f"gate.{index}"] = gate[clients].to(A)
+        return leaf, Values(**gates)
 
     def local(self, state: ClientState, download: Download, trainer: Trainer) -> Upload:
         models = self.models(state, download, trainer)

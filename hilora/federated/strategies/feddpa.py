@@ -121,12 +121,9 @@ class FedDPAT(FedDPA):
         return trainer.train(alone, "root", rates="root").upload("root")
 
     def models(self, state: ClientState, download: Download, trainer: Trainer) -> Models:
-        everyone = self.problem.clients
-
         def first() -> Any:
-            return self.problem.fresh("leaf", everyone, stream(self.training.seed, "fresh adapters", 1)).rows(
-                state.clients
-            )
+            draws = stream(self.training.seed, "fresh adapters", 1)
+            return self.problem.fresh("leaf", self.problem.clients, draws, state.clients)
 
         return self.mixed(state.filled("leaf", first), state, download, trainer)
 

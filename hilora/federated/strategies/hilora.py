@@ -167,8 +167,8 @@ class HiLoRA(Strategy):
         return Models(tiers, head, cluster=cluster)
 
     def _first_leaves(self, clients: Tensor) -> AdapterTable:
-        everyone = self.problem.fresh("leaf", self.problem.clients, stream(self.training.seed, "fresh adapters", 2))
-        return everyone.rows(clients)
+        draws = stream(self.training.seed, "fresh adapters", 2)
+        return self.problem.fresh("leaf", self.problem.clients, draws, clients)
 
     def personal_training(self) -> dict[str, Any]:
         return self._how(self.own_tier)

@@ -31,8 +31,8 @@ class LocalLoRA(OwnHead):
 
     def first(self, clients: Tensor) -> AdapterTable:
         """The adapters that clients begin with."""
-        everyone = self.problem.fresh("leaf", self.problem.clients, stream(self.training.seed, "fresh adapters"))
-        return everyone.rows(clients)
+        draws = stream(self.training.seed, "fresh adapters")
+        return self.problem.fresh("leaf", self.problem.clients, draws, clients)
 
     def local(self, state: ClientState, download: Download, trainer: Trainer) -> Upload:
         models = self.models(state, download, trainer)

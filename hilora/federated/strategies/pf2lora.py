@@ -65,8 +65,8 @@ class PF2LoRA(SharableHead):
 
     def first(self, clients: Tensor) -> AdapterTable:
         """The own adapters that clients begin with."""
-        everyone = self.problem.fresh("leaf", self.problem.clients, stream(self.training.seed, "fresh adapters", 1))
-        return everyone.rows(clients)
+        draws = stream(self.training.seed, "fresh adapters", 1)
+        return self.problem.fresh("leaf", self.problem.clients, draws, clients)
 
     def local(self, state: ClientState, download: Download, trainer: Trainer) -> Upload:
         problem = Bilevel("leaf", self.settings.alpha)

@@ -8,7 +8,6 @@ from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.clientapp.client_app import ClientApp as Runs
 
 Answers = Callable[[Message], Message | None]
 
@@ -20,8 +19,10 @@ class Node:
         fault: takes each message in the place of the app; None where there is no answer, or it calls `answer` itself.
     """
 
-    def __init__(self, number: int, app: ClientApp, config: dict[str, Any], run_config: dict[str, Any]) -> None:
-        self.number, self.app = number, app
+    def __init__(
+        self, number: int, app: Callable[[], ClientApp], config: dict[str, Any], run_config: dict[str, Any]
+    ) -> None:
+        self.number, self.make, self.app = number, app, app()
         self.context = Context(1, number, dict(config), RecordDict(), dict(run_config))
         self.fault: Answers | None = None
         self.answered: list[str] = []
@@ -34,9 +35,18 @@ class Node:
         except Exception as error:
             return Message(Error(2, f"{type(error).__name__}: {error}"), reply_to=message)
 
+    def failed(self, message: Message) -> Message:
+        """What Flower says for an app that raised."""
+        return Message(Error(2, "no more disk"), reply_to=message)
+
     def restart(self) -> None:
         """What Flower kept is gone."""
         self.context.state = RecordDict()
+
+    def renew(self) -> None:
+        """The node's process is another one, and what Flower kept is gone."""
+        self.app = self.make()
+        self.restart()
 
 
 class Grid:
@@ -71,6 +81,3 @@ class Grid:
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         return self.pull_messages(self.push_messages(messages))
-
-
-__all__ = ["Grid", "Node", "Runs"]

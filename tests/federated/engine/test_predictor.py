@@ -57,6 +57,16 @@ def test_fresh_adapters_depend_on_the_stream_alone_and_do_nothing(backbone: Back
     assert [A.shape for A in one.A] == [(3, 4, 1, 24)]
 
 
+def test_fresh_adapters_of_some_clients_are_those_of_all_of_them(backbone: Backbone) -> None:
+    engine = make(backbone)
+    for rows in ([4], [6, 1], [0, 2, 3, 4, 5, 6]):
+        everyone, few = (torch.Generator().manual_seed(3) for _ in range(2))
+        index = torch.tensor(rows)
+        found = engine.fresh("leaf", 7, few, index)
+        assert same(found, engine.fresh("leaf", 7, everyone).rows(index))
+        assert torch.equal(torch.rand(2, generator=few), torch.rand(2, generator=everyone))  # the streams go on alike
+
+
 def test_a_rank_above_the_sides_of_a_projection_is_refused(backbone: Backbone) -> None:
     with pytest.raises(InvalidValueError, match="rank 25 of tier 'cluster' exceeds the sides"):
         make(backbone, rank=[2, 25, 2])

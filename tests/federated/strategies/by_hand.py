@@ -22,9 +22,10 @@ ALL, SEEN, UNSEEN = torch.arange(CLIENTS), torch.arange(6), torch.tensor([6, 7])
 HEAD = Head(torch.zeros(1, 4, 5), torch.zeros(1, 4))
 
 
-def fresh(tier: str, slots: int, generator: torch.Generator) -> AdapterTable:
+def fresh(tier: str, slots: int, generator: torch.Generator, rows: Tensor | None = None) -> AdapterTable:
     A = torch.randn(slots, PROJECTIONS, RANK, WIDTH, generator=generator)
-    return AdapterTable([A], [torch.zeros(slots, PROJECTIONS, WIDTH, RANK)])
+    table = AdapterTable([A], [torch.zeros(slots, PROJECTIONS, WIDTH, RANK)])
+    return table if rows is None else table.rows(rows)
 
 
 def settings(**options: Any) -> TrainingSettings:
