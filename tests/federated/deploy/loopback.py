@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,10 +136,6 @@ class Loopback:
         """Kills a SuperNode and what it runs, without a word to anybody (SIGKILL)."""
         ask(self.nursery, do="kill", pid=self.nodes.pop(node))
 
-    def busy(self, node: int) -> bool:
-        """Whether a ClientApp runs at a SuperNode."""
-        return bool(ask(self.nursery, do="running", name="flwr-clientapp", under=self.nodes[node]))
-
     def kill_server(self) -> None:
         """Kills the ServerApp that runs (SIGKILL); the SuperLink lives."""
         (pid,) = ask(self.nursery, do="running", name="flwr-serverapp", under=0)
@@ -166,6 +162,10 @@ class Loopback:
         done = self.flwr("run", str(app), "loopback", "--run-config", as_config(config), "--format", "json")
         return int(json.loads(done.output[done.output.index("{") :])["run-id"])
 
+    def stop(self, run: int) -> None:
+        """Give a run up."""
+        self.flwr("stop", str(run), "loopback")
+
     def status(self, run: int) -> str:
         """Of a run: "running", "finished:completed"…"""
         done = self.flwr("list", "--run-id", str(run), "loopback", "--format", "json")
@@ -176,13 +176,6 @@ class Loopback:
         """Waits for a run to end, and returns its log."""
         name, pid = self.begin("log", str(run), "loopback", "--stream")
         return self.end(name, pid, seconds).output
-
-    def run(self, app: Path, config: Mapping[str, Any], seconds: float = 120) -> str:
-        """A run from its start to its end; returns its log. The run must have completed."""
-        run = self.submit(app, config)
-        said = self.finish(run, seconds)
-        assert self.status(run) == "finished:completed", said + self.log("superlink")
-        return said
 
 
 @contextmanager
@@ -204,8 +197,3 @@ def loopback(folder: Path) -> Iterator[Loopback]:
             assert process.stdin is not None
             process.stdin.close()
             process.wait(30)
-
-
-def start_nodes(link: Loopback, configs: Sequence[Mapping[str, Any]], superlink: str | None = None) -> list[int]:
-    """SuperNodes with these settings, from 0 up; their numbers in Flower."""
-    return [link.start_node(node, config, superlink) for node, config in enumerate(configs)]

@@ -31,9 +31,8 @@ CONFIG: dict[str, Any] = {
     "clients": CLIENTS,
     "classes": ",".join(CLASSES),
     "backbone": "glyph_vit",
-    "rounds": "2,1,2",
+    "rounds": "1,1,2",
     "batch-size": 4,
-    "lr": "0.01",
     "evaluate-every": 0,
     "deadline": 60.0,
     "resume": False,
@@ -70,6 +69,7 @@ def evaluate(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     client = context.node_config["client-id"]
     while (faults / f"wait{{client}}").exists():
+        (faults / f"waiting{{client}}").touch()
         time.sleep(0.05)
     reply = inner(message, context)
     if (faults / f"poison{{client}}").exists():
@@ -138,6 +138,21 @@ class Network:
         lines = "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
         (app / "pyproject.toml").write_text(head + section + lines)
         return app
+
+    def begin(self, name: str, faulty: bool = False, **config: Any) -> int:
+        """Start a run, and return its number."""
+        return self.link.submit(self.app(name, faulty, **config), {})
+
+    def end(self, run: int) -> str:
+        """Wait for a run to complete, and return its log."""
+        said = self.link.finish(run)
+        assert self.link.status(run) == "finished:completed", said
+        return said
+
+    def run(self, name: str, **config: Any) -> None:
+        """A run from its start to its end, once."""
+        if not (self.folder / name / "summary.json").exists():
+            self.end(self.begin(name, **config))
 
     def config(self, name: str, **config: Any) -> dict[str, Any]:
         given = {key.replace("_", "-"): value for key, value in config.items()}

@@ -25,7 +25,12 @@ from typing import Any, NamedTuple, NoReturn
 from hilora.models.backbone import load_backbone
 
 COMMANDS = {point.name: point for point in entry_points(group="console_scripts") if "flwr" in point.value}
-PRELOADED = ("flwr.superlink.main", "flwr.supernode.main", "hilora.federated.deploy.flower", "hilora.federated.simulation")
+PRELOADED = (
+    "flwr.superlink.main",
+    "flwr.supernode.main",
+    "hilora.federated.deploy.flower",
+    "hilora.federated.simulation",
+)
 SLEEPY = ("flwr.supernode.start_client_internal", "flwr.superlink.grid.http_grid")
 HASTE = 10
 """SuperNodes and ServerApps look for messages every 3 / HASTE seconds, in the place of 3."""
@@ -172,7 +177,14 @@ def main() -> None:
     waits.PULL_INITIAL_BACKOFF, waits.PULL_BACKOFF_CAP = 1 / HASTE, 10 / HASTE
     for name in PRELOADED:
         importlib.import_module(name)
-    for name in ("flwr", "flower-superlink", "flower-supernode", "flower-superexec", "flwr-serverapp", "flwr-clientapp"):
+    for name in (
+        "flwr",
+        "flower-superlink",
+        "flower-supernode",
+        "flower-superexec",
+        "flwr-serverapp",
+        "flwr-clientapp",
+    ):
         COMMANDS[name].load()
     load_backbone("glyph_vit")  # imports timm's models
     nursery = Nursery(Path(sys.argv[1]))
