@@ -68,6 +68,10 @@ class Federation(Loop):
     def seen(self) -> Tensor:
         return self.population.seen
 
+    @property
+    def unseen(self) -> Tensor:
+        return self.population.unseen
+
     def work(self, clients: Tensor, download: Download, purpose: str, round: int = 0) -> Work:
         trainer = self.trainer(clients, purpose, round)
         upload = self.exchange(trainer, download)
@@ -107,8 +111,8 @@ class Federation(Loop):
             "test": evaluate(test, [client.test for client in members], models, train),
         }
 
-    def accuracies(self) -> dict[str, Tensor]:
-        scores = self.scores(self.seen, self.models(self.seen))
+    def accuracies(self, clients: Tensor, personal: bool = False) -> dict[str, Tensor]:
+        scores = self.scores(clients, self.personalised(clients) if personal else self.models(clients))
         return {split: one.correct for split, one in scores.items()}
 
     def clusters(self) -> dict[str, Any] | None:

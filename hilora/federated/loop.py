@@ -77,9 +77,15 @@ class Loop(ABC):
     def work(self, clients: Tensor, download: Download, purpose: str, round: int = 0) -> Work:
         """Send clients `[n]` a download; they work, and send something back. `round` is its number in the run."""
 
+    @property
     @abstractmethod
-    def accuracies(self) -> dict[str, Tensor]:
-        """Shares of right answers of the seen clients on their validation and test images, `[n]`: `val` and `test`."""
+    def unseen(self) -> Tensor:
+        """Int64 ids of the clients that come after the training, ascending."""
+
+    @abstractmethod
+    def accuracies(self, clients: Tensor, personal: bool = False) -> dict[str, Tensor]:
+        """Shares of right answers of clients `[n]` on their validation and test images, `[n]`: `val` and `test`. If
+        `personal`, the clients are unseen, and train by themselves first."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Metrics(Callback):
     def measure(self, loop: Loop, round: Round) -> None:
         every, number = loop.settings.evaluate_every, round.record["round"]
         due = round.last or (every and number % every == 0)
-        self._measured = loop.accuracies() if due else {}
+        self._measured = loop.accuracies(loop.seen) if due else {}
         for split in ("val", "test"):
             round.record[split] = summarise(self._measured[split]) if due else NOT_MEASURED
 

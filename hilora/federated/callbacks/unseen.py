@@ -6,12 +6,13 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from hilora.federated.callbacks.base import Callback
-from hilora.federated.client import Models
 from hilora.reporting.statistics import summarise
 
 if TYPE_CHECKING:
-    from hilora.federated.simulation import Simulation
+    from hilora.federated.loop import Loop
 
 log = logging.getLogger(__name__)
 
@@ -25,25 +26,25 @@ class UnseenClients(Callback):
         self.accuracy: dict[str, float | None] = {"zero_leaf": None, "leaf": None}
         self.per_client: dict[str, list[Any]] = {}
 
-    def trained(self, simulation: Simulation) -> None:
-        unseen, strategy = simulation.population.unseen, simulation.server
+    def trained(self, loop: Loop) -> None:
+        unseen, strategy = loop.unseen, loop.server
         if not len(unseen):
             return
-        strategy.admit(unseen, simulation.asks("probe"))
+        strategy.admit(unseen, loop.asks("probe"))
         self.per_client["unseen_ids"] = unseen.tolist()
         if strategy.predicts_unseen:
-            self._score(simulation, "zero_leaf", simulation.models(unseen))
-        if simulation.settings.unseen_epochs:
-            self._score(simulation, "leaf", simulation.personalised(unseen))
+            self._score(loop, "zero_leaf", unseen)
+        if loop.settings.unseen_epochs:
+            self._score(loop, "leaf", unseen, personal=True)
         figures = ", ".join(f"{name} {value:.1%}" for name, value in self.accuracy.items() if value is not None)
-        log.info("%s: %d unseen clients, %s", simulation.name, len(unseen), figures)
+        log.info("%s: %d unseen clients, %s", loop.name, len(unseen), figures)
 
-    def _score(self, simulation: Simulation, name: str, models: Models) -> None:
-        correct = simulation.scores(simulation.population.unseen, models)["test"].correct
+    def _score(self, loop: Loop, name: str, unseen: Tensor, personal: bool = False) -> None:
+        correct = loop.accuracies(unseen, personal)["test"]
         self.accuracy[name] = summarise(correct)["mean"]
         self.per_client[f"unseen_{name}"] = correct.tolist()
 
-    def summary(self, simulation: Simulation) -> Mapping[str, Any]:
+    def summary(self, loop: Loop) -> Mapping[str, Any]:
         return {"unseen": self.accuracy, "per_client": self.per_client}
 
     def state_dict(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from hilora.errors import FileError, HiLoRAError, InvalidValueError
+from hilora.errors import HiLoRAError, InvalidValueError
 from hilora.federated.callbacks.report import RESULTS
 from hilora.federated.data.images import ImageSet
 from hilora.federated.data.readers import read_images
@@ -180,9 +180,9 @@ def _work(data: bytes, member: Member, context: Context, measure: bool) -> Any:
     order: Order = of_bytes(data, Order)
     folder, run = context.node_config.get("state-dir"), order.errand.run
     if folder:
-        private = load_private(Path(str(folder)), member.id, run)
+        private = load_private(Path(str(folder)), member.id, run, member.method)
     else:
-        private = _in_context(context, member.id, run)
+        private = _in_context(context, member, run)
     said = member.answer(order, private, measure)
     if folder:
         save_private(Path(str(folder)), private)
@@ -191,14 +191,10 @@ def _work(data: bytes, member: Member, context: Context, measure: bool) -> Any:
     return said
 
 
-def _in_context(context: Context, client: int, run: str) -> Private:
+def _in_context(context: Context, member: Member, run: str) -> Private:
     if RECORD not in context.state:
-        return Private(client, run)
-    try:
-        return Private.of_bytes(data_of(context.state), client, run)
-    except FileError as error:
-        log.warning("%s: the client begins anew", error)
-        return Private(client, run)
+        return Private(member.id, run, member.method)
+    return Private.of_bytes(data_of(context.state), member.id, run, member.method)
 
 
 def _member(context: Context, read: Read | None) -> Member:
@@ -215,7 +211,7 @@ def _member(context: Context, read: Read | None) -> Member:
     else:
         raise InvalidValueError("node config: data is missing: expected the folder of the client's images, or glyphs")
     if what.partition is None:
-        images = all_of(train, test, client, seed)
+        images = all_of(train, test, client, seed, seen=not node.get("unseen", False))
     else:
         images = share_of(train, test, what.partition, client, seed)
     return Member(what, backbone, images, client, find_device(str(node.get("device", "cpu"))))

@@ -46,16 +46,16 @@ def share_of(train: ImageSet, test: ImageSet, scheme: Partition, client: int, se
         torch.arange(len(mine.train), len(both)),
         torch.arange(len(mine.test)),
         mine.group,
-        True,
+        mine.seen,
     )
     return OwnImages(_only(train, both), _only(test, mine.test), shares)
 
 
-def all_of(train: ImageSet, test: ImageSet, client: int, seed: int) -> OwnImages:
+def all_of(train: ImageSet, test: ImageSet, client: int, seed: int, seen: bool = True) -> OwnImages:
     """All images of a set, which are one client's: a fifth of the training images is for validation."""
     order = torch.randperm(len(train), generator=stream(seed, "validation", client))
     count = int(VAL_SHARE * len(train))
-    shares = Client(order[count:].sort().values, order[:count].sort().values, torch.arange(len(test)), None, True)
+    shares = Client(order[count:].sort().values, order[:count].sort().values, torch.arange(len(test)), None, seen)
     return OwnImages(train, test, shares)
 
 
@@ -104,7 +104,7 @@ class Member:
             for one in (images.train, images.test)
         )
         self.client, self.id, self.images, self.test = images.shares, client, train, test
-        self.backbone = backbone
+        self.backbone, self.method = backbone, asked.strategy.name or type(asked.strategy).__name__
         self.strategy, self.engine, self.layout = half(asked, backbone, device)
         none = torch.empty(0, dtype=torch.long)
         nobody = Client(none, none, none, None, False)
@@ -113,7 +113,7 @@ class Member:
     def present(self) -> Present:
         """Who it is."""
         weights = checksum("", self.backbone.model.state_dict())
-        return Present(client=self.id, images=len(self.client.train), backbone=weights)
+        return Present(client=self.id, seen=self.client.seen, images=len(self.client.train), backbone=weights)
 
     def answer(self, order: Order, private: Private, measure: bool = False) -> Done | Counts | Lacks:
         """Do what an order says.
@@ -143,7 +143,12 @@ class Member:
         return Trainer(self.engine, self.images, self.population, ids, errand.purpose, errand.number)
 
     def _counts(self, errand: Errand, private: Private, download: Download) -> Counts:
-        models = self.strategy.models(private.store.of(torch.tensor([self.id])), download, self._trainer(errand))
+        state, trainer = private.store.of(torch.tensor([self.id])), self._trainer(errand)
+        if errand.purpose == "unseen":
+            private.begin(errand)
+            models = self.strategy.personalise(state, download, trainer)
+        else:
+            models = self.strategy.models(state, download, trainer)
 
         def count(images: ImageSet, share: Tensor) -> tuple[int, int]:
             correct = self.engine.evaluate(images, [share], models, self.images).correct

@@ -17,6 +17,7 @@ from hilora.federated.protocol import Stage
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Pair = Annotated[tuple[Count, Count], Strict(False)]  # a list in JSON
 Tensors = dict[str, Tensor]
+RUN = r"^[0-9a-f]{16}$"  # a client names a file after it
 
 
 class MessageError(HiLoRAError, ValueError):
@@ -32,12 +33,13 @@ class Errand(_Fields):
 
     Attributes:
         run: tells one training from another, over all restarts of its server.
-        purpose: what random streams are for: "training" in rounds.
+        purpose: what random streams are for: "training" in rounds, "probe" between them, "models" to predict with, and
+            "unseen" where an unseen client trains by itself, to predict.
         number: of the round in the run, from 1; 0 outside of rounds.
         stage: with the tier and the task; `round` is the number in it.
     """
 
-    run: str
+    run: Annotated[str, Field(pattern=RUN)]
     purpose: str
     number: Count
     stage: Stage
@@ -54,10 +56,12 @@ class Hello(_Fields):
 
 
 class Present(_Fields):
-    """A node says which client it is, how many training images it has, and the checksum of its backbone."""
+    """A node says which client it is, whether it takes part in the training or comes after it, how many training images
+    it has, and the checksum of its backbone."""
 
     kind: Literal["present"] = "present"
     client: Count
+    seen: bool
     images: Count
     backbone: str
 

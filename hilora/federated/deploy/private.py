@@ -16,7 +16,9 @@ from hilora.files import write_bytes
 
 @dataclass
 class Private:
-    """A client in a run.
+    """A client in a run of a method.
+
+    What one method keeps to itself another may send: the state is for the method that it is of, whatever a server says.
 
     Attributes:
         store: the private state, of this client alone.
@@ -27,6 +29,7 @@ class Private:
 
     client: int
     run: str
+    method: str
     store: ClientStore = field(init=False)
     held: dict[str, Stack] = field(default_factory=dict)
     before: dict[str, Any] = field(default_factory=lambda: {"tables": {}, "has": {}})
@@ -48,6 +51,7 @@ class Private:
             {
                 "client": self.client,
                 "run": self.run,
+                "method": self.method,
                 "store": self.store.state_dict(),
                 "held": self.held,
                 "before": self.before,
@@ -56,19 +60,21 @@ class Private:
         )
 
     @classmethod
-    def of_bytes(cls, data: bytes, client: int, run: str) -> Private:
+    def of_bytes(cls, data: bytes, client: int, run: str, method: str) -> Private:
         """What `to_bytes` gave.
 
         Raises:
-            FileError: it is damaged, or of another client or run.
+            FileError: it is damaged, or of another client, run or method.
         """
         tree = unpacked(data)
         try:
-            if (tree["client"], tree["run"]) != (client, run):
+            known = (tree["client"], tree["run"], tree["method"])
+            if known != (client, run, method):
+                said = "client {} in run {} of {}"
                 raise FileError(
-                    f"a private state is of client {tree['client']} in run {tree['run']}, expected {client} in {run}"
+                    f"a private state is of {said.format(*known)}, expected {said.format(client, run, method)}"
                 )
-            found = cls(client, run, tree["held"])
+            found = cls(client, run, method, tree["held"])
             found.store.load_state_dict(tree["store"])
             found.before, last = tree["before"], tree["last"]
             found.last = None if last is None else Errand.model_validate(last)
@@ -90,14 +96,16 @@ def private_file(folder: Path, client: int, run: str) -> Path:
     return folder / f"client-{client}.run-{run}.safetensors"
 
 
-def load_private(folder: Path, client: int, run: str) -> Private:
+def load_private(folder: Path, client: int, run: str, method: str) -> Private:
     """The client's state of a run; a new one, if there is none yet.
 
     Raises:
-        FileError: the file is damaged.
+        FileError: the file is damaged, or of another method.
     """
     path = private_file(folder, client, run)
-    return Private.of_bytes(path.read_bytes(), client, run) if path.is_file() else Private(client, run)
+    if not path.is_file():
+        return Private(client, run, method)
+    return Private.of_bytes(path.read_bytes(), client, run, method)
 
 
 def save_private(folder: Path, private: Private) -> None:

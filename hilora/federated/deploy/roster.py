@@ -44,6 +44,7 @@ class Roster:
 
     Attributes:
         connected: the node of each client that is there now.
+        unseen: clients that come after the training.
         images: how many training images each client said that it has.
     """
 
@@ -51,6 +52,7 @@ class Roster:
         self.courier, self.clients, self.weights, self.deadline = courier, clients, weights, deadline
         self.connected: dict[int, int] = {}
         self.images: dict[int, int] = {}
+        self.unseen: set[int] = set()
         self._said: dict[int, Present] = {}  # by node, in the order of arrival
         self._asked: dict[int, float] = {}  # by node, until when it may answer
         self._refused: dict[int, str] = {}
@@ -58,7 +60,7 @@ class Roster:
     def look(self) -> None:
         """See who is there now."""
         nodes = self.courier.nodes()
-        for node, answer in self.courier.collect().items():
+        for node, answer in sorted(self.courier.collect().items()):
             self._take(node, answer)
         now = time.monotonic()
         new = [n for n in nodes if n not in self._said and n not in self._refused and self._asked.get(n, 0) <= now]
@@ -99,5 +101,6 @@ class Roster:
             if self._refused.pop(node, None) is not None or said.client not in self.images:
                 log.info("client %d is there, with %d images to train on", said.client, said.images)
             self.images[said.client] = said.images
+            (self.unseen.discard if said.seen else self.unseen.add)(said.client)
         elif node not in self._refused:
             self._refuse(node, f"it says that it is client {said.client}, which node {holder} is")

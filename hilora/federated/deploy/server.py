@@ -18,10 +18,12 @@ from hilora.federated.callbacks.base import Callback
 from hilora.federated.callbacks.checkpoint import Checkpoint, restore
 from hilora.federated.callbacks.metrics import Metrics
 from hilora.federated.callbacks.progress import ProgressBar
+from hilora.federated.callbacks.unseen import UnseenClients
+from hilora.federated.deploy.answers import checked, counted, message_of
 from hilora.federated.deploy.member import half
-from hilora.federated.deploy.messages import Counts, Done, Errand, Lacks, MessageError, Refused, of_bytes, to_bytes
+from hilora.federated.deploy.messages import Counts, Done, Errand, Lacks, MessageError, to_bytes
 from hilora.federated.deploy.report import SharedReport
-from hilora.federated.deploy.roster import Answer, Courier, Roster
+from hilora.federated.deploy.roster import Courier, Roster
 from hilora.federated.deploy.settings import Asked
 from hilora.federated.deploy.trial import Trial
 from hilora.federated.deploy.wire import order, together, uploaded
@@ -61,7 +63,7 @@ class Deployment(Loop):
     ) -> None:
         self.asked, self.backbone, self.courier, self.poll = asked, backbone, courier, poll
         server, self.engine, self.layout = half(asked, backbone, find_device(asked.run.device))
-        usual = [Metrics(), *callbacks, ProgressBar(), SharedReport(), Checkpoint()]
+        usual = [Metrics(), UnseenClients(), *callbacks, ProgressBar(), SharedReport(), Checkpoint()]
         super().__init__(server, asked.run.out, usual)
         client = copy.deepcopy(asked.strategy).join(server.problem)
         self.trial = Trial(client, self.engine, len(asked.run.class_names))
@@ -77,6 +79,10 @@ class Deployment(Loop):
     @property
     def seen(self) -> Tensor:
         return torch.tensor(sorted(self.known), dtype=torch.long)
+
+    @property
+    def unseen(self) -> Tensor:
+        return torch.tensor(sorted(self.roster.unseen & set(self.roster.connected)), dtype=torch.long)
 
     def run(self) -> dict[str, Any]:
         self._gather()
@@ -108,7 +114,7 @@ class Deployment(Loop):
         """Take in clients that came since. Once groups may have been `formed`, which is before the first round of the
         second stage, the method admits them as it does unseen ones."""
         self.roster.look()
-        new = sorted(set(self.roster.connected) - self.known)
+        new = sorted(set(self.roster.connected) - self.roster.unseen - self.known)
         if new and formed:
             try:
                 self.server.admit(
@@ -138,11 +144,11 @@ class Deployment(Loop):
         return self._work(clients, download, purpose, round, self.asked.run.patience)
 
     def _work(self, clients: Tensor, download: Download, purpose: str, round: int, attempts: int) -> Work:
-        errand = Errand(run=self.id, purpose=purpose, number=round, stage=download.stage, round=download.round)
+        errand = self._errand(download, purpose, round)
         expected = self.trial(download)
         for attempt in range(1, attempts + 1):
             found, left = self._exchange(
-                clients, download, errand, "train", lambda answer: uploaded(_checked(answer, Done, errand), expected)
+                clients, download, errand, "train", lambda answer: uploaded(checked(answer, Done, errand), expected)
             )
             if found:
                 break
@@ -157,17 +163,19 @@ class Deployment(Loop):
         notes = {"left_out": {str(client): reason for client, reason in left.items()}} if left else {}
         return Work(upload, int(upload.images.sum()), notes=notes)
 
-    def accuracies(self) -> dict[str, Tensor]:
-        seen, download = self.seen, self.configured(self.seen)
-        errand = Errand(
-            run=self.id, purpose="models", number=self.round + 1, stage=download.stage, round=download.round
-        )
+    def accuracies(self, clients: Tensor, personal: bool = False) -> dict[str, Tensor]:
+        purpose, number = ("unseen", 0) if personal else ("models", self.round + 1)
+        download = self.configured(clients)
+        errand = self._errand(download, purpose, number)
         found, _ = self._exchange(
-            seen, download, errand, "evaluate", lambda answer: _counted(_checked(answer, Counts, errand))
+            clients, download, errand, "evaluate", lambda answer: counted(checked(answer, Counts, errand))
         )
         nothing = {"val": torch.nan, "test": torch.nan}
-        by_client = [found.get(client, nothing) for client in seen.tolist()]
+        by_client = [found.get(client, nothing) for client in clients.tolist()]
         return {split: torch.tensor([one[split] for one in by_client]) for split in ("val", "test")}
+
+    def _errand(self, download: Download, purpose: str, number: int) -> Errand:
+        return Errand(run=self.id, purpose=purpose, number=number, stage=download.stage, round=download.round)
 
     def _exchange(
         self, clients: Tensor, download: Download, errand: Errand, kind: str, take: Callable[[Any], Any]
@@ -213,7 +221,7 @@ class Deployment(Loop):
         remaining = max(until - time.monotonic(), 0.01)
         answers = self.courier.exchange(messages, kind, remaining) if messages else {}
         silent = f"no answer within {self.asked.run.deadline:g} s"
-        return {client: _message(answers.get(node, silent), client) for client, node in nodes.items()}
+        return {client: message_of(answers.get(node, silent), client) for client, node in nodes.items()}
 
     def clusters(self) -> dict[str, Any] | None:
         """The groups that the method formed, as the summary has them."""
@@ -228,7 +236,6 @@ class Deployment(Loop):
             "data": "the clients' own" if self.asked.partition is None else "divided among the clients",
             "backbone": self.backbone.name,
             "dtype": run.dtype,
-            "unseen": {"zero_leaf": None, "leaf": None},
             "clusters": self.clusters(),
             "arguments": run.plain(),
         }
@@ -252,46 +259,3 @@ class Deployment(Loop):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.id, self.known = state["id"], set(state["known"])
-
-
-def _message(answer: Answer, client: int) -> Any:
-    """The message in an answer; one that says why there is none in the place of anything else."""
-    if isinstance(answer, str):
-        return Refused(reason=answer)
-    try:
-        found = of_bytes(answer, Done, Counts, Lacks, Refused)
-    except MessageError as error:
-        return Refused(reason=str(error))
-    if isinstance(found, Done | Counts) and found.client != client:
-        return Refused(reason=f"it answers as client {found.client}")
-    return found
-
-
-def _checked(answer: Any, kind: type[Any], errand: Errand) -> Any:
-    """An answer of a kind, to what was asked.
-
-    Raises:
-        MessageError: it is another.
-    """
-    if isinstance(answer, Refused):
-        raise MessageError(answer.reason)
-    if not isinstance(answer, kind):
-        raise MessageError(f"it answers with {answer.kind!r}, expected {kind.model_fields['kind'].default!r}")
-    if answer.errand != errand:
-        raise MessageError(f"it answers to {answer.errand}, expected {errand}")
-    return answer
-
-
-def _counted(counts: Counts) -> dict[str, float]:
-    """Shares of right answers; NaN where there are no images.
-
-    Raises:
-        MessageError: more are right than there are.
-    """
-    found = {}
-    for split in ("val", "test"):
-        right, total = getattr(counts, split)
-        if right > total:
-            raise MessageError(f"{right} of {total} {split} images are right: expected at most all")
-        found[split] = right / total if total else torch.nan
-    return found

@@ -98,7 +98,7 @@ def asked(config: Mapping[str, Any]) -> Asked:
         raise InvalidValueError(f"strategy={method!r} has all images in one place: it cannot be deployed")
     divided = None
     if partition is not None:
-        divided = partition(**{**made[partition], **({"unseen": 0.0} if "unseen" in partition.model_fields else {})})
+        divided = partition(**{**({"unseen": 0.0} if "unseen" in partition.model_fields else {}), **made[partition]})
     return Asked(run, training, strategy, divided)
 
 

@@ -34,7 +34,7 @@ CONFIG: dict[str, Any] = {
     "rounds": "2,2,1",
     "batch-size": 4,
     "rank": 2,
-    "deadline": 5.0,
+    "deadline": 0.05,
     "wait": 5.0,
 }
 

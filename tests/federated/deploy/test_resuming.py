@@ -10,6 +10,7 @@ from flwr.app import Message
 
 from hilora.errors import FileError
 from hilora.federated.archive import unpacked
+from hilora.federated.deploy.private import load_private
 from tests.federated.deploy.conftest import CLIENTS, Make, World
 from tests.federated.deploy.faults import received
 from tests.federated.deploy.grid import Node
@@ -118,6 +119,17 @@ def test_a_damaged_private_state_is_said_and_the_client_left_out(world: Make, tm
     there.run()
     assert there.records[3]["left_out"] == {"2": "FileError at the client, whose log says more"}
     assert there.records[3]["clients"] == CLIENTS - 1
+
+
+def test_what_one_method_keeps_no_other_is_given(world: Make, tmp_path: Path) -> None:
+    world(**LONG, state=tmp_path).run()
+    (path,) = tmp_path.glob("client-2.*")
+    run = unpacked(path)["run"]
+    assert load_private(tmp_path, 2, run, "hilora").store.has["leaf"].tolist() == [True]
+    with pytest.raises(
+        FileError, match=f"of client 2 in run {run} of hilora, expected client 2 in run {run} of fdlora"
+    ):
+        load_private(tmp_path, 2, run, "fdlora")  # which sends its personal adapter
 
 
 def test_a_run_with_other_settings_is_not_resumed(world: Make) -> None:

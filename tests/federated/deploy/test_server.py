@@ -28,11 +28,14 @@ def close(one: Any, other: Any) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_deployment_gives_the_simulations_numbers(world: Make, tmp_path: Path, method: str) -> None:
-    there = world(strategy=method)
+    there = world(strategy=method, unseen=0.25, unseen_epochs=1)
     deployed, simulated = there.deployment(), there.simulation(tmp_path / "simulated")
     summary, expected = deployed.run(), simulated.run()
     close(deployed.server.state_dict(), simulated.server.state_dict())
-    assert summary["per_client"]["test"] == pytest.approx(expected["per_client"]["test"], nan_ok=True)
+    assert summary["per_client"].keys() == expected["per_client"].keys()
+    for name, values in expected["per_client"].items():
+        assert summary["per_client"][name] == pytest.approx(values, nan_ok=True), name
+    assert summary["unseen"] == pytest.approx(expected["unseen"])
     assert summary["tiers"].keys() == expected["tiers"].keys()
     assert summary["communication"]["up"] == expected["communication"]["up"]
     for mine, other in zip(records(deployed), records(simulated), strict=True):

@@ -22,7 +22,7 @@ from tests.federated.deploy.conftest import Make
 from tests.federated.deploy.test_server import METHODS
 
 STAGE = Stage("root", 3, "root")
-ERRAND = Errand(run="a", purpose="training", number=2, stage=STAGE, round=2)
+ERRAND = Errand(run="0123456789abcdef", purpose="training", number=2, stage=STAGE, round=2)
 ONE = torch.tensor([0])
 
 
@@ -192,6 +192,7 @@ def changed(**change: Any) -> bytes:
         (changed(head=[5]), "head.0 is damaged: its digest is not what the message says"),
         (changed(head=[1.5]), "head.0: Input should be a valid integer"),
         (changed(errand={}), "errand.run: Field required"),
+        (changed(errand={**ERRAND.model_dump(), "run": "../../../home"}), "errand.run: String should match pattern"),
         (to_bytes(Hello()), "a message is 'hello', expected order"),
         (packed({}), "a message is None, expected order"),
         (packed({"kind": "order"}), "errand: Field required"),
