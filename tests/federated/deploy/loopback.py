@@ -123,13 +123,19 @@ class Loopback:
         if not key.exists():
             self.flwr("supernode", "register", str(make_node_key(key).with_suffix(".pub")), "loopback")
         said = self.log(f"node{node}").count("SuperNode ID:")
-        self.nodes[node] = self.start(
-            *("flower-supernode", "--superlink", superlink or self.address, "--port", str(free_port())),
-            *("--root-certificates", str(self.certificates.authority), "--auth-supernode-private-key", str(key)),
-            *("--node-config", as_config(config)),
-            log=f"node{node}",
-        )
-        until(lambda: self.log(f"node{node}").count("SuperNode ID:") > said, f"SuperNode {node} is connected")
+
+        def connected() -> bool:
+            """Starts it again where the SuperLink takes another process with its key to be alive."""
+            if node not in self.nodes or ask(self.nursery, do="code", pid=self.nodes[node]) is not None:
+                self.nodes[node] = self.start(
+                    *("flower-supernode", "--superlink", superlink or self.address, "--port", str(free_port())),
+                    *("--root-certificates", str(self.certificates.authority), "--node-config", as_config(config)),
+                    *("--auth-supernode-private-key", str(key)),
+                    log=f"node{node}",
+                )
+            return self.log(f"node{node}").count("SuperNode ID:") > said
+
+        until(connected, f"SuperNode {node} is connected")
         return int(re.findall(r"SuperNode ID: (\d+)", self.log(f"node{node}"))[-1])
 
     def kill_node(self, node: int) -> None:

@@ -16,7 +16,6 @@ from hilora.federated.data.images import ImageSet
 from hilora.federated.data.partitions import Client, Population
 from hilora.federated.data.readers import read_images
 from hilora.federated.deploy.member import OwnImages, all_of, with_classes
-from hilora.federated.deploy.private import Private
 from hilora.federated.deploy.settings import asked
 from hilora.federated.simulation import Simulation
 from hilora.models.backbone import load_backbone
@@ -171,11 +170,11 @@ class Network:
         path = self.folder / name / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def private(self, name: str, client: int) -> Private:
-        """What a client keeps of a run."""
+    def private(self, name: str, client: int) -> dict[str, Any]:
+        """What is in the file that a client keeps of a run."""
         run = self.checkpoint(name)["id"]
         (file,) = self.state(client).glob(f"client-{client}.run-{run}.safetensors")
-        return Private.of_bytes(file.read_bytes(), client, run)
+        return unpacked(file.read_bytes())
 
     def images(self, client: int) -> OwnImages:
         """A client's images as it has them."""
