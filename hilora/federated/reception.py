@@ -94,9 +94,7 @@ class Reception:
             return upload.rows(torch.empty(0, dtype=torch.long))
         return self.privacy.release(upload, download, usable, round, clients)
 
-    def take(
-        self, work: Work, clients: Tensor, download: Download, purpose: str, round: int, drawn_from: int
-    ) -> Work:
+    def take(self, work: Work, clients: Tensor, download: Download, purpose: str, round: int, drawn_from: int) -> Work:
         """What some of the clients `[n]` did with a download to them all, as the strategy is to have it."""
         place = {client: place for place, client in enumerate(clients.tolist())}
         sent = download.of(torch.tensor([place[client] for client in work.upload.clients.tolist()], dtype=torch.long))
