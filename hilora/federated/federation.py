@@ -19,9 +19,8 @@ from hilora.federated.data.partitions import Population
 from hilora.federated.engine.batched import BatchedEngine
 from hilora.federated.engine.predictor import Scores
 from hilora.federated.engine.trainer import Trainer
-from hilora.federated.loop import Loop
+from hilora.federated.loop import Loop, Work
 from hilora.federated.protocol import Download, Head, Upload
-from hilora.federated.reception import Reception, Work
 from hilora.federated.settings import TrainingSettings
 from hilora.federated.strategies import Strategy, resolve
 from hilora.federated.strategies.base import Problem
@@ -66,7 +65,7 @@ class Federation(Loop):
         blocks, truth = self.engine.blocks.of, population.true_groups
         problem = Problem(settings, count, self.engine.fresh, head, truth, self.budgets, blocks)
         server, self.client = (copy.deepcopy(method).join(problem) for _ in range(2))
-        super().__init__(server, out, callbacks, Reception(server))
+        super().__init__(server, out, callbacks)
         self.store = ClientStore(count)
 
     @property
@@ -90,7 +89,7 @@ class Federation(Loop):
         upload = self.client.local(self.store.of(trainer.clients), download, trainer)
         if self.server.travels:
             self.post.receive(upload)
-        return upload
+        return self.reception(download, upload, trainer.purpose, trainer.round, len(self.seen))
 
     def trainer(self, clients: Tensor, purpose: str, round: int = 0) -> Trainer:
         """Clients `[n]` at work; their random streams depend on what for."""

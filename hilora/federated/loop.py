@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from torch import Tensor
 from hilora.federated.callbacks.base import Callback, Round
 from hilora.federated.callbacks.checkpoint import restore
 from hilora.federated.engine.post import Post
-from hilora.federated.protocol import Download, Stage
-from hilora.federated.reception import Reception, Work
+from hilora.federated.protocol import Download, Stage, Upload
+from hilora.federated.reception import Reception
 from hilora.federated.strategies.base import Ask, Strategy
 from hilora.federated.streams import stream
 from hilora.locks import uninterrupted
@@ -27,25 +27,41 @@ log = logging.getLogger(__name__)
 PROGRESS = ("round", "stage", "round_in_stage", "trained", "images", "trained_parameters", "finished")
 
 
+class Work(NamedTuple):
+    """What clients did with a download.
+
+    Attributes:
+        upload: what they sent back; those that sent nothing of use are not in it.
+        images: how many they trained on.
+        loss: the mean over those for which it is known.
+        parameters: how many numbers a client trained at most; 0 where that is not known.
+        notes: what else the round's record says.
+    """
+
+    upload: Upload
+    images: int
+    loss: float | None = None
+    parameters: int = 0
+    notes: Mapping[str, Any] = {}
+
+
 class Loop(ABC):
     """The server's half of a strategy, led through its stages and rounds.
-
-    Args:
-        server: the server's half.
-        out: folder for the results.
-        callbacks: what is told how the training goes.
-        reception: what is done with messages before the server's half has them.
 
     Attributes:
         server: the server's half.
         out: folder for the results.
         post: what was moved.
+        reception: what is done with messages before the server's half has them.
+        noise_seed: of the noise of differential privacy; None for the training's seed.
         stages: of the strategy; `stage` is the number of the one that is trained.
         round_in_stage: rounds of it that are done; `round` of all stages; `trained` of each stage that is over.
         phases: seconds of each phase.
     """
 
-    def __init__(self, server: Strategy, out: Path, callbacks: Sequence[Callback], reception: Reception) -> None:
+    noise_seed: int | None = None
+
+    def __init__(self, server: Strategy, out: Path, callbacks: Sequence[Callback]) -> None:
         self.server, self.out = server, out
         self.callbacks: list[Any] = list(callbacks)  # some want a loop of a certain kind
         self.name, self.settings = server.name or type(server).__name__, server.training
@@ -56,7 +72,7 @@ class Loop(ABC):
         self.images, self.trained_parameters, self.finished = 0, 0, False
         self.phases = dict.fromkeys(PHASES, 0.0)
         self.post = Post(server.problem.clients)
-        self.reception = reception
+        self.reception = Reception(server, self.noise_seed)
 
     @property
     @abstractmethod
@@ -102,12 +118,7 @@ class Loop(ABC):
 
     def asks(self, purpose: str) -> Ask:
         """What a strategy can ask clients by, outside of rounds."""
-        return lambda clients, download: self._asked(clients, download, purpose).upload
-
-    def _asked(self, clients: Tensor, download: Download, purpose: str, round: int = 0) -> Work:
-        """What the server's half gets of clients `[n]` to which it has a download sent."""
-        work = self.work(clients, download, purpose, round)
-        return self.reception.take(work, clients, download, purpose, round, len(self.seen))
+        return lambda clients, download: self.work(clients, download, purpose).upload
 
     @property
     def seconds(self) -> float:
@@ -185,7 +196,7 @@ class Loop(ABC):
         with self._timed("train"):
             clients = self._sample(self.seen, stage)
             download = self.server.configure(stage, clients).at(self.round_in_stage + 1)
-            work = self._asked(clients, download, "training", self.round + 1)
+            work = self.work(clients, download, "training", self.round + 1)
             noted = self.server.aggregate(stage, work.upload)
         stops = bool(noted.pop("stop", False))
         self.round_in_stage += 1
@@ -196,6 +207,7 @@ class Loop(ABC):
             "loss": work.loss,
             "clients": len(work.upload.clients),
             "images": work.images,
+            **self.reception.note(),
             **work.notes,
             **self.moved(),
             **noted,

@@ -3,34 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from hilora.errors import InvalidValueError
 from hilora.federated.privacy import Privacy
 from hilora.federated.protocol import Download, Upload
 from hilora.federated.strategies.base import Strategy
 from hilora.federated.vetting import layout, vet
-
-
-class Work(NamedTuple):
-    """What clients did with a download.
-
-    Attributes:
-        upload: what they sent back; those that sent nothing of use are not in it.
-        images: how many they trained on.
-        loss: the mean over those for which it is known.
-        parameters: how many numbers a client trained at most; 0 where that is not known.
-        notes: what else the round's record says.
-    """
-
-    upload: Upload
-    images: int
-    loss: float | None = None
-    parameters: int = 0
-    notes: Mapping[str, Any] = {}
 
 
 class Reception:
@@ -93,16 +74,6 @@ class Reception:
         if purpose != "training":
             return upload.rows(torch.empty(0, dtype=torch.long))
         return self.privacy.release(upload, download, usable, round, clients)
-
-    def take(self, work: Work, clients: Tensor, download: Download, purpose: str, round: int, drawn_from: int) -> Work:
-        """What some of the clients `[n]` did with a download to them all, as the strategy is to have it."""
-        place = {client: place for place, client in enumerate(clients.tolist())}
-        sent = download.of(torch.tensor([place[client] for client in work.upload.clients.tolist()], dtype=torch.long))
-        upload = self(sent, work.upload, purpose, round, drawn_from)
-        notes = {**work.notes, **self.note()}
-        if "left_out" in notes:
-            notes["left_out"] = {**work.notes.get("left_out", {}), **notes["left_out"]}
-        return work._replace(upload=upload, notes=notes)
 
     def note(self) -> dict[str, Any]:
         """What is worth a note in the metrics of a round."""

@@ -26,9 +26,8 @@ from hilora.federated.deploy.roster import Courier, Roster
 from hilora.federated.deploy.settings import Asked
 from hilora.federated.deploy.wire import order, together, uploaded
 from hilora.federated.engine.device import find_device
-from hilora.federated.loop import Loop
+from hilora.federated.loop import Loop, Work
 from hilora.federated.protocol import Download, Stage, Upload
-from hilora.federated.reception import Reception, Work
 from hilora.models.backbone import Backbone
 from hilora.reporting.clusters import clusters
 
@@ -61,10 +60,10 @@ class Deployment(Loop):
         self, asked: Asked, backbone: Backbone, courier: Courier, callbacks: Sequence[Callback] = (), poll: float = 1.0
     ) -> None:
         self.asked, self.backbone, self.courier, self.poll = asked, backbone, courier, poll
+        self.noise_seed = secrets.randbits(63)  # nobody else is to know it
         server, self.engine, self.layout = half(asked, backbone, find_device(asked.run.device))
         usual = [Metrics(), UnseenClients(), *callbacks, ProgressBar(), SharedReport(), Checkpoint()]
-        reception = Reception(server, secrets.randbits(63))
-        super().__init__(server, asked.run.out, usual, reception)
+        super().__init__(server, asked.run.out, usual)
         self._weights = checksum("", backbone.model.state_dict())
         self.roster = Roster(courier, asked.run.clients, self._weights, asked.run.deadline)
         self.id, self.known = secrets.token_hex(8), set[int]()
@@ -115,17 +114,15 @@ class Deployment(Loop):
         new = sorted(set(self.roster.connected) - self.roster.unseen - self.known)
         if new and formed:
             try:
-                self.server.admit(torch.tensor(new), self._probed)
+                self.server.admit(
+                    torch.tensor(new), lambda clients, sent: self._work(clients, sent, "probe", 0, 1).upload
+                )
             except NobodyAnsweredError:
                 log.warning("clients %s came and did not answer: they are not taken in yet", new)
                 return
         if new and self.round:
             log.info("clients %s take part from round %d on", new, self.round + 1)
         self.known |= set(new)
-
-    def _probed(self, clients: Tensor, download: Download) -> Upload:
-        work = self._work(clients, download, "probe", 0, attempts=1)
-        return self.reception.take(work, clients, download, "probe", 0, len(self.seen)).upload
 
     def _stage(self, stage: Stage) -> None:
         self._welcome(formed=self.stage > 1 or (self.stage == 1 and self.round_in_stage > 0))
@@ -150,7 +147,8 @@ class Deployment(Loop):
             found, left = self._exchange(
                 clients, download, errand, "train", lambda answer: uploaded(checked(answer, Done, errand), expected)
             )
-            if found:
+            upload = self._received(clients, download, errand, found, left)
+            if upload is not None:
                 break
             log.error("%s: nobody answered, attempt %d of %d: %s", errand, attempt, attempts, left)
         else:
@@ -158,10 +156,23 @@ class Deployment(Loop):
                 f"{errand}: nobody answered in {attempts} attempts of {self.asked.run.deadline:g} s; with resume=true "
                 f"the run goes on from {self.out}. The last reasons: {left}"
             )
-        upload: Upload = together(list(found.values()))
-        self.post.receive(upload)
         notes = {"left_out": {str(client): reason for client, reason in left.items()}} if left else {}
         return Work(upload, int(upload.images.sum()), notes=notes)
+
+    def _received(
+        self, clients: Tensor, download: Download, errand: Errand, found: Mapping[int, Upload], left: dict[int, str]
+    ) -> Upload | None:
+        """What the strategy gets of the uploads of clients; the reasons are added why others are left out."""
+        if not found:
+            return None
+        places = torch.isin(clients, torch.tensor(list(found))).nonzero().flatten()
+        upload = together(list(found.values()))
+        self.post.receive(upload)
+        upload = self.reception(download.of(places), upload, errand.purpose, errand.number, len(self.known))
+        for client, reason in self.reception.left_out.items():
+            log.warning("round %d: left out client %d: %s", errand.number, client, reason)
+        left |= self.reception.left_out
+        return upload if len(self.reception.left_out) < len(found) else None
 
     def accuracies(self, clients: Tensor, personal: bool = False) -> dict[str, Tensor]:
         purpose, number = ("unseen", 0) if personal else ("models", self.round + 1)

@@ -253,3 +253,20 @@ def test_a_client_that_comes_later_takes_part_from_then_on(world: Make, rounds: 
     assert there.records[0]["clients"] == 3
     assert int(deployed.server.grouping.member[3]) >= 0  # type: ignore[attr-defined]
     assert deployed.summary()["per_client"]["ids"] == [0, 1, 2, 3]
+
+
+def test_an_update_that_is_too_large_is_left_out_where_a_bound_is_set(world: Make, others: Any) -> None:
+    there = world(**ONCE, update_bound=100.0)
+    tensor(lambda value: value * 1e6)(there.nodes[3])
+    close(there.run().server.state_dict(), others)
+    (said,) = left_out(there, there.nodes[3])
+    assert said is not None
+    assert "more than 100" in said
+
+
+@pytest.mark.parametrize("choice", [5, 2**52])
+def test_a_choice_that_is_none_is_left_out(world: Make, choice: int) -> None:
+    there = world(**ONCE | {"strategy": "ifca"})
+    changed(there.nodes[3], lambda tree: tree.update(choice=choice))
+    there.run()
+    assert left_out(there, there.nodes[3]) == ["a choice that is none of 5"]
