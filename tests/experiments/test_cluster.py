@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -73,19 +72,32 @@ def killer(begins: str, times: int) -> Iterator[list[Path]]:
     killed: list[Path] = []
     over = threading.Event()
 
-    def training() -> Iterator[tuple[psutil.Process, Path]]:
-        for process in psutil.Process().children():
-            with suppress(psutil.Error):  # it has just ended
-                for folder in [Path(file.path).parent for file in process.open_files()]:
-                    if folder.name.startswith(begins) and (folder / PREVIOUS).exists():
-                        yield process, folder
+    def at(process: psutil.Process) -> Path | None:
+        """The folder of the run that a worker is at: it has the log open until the run has ended."""
+        with suppress(psutil.Error):  # it has just ended
+            for folder in [Path(file.path).parent for file in process.open_files() if file.path.endswith("/log.txt")]:
+                if folder.name.startswith(begins) and (folder / PREVIOUS).exists():
+                    return folder
+        return None
+
+    def kill(process: psutil.Process) -> None:
+        if at(process) is None:
+            return
+        process.suspend()  # so that the run does not end between the look and the shot
+        folder = at(process)
+        if folder is None:
+            process.resume()
+            return
+        process.kill()
+        killed.append(folder)
+        while at(process) is not None:
+            time.sleep(0.01)
 
     def work() -> None:
         while len(killed) < times and not over.wait(0.01):
-            for process, folder in islice(training(), 1):
-                process.kill()
-                process.wait()
-                killed.append(folder)
+            for process in psutil.Process().children():
+                if len(killed) < times:
+                    kill(process)
 
     thread = threading.Thread(target=work)
     thread.start()
