@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hilora.adapters.io.files import checksum
 from hilora.federated.callbacks.base import Callback, Round
+from hilora.federated.callbacks.budgets import BudgetGroups
 from hilora.federated.callbacks.checkpoint import Checkpoint, restore
 from hilora.federated.callbacks.diagnostics import Diagnostics
 from hilora.federated.callbacks.metrics import Metrics
@@ -76,7 +77,8 @@ class Simulation(Federation):
         self.round, self.trained = 0, list[int]()  # rounds so far; in each stage that is over
         self.images, self.trained_parameters, self.finished = 0, 0, False
         self.phases = dict.fromkeys(PHASES, 0.0)  # seconds
-        self.callbacks = [Metrics(), Diagnostics(), UnseenClients(), *callbacks, ProgressBar(), Report(), Checkpoint()]
+        measures = [Metrics(), Diagnostics(), BudgetGroups(), UnseenClients()]
+        self.callbacks = [*measures, *callbacks, ProgressBar(), Report(), Checkpoint()]
         self._weights = checksum("", backbone.model.state_dict())
         images = {"train": train.checksums(), "test": test.checksums()}
         self._data = checksum("", {**images, "train labels": train.labels, "test labels": test.labels})
@@ -179,7 +181,7 @@ class Simulation(Federation):
             **self.moved(),
             **noted,
         }
-        round = Round(stage, stops or self.round_in_stage >= stage.rounds, record)
+        round = Round(stage, stops or self.round_in_stage >= stage.rounds, record, trainer.work)
         with self._timed("evaluate"):
             self._tell("measure", round)
         record["seconds"] = self.seconds - before

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hilora.adapters.table import AdapterTable
 from hilora.errors import InvalidValueError
 from hilora.federated.client import Models, Trained
 from hilora.federated.data.images import ImageSet
@@ -18,6 +20,7 @@ from hilora.federated.engine.blocks import Parts
 from hilora.federated.engine.predictor import Scores
 from hilora.federated.engine.shared_pass import Task
 from hilora.federated.local.sgd import LocalSGD
+from hilora.federated.protocol import Rows
 from hilora.federated.streams import stream
 
 log = logging.getLogger(__name__)
@@ -25,6 +28,26 @@ log = logging.getLogger(__name__)
 
 class Diverged(InvalidValueError):
     """A training in which no client's numbers are finite any more; a lower learning rate may help."""
+
+
+class Work(NamedTuple):
+    """What a training of n clients was.
+
+    Attributes:
+        clients: int64 `[n]`, who they are.
+        images: int64 `[n]`, how many each trained on; of all its passes.
+        ranks: for each tier, int64 `[n]`, of the adapters in the forward pass; 0 for a client without one.
+        trained: the tiers in training.
+        factors: which of their factors are trained.
+        parts: which blocks the clients train, and have; None: all.
+    """
+
+    clients: Tensor
+    images: Tensor
+    ranks: Mapping[str, Tensor]
+    trained: tuple[str, ...]
+    factors: str
+    parts: Parts | None
 
 
 class Trainer:
@@ -36,6 +59,7 @@ class Trainer:
         losses: mean losses of all their trainings, `[n]` each.
         skipped: ids of clients whose update was not finite: they keep what they started from, and count for no images.
         parameters: how many numbers a client trained at most.
+        work: what their trainings were.
     """
 
     def __init__(
@@ -52,6 +76,7 @@ class Trainer:
         self.images, self.parameters = 0, 0
         self.losses: list[Tensor] = []
         self.skipped: list[int] = []
+        self.work: list[Work] = []
 
     @property
     def counts(self) -> Tensor:
@@ -104,6 +129,8 @@ class Trainer:
         purpose = f"{self.purpose} {tier}"
         images, round = self.training_images, self.round
         trained = self.engine.train(images, shares, models, task, clients, purpose, round, parts)
+        ranks = {tier: _ranks(rows) for tier, rows in models.tiers.items()}
+        self.work.append(Work(clients, trained.images, ranks, task.tiers, factors, parts))
         finite = trained.finite()
         if not finite.all():
             broken = clients[~finite.cpu()].tolist()
@@ -131,6 +158,10 @@ class Trainer:
             order = torch.randperm(len(share), generator=stream(self.settings.seed, "examples", client))
             drawn.append(share[order.repeat(-(-count // len(share)))[:count]])
         return torch.stack(drawn)
+
+
+def _ranks(rows: Rows[AdapterTable]) -> Tensor:
+    return torch.where(rows.slot >= 0, rows.table.rank[rows.slot.clamp_min(0)], 0)
 
 
 def _trained_numbers(trained: Trained, task: Task) -> int:
