@@ -96,7 +96,7 @@ class Federation:
 
     def _configured(self, clients: Tensor) -> Download:
         """What the server has for clients now."""
-        return self.server.configure(self.current, clients).at(self.round_in_stage + 1)
+        return self.server.serve(self.current, clients).at(self.round_in_stage + 1)
 
     def models(self, clients: Tensor) -> Models:
         """What clients `[n]` predict with now. To measure them is no traffic."""

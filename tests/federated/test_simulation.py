@@ -34,7 +34,7 @@ TIERS = {
     "head-only": ["root", "cluster", "leaf"],
     "fdlora": ["root", "leaf"],
     "feddpa-f": ["root", "leaf"],
-    **{name: ["root"] for name in ("fedit", "flexlora", "ffa-lora", "ifca", "central")},
+    **{name: ["root"] for name in ("fedit", "flexlora", "ffa-lora", "ifca", "central", "fed-hello", "fedra")},
     **{name: ["leaf"] for name in ("local-lora", "fedsa-lora", "feddpa-t", "pf2lora", "fedalt")},
 }
 

@@ -19,6 +19,7 @@ from hilora.federated.engine.bench import LocalAlgorithm
 from hilora.federated.engine.blocks import Parts
 from hilora.federated.engine.predictor import Scores
 from hilora.federated.engine.shared_pass import Task
+from hilora.federated.local.gradient import OneGradient
 from hilora.federated.local.sgd import LocalSGD
 from hilora.federated.protocol import Rows
 from hilora.federated.streams import stream
@@ -143,6 +144,30 @@ class Trainer:
         self.losses.append(trained.loss)
         self.parameters = max(self.parameters, _trained_numbers(trained, task))
         return trained
+
+    def fisher(self, models: Models, tier: str, count: int) -> Tensor:
+        """How much each block matters: the diagonal of the empirical Fisher information of a tier's adapters, the mean
+        over some of a client's training images of the squares of their gradients, summed over the block.
+
+        Args:
+            models: of the clients.
+            tier: of which adapters.
+            count: how many images of each client, which are drawn at random and are always the same.
+
+        Returns:
+            float32 `[n, L]`; 0 for a client without images.
+        """
+        images, places = self.examples(count).flatten(), torch.arange(len(self.clients)).repeat_interleave(count)
+        task = Task(tier, OneGradient(), 1, tier, head=False)
+        ids, shares = self.clients[places], list(images[:, None])
+        trained = self.engine.train(self.training_images, shares, models.of(places), task, ids, "Fisher information")
+        table, blocks = trained.tiers[tier], self.engine.blocks
+        found = torch.zeros(len(self.clients), len(blocks))
+        for pair, of in zip(table.factors, blocks.of, strict=True):
+            for gradient in pair:
+                squares = gradient.square().sum((-2, -1)).view(len(self.clients), count, -1).mean(1)  # [n, P]
+                found.index_add_(1, of, squares.to(found))
+        return found.where((self.counts > 0)[:, None], 0)
 
     def scores(self, models: Models, images: Tensor | None = None) -> Scores:
         """How the models predict the clients' training images, or those `[n, m]` that are named."""
