@@ -142,13 +142,17 @@ class Halves:
         download: Download = self.server.configure(self.stage, clients).at(round)
         return download
 
+    def _served(self, clients: Tensor) -> Download:
+        download: Download = self.server.serve(self.stage, clients).at(self.done + 1)
+        return download
+
     def models(self, clients: Tensor = SEEN) -> Models:
-        sent, state = self._sent(clients, self.done + 1), self.store.of(clients)
+        sent, state = self._served(clients), self.store.of(clients)
         models: Models = self.client.models(state, sent, self.trainer(clients))
         return models
 
     def personalised(self, clients: Tensor = UNSEEN) -> Models:
-        sent = self._sent(clients, self.done + 1)
+        sent = self._served(clients)
         models: Models = self.client.personalise(self.store.of(clients), sent, self.trainer(clients))
         return models
 
