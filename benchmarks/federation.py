@@ -15,6 +15,7 @@ from hilora.adapters.config import HiLoRAConfig
 from hilora.federated.client import Models, Trained
 from hilora.federated.data.images import ImageSet
 from hilora.federated.engine.batched import BatchedEngine
+from hilora.federated.engine.blocks import Parts
 from hilora.federated.engine.device import quick_dtype
 from hilora.federated.engine.shared_pass import Task
 from hilora.federated.local.sgd import LocalSGD
@@ -87,10 +88,14 @@ class Federation:
         """Of a local epoch of all clients."""
         return local_epoch(self.shape, self.tokens, self.backbone.features, self.depth)
 
-    def epoch(self, size: int | None, dtype: torch.dtype) -> Callable[[], list[Tensor]]:
-        """A local epoch of so many clients at once: gives B of the leaves and weights of the heads after it."""
+    def epoch(
+        self, size: int | None, dtype: torch.dtype, models: Models | None = None, parts: Parts | None = None
+    ) -> Callable[[], list[Tensor]]:
+        """A local epoch of so many clients at once: gives B of the leaves and weights of the heads after it. They may
+        start from other models, and train or have some of the blocks."""
         engine, ids = self.engine(size, dtype), torch.arange(self.shape.clients)
-        train = partial(engine.train, self.images, self.shares, self.models, LEAVES, ids, "training")
+        start = models or self.models
+        train = partial(engine.train, self.images, self.shares, start, LEAVES, ids, "training", parts=parts)
 
         def step() -> list[Tensor]:
             trained: Trained = train()

@@ -36,10 +36,16 @@ TARGETS = {
         Target("layer, forward, over stacked addmm", "layer", "forward", OURS, "stacked addmm", 1.0),
         Target("layer, step, over stacked addmm", "layer", "step", OURS, "stacked addmm", 1.0),
         Target("layer, step, over compiled PEFT", "layer", "step", OURS, "PEFT, compiled", 1.0),
+        Target("unequal ranks, over equal ones", "unequal", "step", OURS, "equal ranks", 1.10),
+        Target("some blocks trained, over all", "unequal", "step", "some blocks trained", "equal ranks", 1.10),
+        Target("some blocks alone, over all", "unequal", "step", "some blocks alone", "equal ranks", 1.10),
     ),
     "cpu": (
         Target("layer, forward, over stacked addmm", "layer", "forward", WHOLE, "stacked addmm", 1.0),
         Target("layer, step, over stacked addmm", "layer", "step", WHOLE, "stacked addmm", 1.0),
+        Target("unequal ranks, over equal ones", "unequal", "step", OURS, "equal ranks", 1.10),
+        Target("some blocks trained, over all", "unequal", "step", "some blocks trained", "equal ranks", 1.10),
+        Target("some blocks alone, over all", "unequal", "step", "some blocks alone", "equal ranks", 1.10),
     ),
 }
 TARGETS["toy"] = TARGETS["cuda"]

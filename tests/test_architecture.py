@@ -129,7 +129,12 @@ def test_no_file_is_long(module: str) -> None:
 
 def _may_say(kind: type, module: str) -> bool:
     """Whether a module may name a method: its own, and those of methods that build on it."""
-    return any(other.__module__ == module for other in STRATEGIES.values() if issubclass(other, kind))
+    return any(
+        base.__module__ == module
+        for other in STRATEGIES.values()
+        for base in other.__mro__
+        if issubclass(other, kind) and issubclass(base, kind)
+    )
 
 
 WORDS = ("hilora", "central")

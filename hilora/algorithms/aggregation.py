@@ -105,6 +105,19 @@ def relative_change(
     return math.sqrt(change) / (math.sqrt(norm) + eps)
 
 
+def product_norms(factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """`‖B A‖_F` of each of N adapters over all projections, float64 `[N]`.
+
+    Args:
+        factors: for each shape of projection, A `[N, ..., r, in]` and B `[N, ..., out, r]`.
+    """
+    squares = []
+    for A, B in factors:
+        A, B = A.double(), B.double()
+        squares.append(((B.mT @ B) * (A @ A.mT)).flatten(1).sum(1).clamp_min(0))
+    return torch.stack(squares).sum(0).sqrt()
+
+
 def _squared_norm(A: Tensor, B: Tensor) -> float:
     """`‖B A‖²_F = tr(BᵀB · AAᵀ)`, without the product."""
     A, B = A.double(), B.double()

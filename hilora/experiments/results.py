@@ -27,6 +27,7 @@ def results(summary: Mapping[str, Any]) -> dict[str, Any]:
     of bytes the means over clients."""
     clusters, moved = summary["clusters"], summary["communication"]
     kept = {name: summary[name] for name in KEPT}
+    kept |= {"budgets": summary["budgets"]} if "budgets" in summary else {}
     kept["communication"] = moved and {way: value for way, value in moved.items() if way != "per_client"}
     kept["clusters"] = None if clusters is None else {"k": clusters["k"], "ari": clusters["ari"]}
     figures: dict[str, Any] = rounded(kept)

@@ -23,6 +23,7 @@ def accuracy_table(cells: Sequence[Cell], compare: Cell) -> Table:
         f"minus {compare.method.label} [95 %]": lambda cell: MISSING if cell is compare else _difference(cell, compare),
         "by seed": lambda cell: MISSING if cell is compare else _differences(cell, compare),
         "tail": lambda cell: _percent(cell.over_seeds("final", "tail")),
+        "by budget": _by_budget,
         "std over clients": lambda cell: _percent(cell.over_seeds("final", "std")),
         "unseen, zero leaf": lambda cell: _percent(cell.over_seeds("unseen", "zero_leaf")),
         "unseen, own epochs": lambda cell: _percent(cell.over_seeds("unseen", "leaf")),
@@ -39,6 +40,7 @@ def cost_table(cells: Sequence[Cell]) -> Table:
         "method": _label,
         "up a round": lambda cell: _size(cell.over_seeds("communication", "up")),
         "down a round": lambda cell: _size(cell.over_seeds("communication", "down")),
+        "GFLOPs an image, by budget": _flops_by_budget,
         "trained parameters": lambda cell: _count(cell.over_seeds("trained_parameters")),
         "images trained on": lambda cell: _count(cell.over_seeds("images")),
     }
@@ -178,6 +180,25 @@ def _each(cell: Cell, form: str, *keys: str) -> str:
     texts = {seed: form.format(value) for seed, value in cell.by_seed(*keys).items()}
     agree = len(texts) == len(cell.setting.seeds) and len(set(texts.values())) == 1
     return next(iter(texts.values())) if agree else _named(cell, texts)
+
+
+def _by_budget(cell: Cell) -> str:
+    """Accuracy of the clients of each budget."""
+    return _of_budgets(cell, lambda group: group["accuracy"]["mean"], lambda mean: f"{100 * mean:.1f}")
+
+
+def _flops_by_budget(cell: Cell) -> str:
+    return _of_budgets(cell, lambda group: group["flops"], lambda mean: f"{mean / 1e9:.3g}")
+
+
+def _of_budgets(cell: Cell, figure: Callable[[Any], float | None], said: Callable[[float], str]) -> str:
+    """A figure of each budget, a mean over seeds, the budgets in the order of the setting."""
+    texts = []
+    for groups in zip(*cell.by_seed("budgets").values(), strict=True):
+        budget = "/".join(f"{groups[0][kind]} {kind}" for kind in ("ranks", "layers") if groups[0][kind] is not None)
+        value = spread([figure(group) for group in groups])
+        texts.append(f"{budget}: {MISSING if value is None else said(value.mean)}")
+    return ", ".join(texts) or MISSING
 
 
 def _paper(cell: Cell) -> str:

@@ -18,6 +18,7 @@ from hilora.algorithms.robust import (
     trimmed_mean,
     trimmed_product_mean,
 )
+from hilora.federated.coverage import covered_mean, filled
 from hilora.federated.settings import TrainingSettings
 
 S = TypeVar("S", bound=Stack)
@@ -59,6 +60,14 @@ class Averaging:
         both = _joined(rows, start)
         values = [value for value in both.tensors().values() if value.is_floating_point()]
         return both.mean(self._weights(distances(values), len(rows)))
+
+    def covered_mean(self, table: AdapterTable, weights: Tensor, start: AdapterTable) -> AdapterTable:
+        """The mean of adapters of which clients have some ranks and projections: entry by entry over those that have
+        it, and what was before where nobody has. By the rules that count all alike, clients stand where they started
+        with what they do not have. The arguments are those of `mean`, with one start."""
+        if self.settings.robust == "none":
+            return covered_mean(table, weights, start)
+        return self.mean(filled(table, start), weights, start)
 
     def product_mean(self, table: AdapterTable, weights: Tensor, start: AdapterTable) -> AdapterTable:
         """The mean of products at the rank of the clients' adapters, as one row: columns of B orthonormal, A carries

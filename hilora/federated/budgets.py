@@ -30,6 +30,11 @@ class Budgets(NamedTuple):
     layers: Tensor | None = None
 
     @property
+    def unequal(self) -> bool:
+        """Whether anything is limited."""
+        return self.ranks is not None or self.layers is not None
+
+    @property
     def common(self) -> int | None:
         """The ranks that all of unequal clients hold; None where all hold the same."""
         return None if self.ranks is None or bool((self.ranks == self.ranks[0]).all()) else int(self.ranks.min())

@@ -56,3 +56,32 @@ def _entrywise(
         return found
 
     return AdapterTable(of("A"), of("B"))
+
+
+def picked(table: AdapterTable, places: Tensor, ranks: Tensor) -> AdapterTable:
+    """Some ranks of one adapter for each of n clients, packed to the front.
+
+    Args:
+        table: one row.
+        places: int64 `[n, r]`, the ranks in each client's order.
+        ranks: int64 `[n]`, how many of them, from the first, it has.
+    """
+    A = [factor[0][:, places.to(factor.device)].transpose(0, 1).contiguous() for factor in table.A]
+    B = [factor[0][..., places.to(factor.device)].movedim(-2, 0).contiguous() for factor in table.B]
+    return AdapterTable(A, B).leading(ranks)
+
+
+def scattered(table: AdapterTable, places: Tensor, before: AdapterTable) -> AdapterTable:
+    """What `picked` gave, `[n, ...]`, back in its places, with what was before, one row, in all others."""
+    back = places.argsort(1)  # where each rank was packed to
+    there = back < table.rank[:, None]
+
+    def of(factors: tuple[Tensor, ...], old: tuple[Tensor, ...], dim: int) -> list[Tensor]:
+        shape = (len(back), 1, -1, 1) if dim == 2 else (len(back), 1, 1, -1)
+        found = []
+        for values, start in zip(factors, old, strict=True):
+            index = back.view(shape).expand_as(values).to(values.device)
+            found.append(values.gather(dim, index).where(there.view(shape).to(values.device), start.to(values)))
+        return found
+
+    return AdapterTable(of(table.A, before.A, 2), of(table.B, before.B, 3))

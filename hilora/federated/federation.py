@@ -80,7 +80,7 @@ class Federation(Loop):
         trainer = self.trainer(clients, purpose, round)
         upload = self.exchange(trainer, download)
         notes = {"skipped": trainer.skipped} if trainer.skipped else {}
-        return Work(upload, trainer.images, _mean(trainer.losses), trainer.parameters, notes)
+        return Work(upload, trainer.images, _mean(trainer.losses), trainer.parameters, trainer.efforts, notes)
 
     def exchange(self, trainer: Trainer, download: Download) -> Upload:
         """Send clients a download; they work, and send something back."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from hilora.federated.callbacks.base import Callback, Round
 from hilora.federated.callbacks.checkpoint import restore
 from hilora.federated.engine.post import Post
+from hilora.federated.engine.trainer import Effort
 from hilora.federated.protocol import Download, Stage, Upload
 from hilora.federated.reception import Reception
 from hilora.federated.strategies.base import Ask, Strategy
@@ -35,6 +36,7 @@ class Work(NamedTuple):
         images: how many they trained on.
         loss: the mean over those for which it is known.
         parameters: how many numbers a client trained at most; 0 where that is not known.
+        efforts: what the trainings were, where that is known.
         notes: what else the round's record says.
     """
 
@@ -42,6 +44,7 @@ class Work(NamedTuple):
     images: int
     loss: float | None = None
     parameters: int = 0
+    efforts: Sequence[Effort] = ()
     notes: Mapping[str, Any] = {}
 
 
@@ -114,7 +117,7 @@ class Loop(ABC):
 
     def configured(self, clients: Tensor) -> Download:
         """What the server has for clients now."""
-        return self.server.configure(self.current, clients).at(self.round_in_stage + 1)
+        return self.server.serve(self.current, clients).at(self.round_in_stage + 1)
 
     def asks(self, purpose: str) -> Ask:
         """What a strategy can ask clients by, outside of rounds."""
@@ -212,7 +215,7 @@ class Loop(ABC):
             **self.moved(),
             **noted,
         }
-        round = Round(stage, stops or self.round_in_stage >= stage.rounds, record)
+        round = Round(stage, stops or self.round_in_stage >= stage.rounds, record, work.efforts)
         with self._timed("evaluate"):
             self._tell("measure", round)
         record["seconds"] = self.seconds - before

@@ -12,7 +12,7 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from hilora.adapters.table import AdapterTable, Stack
+from hilora.adapters.table import AdapterTable, Stack, row_bytes
 
 S = TypeVar("S", bound=Stack)
 
@@ -109,12 +109,15 @@ class Download:
         tiers: adapters of the tiers that the client does not have by itself; a table may hold A or B alone.
         head: the classifier head, unless the client has its own.
         round: number of the round in its stage, from 1; 0 outside of rounds.
+        blocks: bool `[n, L]`, the blocks whose adapters each client trains; None: all. Like the two above, it counts
+            for no traffic.
     """
 
     stage: Stage
     tiers: Mapping[str, Rows[AdapterTable]] = field(default_factory=dict)
     head: Rows[Head] | None = None
     round: int = 0
+    blocks: Tensor | None = None
 
     def at(self, round: int) -> Download:
         return replace(self, round=round)
@@ -122,7 +125,8 @@ class Download:
     def of(self, clients: Tensor) -> Download:
         """The same for some of the n clients, by their places `[m]`."""
         tiers = {tier: rows.of(clients) for tier, rows in self.tiers.items()}
-        return replace(self, tiers=tiers, head=None if self.head is None else self.head.of(clients))
+        head = None if self.head is None else self.head.of(clients)
+        return replace(self, tiers=tiers, head=head, blocks=None if self.blocks is None else self.blocks[clients])
 
     def parts(self) -> Iterator[Part]:
         """What is sent, piece by piece: each factor of each tier, and the head."""
@@ -147,11 +151,15 @@ class Sends(NamedTuple):
         tiers: which factors of which tiers, "AB" or one of them.
         head: whether the head.
         choices: among how many adapters it names a choice; 0: it names none.
+        partial: whether it may leave out some projections.
+        scores: how many numbers it sends, one for each block; 0: none.
     """
 
     tiers: Mapping[str, str] = {}
     head: bool = False
     choices: int = 0
+    partial: bool = False
+    scores: int = 0
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,7 @@ class Upload:
         tiers: adapters `[n, ...]`; a table may hold A or B alone.
         head: heads `[n, ...]`.
         choice: int64 `[n]`, which of several adapters each took.
+        scores: float32 `[n, L]`, how much each block matters to a client.
     """
 
     clients: Tensor
@@ -171,6 +180,7 @@ class Upload:
     tiers: Mapping[str, AdapterTable] = field(default_factory=dict)
     head: Head | None = None
     choice: Tensor | None = None
+    scores: Tensor | None = None
 
     def rows(self, index: Tensor) -> Upload:
         """The messages of some of the n clients, by their places `[m]` or by a mask."""
@@ -180,6 +190,7 @@ class Upload:
             {tier: table.rows(index) for tier, table in self.tiers.items()},
             None if self.head is None else self.head.rows(index),
             None if self.choice is None else self.choice[index],
+            None if self.scores is None else self.scores[index],
         )
 
     def nbytes(self) -> Tensor:
@@ -187,4 +198,6 @@ class Upload:
         total = torch.zeros(len(self.clients), dtype=torch.long)
         for stack in (*self.tiers.values(), *([] if self.head is None else [self.head])):
             total += stack.nbytes()
-        return total if self.choice is None else total + self.choice.element_size()
+        for numbers in (self.choice, self.scores):
+            total += 0 if numbers is None else row_bytes(numbers)
+        return total

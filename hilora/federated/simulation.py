@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hilora.adapters.io.files import checksum
 from hilora.federated.callbacks.base import Callback
+from hilora.federated.callbacks.budgets import BudgetGroups
 from hilora.federated.callbacks.checkpoint import Checkpoint, restore
 from hilora.federated.callbacks.diagnostics import Diagnostics
 from hilora.federated.callbacks.metrics import Metrics
@@ -61,7 +62,8 @@ class Simulation(Federation):
         arguments: Mapping[str, Any] | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        usual = [Metrics(), Diagnostics(), UnseenClients(), *callbacks, ProgressBar(), Report(), Checkpoint()]
+        measures = [Metrics(), Diagnostics(), BudgetGroups(), UnseenClients()]
+        usual = [*measures, *callbacks, ProgressBar(), Report(), Checkpoint()]
         super().__init__(strategy, settings, backbone, train, test, population, device, dtype, out, usual)
         self.arguments = dict(arguments or {})
         self._weights = checksum("", backbone.model.state_dict())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hilora.adapters.table import Stack
+from hilora.adapters.table import AdapterTable, Stack
 from hilora.errors import InvalidValueError
 from hilora.federated.protocol import Download, Rows, Upload
 
@@ -32,10 +32,13 @@ def start(download: Download, name: str, choice: Tensor | None = None) -> Stack 
 
 def changes(upload: Upload, download: Download) -> dict[str, Tensor]:
     """What n clients changed: each tensor that they sent less what they were sent of it, `[n, ...]`, by tier and name.
-    Of a tensor that they were not sent, all of it."""
+    Of a tensor that they were not sent, all of it; of ranks and projections that they did not send, nothing."""
     found = {}
     for name, stack in stacks(upload):
         begun = start(download, name, upload.choice)
+        if isinstance(stack, AdapterTable) and isinstance(begun, AdapterTable):
+            begun = begun.leading(stack.rank)
+            begun = begun.having(stack.has) if stack.has else begun
         before = {} if begun is None else begun.tensors()
         for key, value in stack.tensors().items():
             if value.is_floating_point():

@@ -37,6 +37,9 @@ def vet(
         if isinstance(stack, AdapterTable):
             least, most = stack.rank < 0, stack.rank > expected.tiers[name].r
             leave_out(least | most, f"{name} has a rank beyond {expected.tiers[name].r}")
+    if upload.scores is not None:
+        good = (upload.scores >= 0).all(1) & upload.scores.isfinite().all(1)
+        leave_out(~good, "scores that are no numbers of at least 0")
     leave_out(upload.images < 0, "a negative number of images")
     if upload.choice is not None and expected.choice is not None:
         choices = int(expected.choice.max()) + 1
@@ -58,6 +61,12 @@ def layout(upload: Upload, expected: Upload) -> str | None:
         return f"it has {_listed(found)}, expected {_listed(wanted)}"
     if (upload.choice is None) != (expected.choice is None):
         return "it names a choice, expected none" if expected.choice is None else "it names no choice, expected one"
+    if (upload.scores is None) != (expected.scores is None):
+        return "it has scores, expected none" if expected.scores is None else "it has no scores, expected some"
+    if upload.scores is not None and expected.scores is not None:
+        shape = (len(upload.clients), expected.scores.shape[1])
+        if upload.scores.dtype != torch.float32 or upload.scores.shape != shape:
+            return f"scores is {upload.scores.dtype} {list(upload.scores.shape)}, expected torch.float32 {list(shape)}"
     for label, value in (("clients", upload.clients), ("images", upload.images), ("choice", upload.choice)):
         if value is not None and (value.dtype != torch.int64 or value.shape != upload.clients.shape):
             return f"{label} is {value.dtype} {list(value.shape)}, expected int64 {list(upload.clients.shape)}"

@@ -94,6 +94,19 @@ class Diagnosis(TypedDict, total=False):
     label_distance: Figure
 
 
+class BudgetGroup(TypedDict):
+    """Clients of one budget: its ranks of an adapter and its blocks, where these are limited; the seen clients by
+    their ids, their test accuracy at the end; bytes a client and round; FLOPs of training on one image."""
+
+    ranks: Count | None
+    layers: Count | None
+    clients: list[Count]
+    accuracy: Accuracy
+    up: Figure
+    down: Figure
+    flops: Figure
+
+
 class Summary(TypedDict):
     """A run, or as much of one as its interruption left.
 
@@ -105,6 +118,7 @@ class Summary(TypedDict):
         images_per_second: of the training alone; where there is no `seconds_by_phase`, of all `seconds`.
         per_client: lists of `ids` and `unseen_ids`, and of accuracies in their order.
         per_client_by_tier: test accuracies after each tier, in the order of `ids`.
+        budgets: where clients have some, of each share of them, in the order of the setting.
         communication: absent, like all below, where it was not measured.
     """
 
@@ -126,6 +140,7 @@ class Summary(TypedDict):
     per_client: NotRequired[dict[Text, list[Figure]]]
     per_client_by_tier: NotRequired[dict[Text, list[Figure]]]
     diagnostics: NotRequired[dict[Text, Diagnosis]]
+    budgets: NotRequired[list[BudgetGroup]]
     communication: NotRequired[Communication]
     trained_parameters: NotRequired[Count]
     images: NotRequired[Count]
@@ -151,6 +166,7 @@ class Results(TypedDict, total=False):
     per_client: dict[Text, list[Figure]]
     diagnostics: dict[Text, Diagnosis]
     communication: Communication
+    budgets: list[BudgetGroup]
     trained_parameters: Count
     images: Count
     rounds: Count

@@ -23,7 +23,8 @@ from tests.docs.pages import FENCE, PAGES, ROOT, prose
 pytestmark = pytest.mark.slow
 
 LINK = re.compile(r"\]\((?P<path>[^)#\s]*)(?:#(?P<anchor>[^)\s]+))?\)")
-EXPERIMENTS = sorted(path.stem for path in (ROOT / "benchmarks" / "experiments").glob("*.toml"))
+LEDGER = ".ledger.jsonl"
+EXPERIMENTS = sorted(path.name.removesuffix(LEDGER) for path in (ROOT / "benchmarks/experiments").glob(f"*{LEDGER}"))
 TABLES = {"sc-dir": "sc-dir", "PACS": "pacs", "patho": "patho", "gl-dir": "gl-dir"}
 """What a column is called, and the setting that it is of."""
 WITHOUT = {

@@ -61,6 +61,14 @@ def test_they_are_all_there_are() -> None:
     assert {path.name.removesuffix(".ledger.jsonl") for path in FOLDER.glob("*.ledger.jsonl")} == set(COUNTS)
 
 
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_experiment_can_be_read_and_searches_all_methods_alike(path: Path) -> None:
+    experiment = read_experiment(path)
+    assert len({len(method.grid) for method in experiment.methods.values()}) == 1
+    jobs = [tuning_jobs(experiment, setting, method) for setting, method in experiment.pairs]
+    assert all(len(found) == len(method.grid) for found, (_, method) in zip(jobs, experiment.pairs, strict=True))
+
+
 @pytest.mark.parametrize("name", COUNTS)
 def test_no_line_is_lost(name: str, tmp_path: Path) -> None:
     path = FOLDER / f"{name}.ledger.jsonl"

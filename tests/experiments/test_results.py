@@ -28,3 +28,6 @@ def test_of_clusters_their_number_and_agreement_are_kept_and_of_the_rest_the_fig
     assert found["clusters"] == {"k": 2, "ari": 1.0}
     assert "arguments" not in found
     assert results(summary | {"clusters": None})["clusters"] is None
+    assert "budgets" not in found
+    groups = [{"ranks": 8, "layers": None, "up": 1 / 3}]
+    assert results(summary | {"budgets": groups})["budgets"] == [{"ranks": 8, "layers": None, "up": 0.333333}]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hilora.adapters.table import AdapterTable
-from hilora.federated.coverage import covered_mean, filled
+from hilora.federated.coverage import covered_mean, filled, picked, scattered
 
 
 def row(value: float, r: int = 2) -> AdapterTable:
@@ -53,3 +53,21 @@ def test_full_coverage_is_the_plain_mean() -> None:
     found, plain = covered_mean(table, weights, row(0.0)), table.mean(weights)
     torch.testing.assert_close(found.A[0], plain.A[0])
     torch.testing.assert_close(found.B[0], plain.B[0])
+
+
+def test_picked_ranks_go_back_where_they_were() -> None:
+    torch.manual_seed(0)
+    before = AdapterTable([torch.randn(1, 2, 4, 3)], [torch.randn(1, 2, 5, 4)])
+    places, ranks = torch.tensor([[2, 0, 3, 1], [1, 3, 0, 2], [3, 2, 1, 0]]), torch.tensor([1, 2, 4])
+    found = picked(before, places, ranks)
+    assert found.rank.tolist() == [1, 2, 4]
+    assert torch.equal(found.A[0][1, :, 0], before.A[0][0, :, 1])
+    assert torch.equal(found.B[0][1, ..., 1], before.B[0][0, ..., 3])
+    assert not found.A[0][1, :, 2:].any()
+    whole = scattered(found, places, before)
+    assert torch.equal(whole.A[0], before.A[0].expand(3, -1, -1, -1))
+    assert torch.equal(whole.B[0], before.B[0].expand(3, -1, -1, -1))
+    moved = scattered(found.each(lambda value: value + 1).leading(ranks), places, before)
+    changed = (moved.A[0] - before.A[0])[:, 0, :, 0].round()
+    assert changed.tolist() == [[0, 0, 1, 0], [0, 1, 0, 1], [1, 1, 1, 1]]
+    assert torch.equal((moved.B[0] - before.B[0])[:, 0, 0].round(), changed)

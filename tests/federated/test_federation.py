@@ -29,7 +29,7 @@ PRIVATE = {  # what the clients of a method keep, and its server never has
     "pf2lora": {"leaf", "head"},
     "fedalt": {"gate", "head"},  # and the leaf, which it does send
     "ifca": {"choice"},
-    **{name: set() for name in ("fedit", "flexlora", "ffa-lora", "central")},
+    **{name: set() for name in ("fedit", "flexlora", "ffa-lora", "central", "hetlora", "fslora", "fed-hello", "fedra")},
 }
 
 

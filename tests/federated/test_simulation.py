@@ -29,12 +29,13 @@ def figures(summary: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in summary.items() if key not in (*timed, "config")}
 
 
+UNEQUAL = ("hetlora", "fslora", "fed-hello", "fedra")
 TIERS = {
     "hilora": ["root", "cluster", "leaf"],
     "head-only": ["root", "cluster", "leaf"],
     "fdlora": ["root", "leaf"],
     "feddpa-f": ["root", "leaf"],
-    **{name: ["root"] for name in ("fedit", "flexlora", "ffa-lora", "ifca", "central")},
+    **{name: ["root"] for name in ("fedit", "flexlora", "ffa-lora", "ifca", "central", *UNEQUAL)},
     **{name: ["leaf"] for name in ("local-lora", "fedsa-lora", "feddpa-t", "pf2lora", "fedalt")},
 }
 

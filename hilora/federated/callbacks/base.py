@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from hilora.federated.engine.trainer import Effort
 from hilora.federated.protocol import Stage
 
 if TYPE_CHECKING:
@@ -20,11 +21,13 @@ class Round:
         stage: the stage that it belongs to.
         last: whether it was the last one of the stage.
         record: what `metrics.jsonl` will say of it; callbacks add to it while they measure.
+        efforts: what the clients' trainings were.
     """
 
     stage: Stage
     last: bool
     record: dict[str, Any]
+    efforts: Sequence[Effort] = ()
 
 
 class Callback:

@@ -35,6 +35,9 @@ class Bench(Protocol):
     def factors(self, tier: str, factors: str, lr: float) -> list[Slotted]:
         """The factors of a tier that belong to each client by itself, to be trained at a rate."""
 
+    def ranks(self, tier: str) -> Tensor:
+        """How many ranks each client's adapter of a tier in training has, int `[G]`; it is written in place."""
+
     def holding(self, values: Mapping[int, Tensor]) -> AbstractContextManager[None]:
         """Other tensors in the places of some parameters, by the ids of these."""
 

@@ -104,6 +104,10 @@ class SharedPass:
             for factor in factors
         ]
 
+    def ranks(self, tier: str) -> Tensor:
+        given, table = self.placement.ranks[tier], self.placement.tiers[tier].table
+        return torch.full((len(table),), table.r, device=self.engine.device) if given is None else given
+
     @contextmanager
     def holding(self, values: Mapping[int, Tensor]) -> Iterator[None]:
         for tier, pairs in self.placement.held.items():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hilora.adapters.table import AdapterTable
 from hilora.errors import InvalidValueError
 from hilora.federated.client import Models, Trained
 from hilora.federated.data.images import ImageSet
@@ -17,7 +19,9 @@ from hilora.federated.engine.bench import LocalAlgorithm
 from hilora.federated.engine.blocks import Parts
 from hilora.federated.engine.predictor import Scores
 from hilora.federated.engine.shared_pass import Task
+from hilora.federated.local.gradient import OneGradient
 from hilora.federated.local.sgd import LocalSGD
+from hilora.federated.protocol import Rows
 from hilora.federated.streams import stream
 
 log = logging.getLogger(__name__)
@@ -25,6 +29,26 @@ log = logging.getLogger(__name__)
 
 class Diverged(InvalidValueError):
     """A training in which no client's numbers are finite any more; a lower learning rate may help."""
+
+
+class Effort(NamedTuple):
+    """What a training of n clients was.
+
+    Attributes:
+        clients: int64 `[n]`, who they are.
+        images: int64 `[n]`, how many each trained on; of all its passes.
+        ranks: for each tier, int64 `[n]`, of the adapters in the forward pass; 0 for a client without one.
+        trained: the tiers in training.
+        factors: which of their factors are trained.
+        parts: which blocks the clients train, and have; None: all.
+    """
+
+    clients: Tensor
+    images: Tensor
+    ranks: Mapping[str, Tensor]
+    trained: tuple[str, ...]
+    factors: str
+    parts: Parts | None
 
 
 class Trainer:
@@ -36,6 +60,7 @@ class Trainer:
         losses: mean losses of all their trainings, `[n]` each.
         skipped: ids of clients whose update was not finite: they keep what they started from, and count for no images.
         parameters: how many numbers a client trained at most.
+        efforts: what their trainings were.
     """
 
     def __init__(
@@ -52,6 +77,7 @@ class Trainer:
         self.images, self.parameters = 0, 0
         self.losses: list[Tensor] = []
         self.skipped: list[int] = []
+        self.efforts: list[Effort] = []
 
     @property
     def counts(self) -> Tensor:
@@ -104,6 +130,8 @@ class Trainer:
         purpose = f"{self.purpose} {tier}"
         images, round = self.training_images, self.round
         trained = self.engine.train(images, shares, models, task, clients, purpose, round, parts)
+        ranks = {tier: _ranks(rows) for tier, rows in models.tiers.items()}
+        self.efforts.append(Effort(clients, trained.images, ranks, task.tiers, factors, parts))
         finite = trained.finite()
         if not finite.all():
             broken = clients[~finite.cpu()].tolist()
@@ -116,6 +144,30 @@ class Trainer:
         self.losses.append(trained.loss)
         self.parameters = max(self.parameters, _trained_numbers(trained, task))
         return trained
+
+    def fisher(self, models: Models, tier: str, count: int) -> Tensor:
+        """How much each block matters: the diagonal of the empirical Fisher information of a tier's adapters, the mean
+        over some of a client's training images of the squares of their gradients, summed over the block.
+
+        Args:
+            models: of the clients.
+            tier: of which adapters.
+            count: how many images of each client, which are drawn at random and are always the same.
+
+        Returns:
+            float32 `[n, L]`; 0 for a client without images.
+        """
+        images, places = self.examples(count).flatten(), torch.arange(len(self.clients)).repeat_interleave(count)
+        task = Task(tier, OneGradient(), 1, tier, head=False)
+        ids, shares = self.clients[places], list(images[:, None])
+        trained = self.engine.train(self.training_images, shares, models.of(places), task, ids, "Fisher information")
+        table, blocks = trained.tiers[tier], self.engine.blocks
+        found = torch.zeros(len(self.clients), len(blocks))
+        for pair, of in zip(table.factors, blocks.of, strict=True):
+            for gradient in pair:
+                squares = gradient.square().sum((-2, -1)).view(len(self.clients), count, -1).mean(1)  # [n, P]
+                found.index_add_(1, of, squares.to(found))
+        return found.where((self.counts > 0)[:, None], 0)
 
     def scores(self, models: Models, images: Tensor | None = None) -> Scores:
         """How the models predict the clients' training images, or those `[n, m]` that are named."""
@@ -139,6 +191,10 @@ class Trainer:
             order = torch.randperm(len(share), generator=stream(self.settings.seed, "examples", client))
             drawn.append(share[order.repeat(-(-count // len(share)))[:count]])
         return torch.stack(drawn)
+
+
+def _ranks(rows: Rows[AdapterTable]) -> Tensor:
+    return torch.where(rows.slot >= 0, rows.table.rank[rows.slot.clamp_min(0)], 0)
 
 
 def _trained_numbers(trained: Trained, task: Task) -> int:

@@ -58,6 +58,11 @@ class Problem(NamedTuple):
     budgets: Budgets = Budgets(torch.empty(0, dtype=torch.long))
     blocks: Sequence[Tensor] = ()
 
+    @property
+    def depth(self) -> int:
+        """L, the number of blocks that hold adapters."""
+        return 1 + max(int(of.max()) for of in self.blocks)
+
 
 class Strategy(ABC):
     """A federated method on N clients, seen and unseen, named by their ids 0 to N − 1.
@@ -146,7 +151,11 @@ class Strategy(ABC):
 
     @abstractmethod
     def configure(self, stage: Stage, clients: Tensor) -> Download:
-        """What the clients `[n]` are sent in a stage, or predict with after it."""
+        """What the clients `[n]` are sent in the coming round of a stage."""
+
+    def serve(self, stage: Stage, clients: Tensor) -> Download:
+        """What the clients `[n]` predict with now, and unseen ones train by themselves: here, what they are sent."""
+        return self.configure(stage, clients)
 
     def sends(self, stage: Stage) -> Sends:
         """What a client sends back in a stage: here, what `local` does, and nothing where a stage is private. Messages
@@ -157,8 +166,12 @@ class Strategy(ABC):
         """A message of the layout that `sends` says, of one client; its values do not count."""
         sent, one = self.sends(stage), torch.zeros(1, dtype=torch.long)
         tiers = {tier: self.problem.fresh(tier, 1, torch.Generator()).only(f) for tier, f in sent.tiers.items()}
+        if sent.partial:
+            everything = torch.ones(1, self.problem.depth, dtype=torch.bool)
+            tiers = {tier: self.of_blocks(table, everything) for tier, table in tiers.items()}
         choice = one + sent.choices - 1 if sent.choices else None
-        return Upload(one, one, tiers, self.problem.head if sent.head else None, choice)
+        scores = torch.zeros(1, sent.scores) if sent.scores else None
+        return Upload(one, one, tiers, self.problem.head if sent.head else None, choice, scores)
 
     @property
     def sums(self) -> bool:

@@ -30,6 +30,7 @@ class HeadOnly(HiLoRA):
     name = "head-only"
     own_tier = "root"
     factors = ""
+    energy = None
 
     def configure(self, stage: Stage, clients: Tensor) -> Download:
         found = super().configure(stage, clients)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from hilora.adapters.table import AdapterTable
@@ -15,7 +15,8 @@ from hilora.algorithms.clustering import Clustering
 from hilora.federated.client import ClientState, Models
 from hilora.federated.engine.trainer import Trainer
 from hilora.federated.grouping import GROUPINGS, GroupingSettings
-from hilora.federated.protocol import Download, Rows, Sends, Stage, Upload, own, shared
+from hilora.federated.protocol import Download, Rows, Sends, Stage, Upload, fitted, own, shared
+from hilora.federated.ranks import compressed, energy_ranks
 from hilora.federated.settings import Number
 from hilora.federated.strategies.base import Ask, Strategy
 from hilora.federated.streams import stream
@@ -29,6 +30,12 @@ class HiLoRA(Strategy):
     All clients train the root; the server averages products (`algorithms.aggregation`). Then each group trains its
     cluster adapter on top of the frozen root, and in the end each client its leaf, which never leaves it. The head
     follows the tier in training: averaged over all, inside of the group, then private.
+
+    With `rank_energy` (ours), a client's budget is one of ranks, and so of bytes, over all tiers together: as many as
+    it would hold if it held the same of each. Of the root, once it is trained, clients keep the leading ranks that hold
+    this share of the energy of the mean of products; the cluster's adapter may have what is left, as far as `rank`
+    gives it room, and is cut likewise; the leaf may have the rest, and is cut to the spectrum of the client's own
+    update after the last round.
     """
 
     class Settings(GroupingSettings):
@@ -45,6 +52,19 @@ class HiLoRA(Strategy):
         head: Literal["follow", "global"] = Field(
             "follow", description="the head follows the tier in training, or is trained with the root and then frozen"
         )
+        rank_energy: Number | None = Field(
+            None,
+            gt=0,
+            le=1,
+            description="share of a tier's squared singular values that clients keep once it is trained; ranks that "
+            "this saves go to the next tier. none: the same ranks of every tier",
+        )
+
+        @model_validator(mode="after")
+        def _by_products(self) -> Self:
+            if self.rank_energy is not None and self.aggregation != "product":
+                raise ValueError("rank_energy needs ranks in the order of their size: aggregation='product'")
+            return self
 
     name = "hilora"
     tiers = ("root", "cluster", "leaf")
@@ -73,12 +93,31 @@ class HiLoRA(Strategy):
             self.heads["cluster"] = self.heads["root"].repeated(count)
 
     def configure(self, stage: Stage, clients: Tensor) -> Download:
-        root = self.fitted(shared(self.root, clients), clients)
-        if stage.tier == "root" or self.cluster is None:
+        root, trains = shared(self.root, clients), stage.tier
+        if trains == "root" or self.cluster is None:
+            root = fitted(root, self.allowance("root", clients, {}))
             return Download(stage, {"root": root}, shared(self.heads["root"], clients))
-        member = self.grouping.member[clients]
-        tiers = {"root": root, "cluster": self.fitted(Rows(self.cluster, member), clients)}
+        member, tiers = self.grouping.member[clients], dict[str, Rows[AdapterTable]]()
+        for tier, rows in (("root", root), ("cluster", Rows(self.cluster, member))):
+            ranks = self.allowance(tier, clients, tiers)
+            if self.energy is not None and tier != trains:
+                ranks = torch.minimum(ranks, energy_ranks(rows.table, self.energy)[rows.slot.clamp_min(0)])
+            tiers[tier] = fitted(rows, ranks)
         return Download(stage, tiers, Rows(self.heads["cluster"], member.clamp_min(0)))
+
+    @property
+    def energy(self) -> float | None:
+        """The share of a tier's energy that clients keep; None: all."""
+        return self.settings.rank_energy
+
+    def allowance(self, tier: str, clients: Tensor, held: Mapping[str, Rows[AdapterTable]]) -> Tensor:
+        """The ranks that clients `[n]` can hold of a tier, beside what they hold of earlier ones: int64 `[n]`."""
+        room, budgets = self.training.rank, self.problem.budgets
+        if self.energy is None:
+            return budgets.rank(clients, room[tier])
+        equal = [budgets.rank(clients, room[one]) for one in self.tiers[: self.tiers.index(tier) + 1]]
+        used = [torch.where(rows.slot >= 0, rows.table.rank[rows.slot], 0) for rows in held.values()]
+        return (torch.stack(equal).sum(0) - sum(used, start=torch.zeros_like(clients))).clamp_max(room[tier])
 
     def sends(self, stage: Stage) -> Sends:
         return super().sends(stage)._replace(head=not stage.private and stage != PROBE)
@@ -163,7 +202,9 @@ class HiLoRA(Strategy):
         trained = trainer.train(models, stage.tier, rates=stage.rates, epochs=epochs, **how)
         if stage.tier != "leaf":
             return trained.upload(stage.tier, head=stage != PROBE)
-        state.put("leaf", trained.tiers["leaf"])
+        leaf = trained.tiers["leaf"]
+        last = download.round == stage.rounds
+        state.put("leaf", compressed(leaf, self.energy) if self.energy is not None and last else leaf)
         state.put("head", trained.head)
         return trained.upload(head=False)
 
@@ -172,13 +213,14 @@ class HiLoRA(Strategy):
         tiers, head = dict(download.tiers), download.head
         cluster = head.slot.where(tiers["cluster"].slot >= 0, -1) if "cluster" in tiers else None
         if download.stage.tier == "leaf":
-            tiers["leaf"] = state.filled("leaf", lambda: self._first_leaves(state.clients))
+            tiers["leaf"] = state.filled("leaf", lambda: self._first_leaves(state.clients, download))
             head = state.filled("head", download.head.taken)
         return Models(tiers, head, cluster=cluster)
 
-    def _first_leaves(self, clients: Tensor) -> AdapterTable:
+    def _first_leaves(self, clients: Tensor, download: Download) -> AdapterTable:
         draws = stream(self.training.seed, "fresh adapters", 2)
-        return self.fitted(own(self.problem.fresh("leaf", self.problem.clients, draws, clients)), clients).taken()
+        leaves = own(self.problem.fresh("leaf", self.problem.clients, draws, clients))
+        return fitted(leaves, self.allowance("leaf", clients, download.tiers)).taken()
 
     def personal_training(self) -> dict[str, Any]:
         return self._how(self.own_tier)

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hilora.errors import InvalidValueError
 from hilora.federated.client import Models, Trained
+from hilora.federated.engine.placement import Placement, arranged
 from hilora.federated.engine.trainer import Diverged, Trainer
 from hilora.federated.strategies import STRATEGIES
 from tests.federated.conftest import Simulate, records, same
@@ -125,3 +127,35 @@ def test_every_strategy_goes_on_without_a_client_that_diverged(
     assert summary["final"]["mean"] is not None
     skipped = [client for record in records(simulation) for client in record.get("skipped", [])]
     assert skipped in (done, [])  # none where it was a probe
+
+
+def test_fisher_information_is_the_mean_of_squared_gradients_of_single_images(simulate: Simulate, double: None) -> None:
+    simulation = simulate(rounds=[1, 1, 0], lora_dropout=0.0)
+    simulation.backbone.model.double()
+    simulation.run()
+    clients = torch.tensor([0, 3])
+    trainer, models = simulation.trainer(clients, "fisher"), simulation.models(clients)
+    engine, images = simulation.engine, simulation.train_images
+    found = trainer.fisher(models, "root", 3)
+    for row, examples in enumerate(trainer.examples(3)):
+        squares = torch.zeros(2)
+        for image in examples:
+            picked = models.of(torch.tensor([row]))
+            placement = Placement(engine.banks, arranged(engine.banks, picked.tiers), engine.device)
+            placement.hold()
+            ((A, B),) = placement.held["root"]
+            pair = [A.requires_grad_(), B.requires_grad_()]
+            logits = engine._logits(images.images[image][None, None], picked.head.taken())
+            loss = F.cross_entropy(logits[0], images.labels[image][None])
+            for gradient in torch.autograd.grad(loss, pair):
+                squares.index_add_(0, engine.blocks.of[0], gradient.square().sum((1, 2, 3)).to(squares))
+        torch.testing.assert_close(found[row].double(), squares / 3, rtol=1e-5, atol=0)
+    assert found.gt(0).all()
+
+
+def test_a_client_without_images_has_no_fisher_information(simulate: Simulate) -> None:
+    simulation = simulate("fedit", sizes=[3, 0, 5], unseen=0, rounds=[1, 0, 0])
+    simulation.run()  # a head of zeros has no gradients for adapters
+    clients = torch.arange(3)
+    found = simulation.trainer(clients, "fisher").fisher(simulation.models(clients), "root", 2)
+    assert found.any(1).tolist() == [True, False, True]

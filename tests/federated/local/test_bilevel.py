@@ -39,6 +39,9 @@ class TwoNumbers:
     def penalty(self) -> Tensor:
         raise AssertionError("a bilevel problem has no penalty")
 
+    def ranks(self, tier: str) -> Tensor:
+        raise AssertionError("there are no adapters")
+
     def factors(self, tier: str, factors: str, lr: float) -> list[Slotted]:
         assert (tier, factors) == ("leaf", "AB")
         return [Slotted(self.y, 0, lr)]

@@ -30,6 +30,9 @@ class OneNumber:
     def penalty(self) -> Tensor:
         return torch.zeros(2)
 
+    def ranks(self, tier: str) -> Tensor:
+        raise AssertionError("there are no adapters")
+
     def factors(self, tier: str, factors: str, lr: float) -> list[Slotted]:
         raise AssertionError("not of this algorithm")
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hilora.adapters.table import AdapterTable
+from hilora.federated.budgets import Budgets
 from hilora.federated.client import ClientStore, Models, Trained
 from hilora.federated.engine.predictor import Scores
 from hilora.federated.engine.trainer import Trainer
@@ -18,6 +19,7 @@ from hilora.federated.strategies.base import Problem
 
 CLIENTS, PROJECTIONS, WIDTH, RANK = 8, 3, 20, 2
 GROUPS = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1])  # the last two are unseen
+BLOCKS = torch.arange(PROJECTIONS)  # a block for each projection
 ALL, SEEN, UNSEEN = torch.arange(CLIENTS), torch.arange(6), torch.tensor([6, 7])
 HEAD = Head(torch.zeros(1, 4, 5), torch.zeros(1, 4))
 
@@ -91,10 +93,11 @@ class Halves:
     """
 
     true_groups: Tensor | None = GROUPS
+    budgets = Budgets(torch.zeros(CLIENTS, dtype=torch.long))
 
     def __init__(self, name: str, weights: list[int] | None = None, **options: Any) -> None:
         shared = {key: options.pop(key) for key in list(options) if key in TrainingSettings.model_fields}
-        problem = Problem(settings(**shared), CLIENTS, fresh, HEAD, self.true_groups)
+        problem = Problem(settings(**shared), CLIENTS, fresh, HEAD, self.true_groups, self.budgets, [BLOCKS])
         self.server, self.client = (self._half(name, options).join(problem) for _ in range(2))
         self.server.start()
         self.stages, self.stage, self.done = self.server.stages(), self.server.stages()[0], 0
@@ -140,13 +143,17 @@ class Halves:
         download: Download = self.server.configure(self.stage, clients).at(round)
         return download
 
+    def _served(self, clients: Tensor) -> Download:
+        download: Download = self.server.serve(self.stage, clients).at(self.done + 1)
+        return download
+
     def models(self, clients: Tensor = SEEN) -> Models:
-        sent, state = self._sent(clients, self.done + 1), self.store.of(clients)
+        sent, state = self._served(clients), self.store.of(clients)
         models: Models = self.client.models(state, sent, self.trainer(clients))
         return models
 
     def personalised(self, clients: Tensor = UNSEEN) -> Models:
-        sent = self._sent(clients, self.done + 1)
+        sent = self._served(clients)
         models: Models = self.client.personalise(self.store.of(clients), sent, self.trainer(clients))
         return models
 

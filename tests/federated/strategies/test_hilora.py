@@ -10,6 +10,7 @@ import torch
 from hilora.errors import InvalidValueError
 from hilora.federated.data.partitions import Client, Population
 from hilora.federated.protocol import Upload
+from hilora.federated.ranks import energy_ranks
 from hilora.federated.strategies import STRATEGIES
 from tests.federated.conftest import Simulate, copied, same, squares
 from tests.federated.strategies.by_hand import CLIENTS, GROUPS, RANK, SEEN, UNSEEN, everywhere
@@ -210,3 +211,34 @@ def test_clusters_are_of_data_and_not_of_budgets(simulate: Simulate, budgets: st
     assert found is not None
     assert found["labels"] == [int(client >= 12 - negatives) for client in range(12)]
     assert found["k"] == groups
+
+
+def test_ranks_that_a_tier_does_not_need_go_to_the_next(simulate: Simulate) -> None:
+    options: dict[str, Any] = {"rank": [4, 6, 8], "lora_alpha": [8, 12, 16], "rank_budgets": "1/2:4,1/2:2"}
+    plain = simulate("hilora", **options)
+    adaptive = simulate("hilora", rank_energy=0.7, out=plain.out.parent / "adaptive", **options)
+    for simulation in (plain, adaptive):
+        simulation.run()
+    held = adaptive.budgets.ranks
+    assert held is not None
+    everyone = torch.arange(len(held))
+    ranks = {tier: rows.taken().rank for tier, rows in adaptive.models(everyone).tiers.items()}
+    needed = energy_ranks(adaptive.server.root, 0.7)  # type: ignore[attr-defined]
+    assert int(needed) < 4
+    assert torch.equal(ranks["root"], torch.minimum(held, needed))
+    total = sum(ranks.values(), start=torch.zeros_like(held))
+    assert (total <= 3 * held).all()
+    (unseen,) = adaptive.population.unseen.tolist()  # its leaf is not trained, and has all that is left
+    left = 3 * held - ranks["root"] - ranks["cluster"]
+    assert ranks["leaf"][unseen] == left[unseen].clamp_max(8)
+    assert (ranks["leaf"] <= left.clamp_max(8)).all()
+    stage = adaptive.stages[1]
+    trained = adaptive.server.configure(stage, everyone).tiers["cluster"].taken().rank
+    assert torch.equal(trained, (2 * held - ranks["root"]).clamp_max(6))
+    assert int(trained.max()) > int(held.max())  # more than an equal share
+    assert plain.models(everyone).tiers["leaf"].taken().rank.tolist() == held.tolist()
+
+
+def test_a_rank_energy_needs_products() -> None:
+    with pytest.raises(InvalidValueError, match="rank_energy needs ranks in the order of their size"):
+        STRATEGIES["hilora"](rank_energy=0.9, aggregation="factors")
