@@ -35,6 +35,7 @@ TIERS = {
     "fdlora": ["root", "leaf"],
     "feddpa-f": ["root", "leaf"],
     **{name: ["root"] for name in ("fedit", "flexlora", "ffa-lora", "ifca", "central")},
+    **{name: ["root"] for name in ("lora-fair", "rolora", "sdflora", "fedopal")},
     **{name: ["leaf"] for name in ("local-lora", "fedsa-lora", "feddpa-t", "pf2lora", "fedalt")},
 }
 
@@ -52,7 +53,7 @@ def test_a_run_leaves_everything_the_contract_names(simulate: Simulate, tmp_path
     assert (summary["strategy"], summary["data"], summary["backbone"]) == (strategy, "squares", "tiny")
     assert summary["seed"] == 0
     assert summary["interrupted"] is False
-    alone = strategy in ("local-lora", "fedsa-lora", "pf2lora", "fedalt")
+    alone = strategy in ("local-lora", "fedsa-lora", "pf2lora", "fedalt", "sdflora", "fedopal")
     assert (summary["unseen"]["zero_leaf"] is None) == alone
     assert 0 <= summary["unseen"]["leaf"] <= 1
     assert (summary["clusters"] is None) == (strategy not in ("hilora", "head-only", "ifca"))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hilora.adapters.table import AdapterTable
+from hilora.federated.budgets import Budgets
 from hilora.federated.client import ClientStore, Models, Trained
 from hilora.federated.engine.predictor import Scores
 from hilora.federated.engine.trainer import Trainer
@@ -19,6 +20,7 @@ from hilora.federated.strategies.base import Problem
 CLIENTS, PROJECTIONS, WIDTH, RANK = 8, 3, 20, 2
 GROUPS = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1])  # the last two are unseen
 ALL, SEEN, UNSEEN = torch.arange(CLIENTS), torch.arange(6), torch.tensor([6, 7])
+BLOCKS = [torch.arange(PROJECTIONS)]
 HEAD = Head(torch.zeros(1, 4, 5), torch.zeros(1, 4))
 
 
@@ -86,14 +88,16 @@ class Halves:
     Args:
         name: of the strategy.
         weights: how many images each client has; 10 by default.
-        options: of `TrainingSettings`, and of the strategy.
+        options: of `TrainingSettings`, and of the strategy; and `ranks`, the most that each client holds.
     """
 
     true_groups: Tensor | None = GROUPS
 
     def __init__(self, name: str, weights: list[int] | None = None, **options: Any) -> None:
         shared = {key: options.pop(key) for key in list(options) if key in TrainingSettings.model_fields}
-        problem = Problem(settings(**shared), CLIENTS, fresh, HEAD, self.true_groups)
+        ranks = options.pop("ranks", None)
+        held = Budgets(torch.zeros(CLIENTS, dtype=torch.long), None if ranks is None else torch.tensor(ranks))
+        problem = Problem(settings(**shared), CLIENTS, fresh, HEAD, self.true_groups, held, BLOCKS)
         self.server, self.client = (self._half(name, options).join(problem) for _ in range(2))
         self.server.start()
         self.stages, self.stage, self.done = self.server.stages(), self.server.stages()[0], 0
