@@ -70,7 +70,7 @@ class Averaging:
         self, table: AdapterTable, weights: Tensor, start: AdapterTable, rank: int | None = None
     ) -> list[tuple[Tensor, Tensor]]:
         """The same as one row of A and of B for every shape of projection, at another rank, or by default at the one
-        that the mean has: what n clients of rank r span is at most of rank n · r, and of the shorter side."""
+        that the mean has at most: the sum of the clients' ranks, or the shorter side."""
         robust = self.settings.robust
         if robust != "none":
             table, start = _with_images(table, weights, start)
@@ -82,7 +82,7 @@ class Averaging:
         means = []
         for A, B in rows.factors:
             shorter = min(A.shape[-1], B.shape[-2])
-            found = min(rank or (shorter if trimmed else len(rows) * rows.r), shorter)
+            found = min(rank or (shorter if trimmed else int(rows.rank.sum())), shorter)
             if trimmed:
                 means.append(trimmed_product_mean(A, B, self.settings.robust_trim, found))
             else:
