@@ -27,12 +27,15 @@ PRIVATE = {  # what the clients of a method keep, and its server never has
     "feddpa-f": {"leaf", "head", "references", "trained"},
     "feddpa-t": {"leaf", "head", "references", "trained"},
     "pf2lora": {"leaf", "head"},
-    "fedalt": {"gate", "head"},  # and the leaf, which it does send
+    "fedalt": {"gate", "head"},
     "ifca": {"choice"},
     "fedopal": {"leaf", "head"},
     "sdflora": {"leaf", "gains", "head"},
-    **{name: set() for name in ("fedit", "flexlora", "ffa-lora", "central", "lora-fair", "rolora")},
+    "fedlease": {"router", "head"},
+    "fedtreelora": {"shares", "head"},
+    **{name: set() for name in ("fedit", "flexlora", "ffa-lora", "central", "lora-fair", "rolora", "flora")},
 }
+SENT = {"fedalt": {"leaf"}, "fedlease": {"warm"}, "fedtreelora": {"warm"}}  # kept, and sent as well
 
 
 def tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -54,7 +57,7 @@ def test_the_server_never_has_what_is_private(simulate: Simulate, name: str) -> 
     simulation = simulate(name)
     simulation.run()
     kept = simulation.store.tables
-    assert set(kept) - ({"leaf"} if name == "fedalt" else set()) == PRIVATE[name]
+    assert set(kept) - SENT.get(name, set()) == PRIVATE[name]
     state = dict(tensors(simulation.server.state_dict()))
     assert not any("leaf" in key or "gate" in key for key in state)
     compared = 0
