@@ -152,13 +152,13 @@ def cluster_updates(updates: Tensor, k_min: int, k_max: int) -> Clustering:
     sides = range(max(k_min, 2), min(k_max, clients - 1) + 1)
     found = [KMeans(k, n_init=10, random_state=0).fit_predict(updates.cpu().numpy()) for k in sides]
     dense = distances.cpu().numpy()
-    silhouettes = np.array([_silhouette(_above_least(dense), labels) for labels in found])
+    silhouettes = np.array([silhouette(_above_least(dense), labels) for labels in found])
     k = _first_largest(silhouettes, sides[0]) if found else 1
     noise = ROUNDING * torch.finfo(updates.dtype).eps * float(distances.max())
     if k_min == 1 and k > 1:
         spectral = _silhouettes(dense, _spectrum(dense, noise)[1], sides)
         k = k if _stand_out(dense, spectral, noise) else 1
-    labels = _in_order(found[k - sides[0]]) if k > 1 else np.zeros(clients, np.int64)
+    labels = in_order(found[k - sides[0]]) if k > 1 else np.zeros(clients, np.int64)
     return Clustering(
         torch.from_numpy(labels), int(labels.max()) + 1, distances, torch.empty(0), torch.from_numpy(silhouettes)
     )
@@ -184,7 +184,7 @@ def _first_largest(scores: Array, k_min: int) -> int:
 def _silhouettes(distances: Array, eigenvectors: Array, sides: Sequence[int]) -> Array:
     """For each K: how much nearer clients are to their own group than to the next, on average."""
     above = _above_least(distances)
-    return np.array([_silhouette(above, _labels(eigenvectors[:, :k])) for k in sides])
+    return np.array([silhouette(above, _labels(eigenvectors[:, :k])) for k in sides])
 
 
 def _above_least(distances: Array) -> Array:
@@ -217,7 +217,7 @@ def _stand_out(distances: Array, silhouettes: Array, noise: float) -> bool:
     return bool(((found - mean) / std).max() > ((by_chance - mean) / std).max())
 
 
-def _silhouette(distances: Array, labels: Array) -> float:
+def silhouette(distances: Array, labels: Array) -> float:
     """The mean silhouette (Rousseeuw, 1987), as scikit-learn has it, but for five hundred groupings in a blink."""
     if not labels.any():
         return 0.0
@@ -237,10 +237,10 @@ def _labels(vectors: Array) -> Array:
 
     pivots = qr(vectors.T, pivoting=True, mode="r")[-1][: vectors.shape[1]]
     left, _, right = np.linalg.svd(vectors[pivots].T)
-    return _in_order(np.abs(vectors @ left @ right).argmax(1))
+    return in_order(np.abs(vectors @ left @ right).argmax(1))
 
 
-def _in_order(labels: Array) -> Array:
+def in_order(labels: Array) -> Array:
     """The same groups, numbered from 0 in the order of their first client."""
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[inverse]

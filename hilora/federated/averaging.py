@@ -72,19 +72,31 @@ class Averaging:
     def product_mean(self, table: AdapterTable, weights: Tensor, start: AdapterTable) -> AdapterTable:
         """The mean of products at the rank of the clients' adapters, as one row: columns of B orthonormal, A carries
         the singular values. The arguments are those of `mean`."""
+        means = self.products(table, weights, start, table.r)
+        return AdapterTable([A for A, _ in means], [B for _, B in means])
+
+    def products(
+        self, table: AdapterTable, weights: Tensor, start: AdapterTable, rank: int | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The same as one row of A and of B for every shape of projection, at another rank, or by default at the one
+        that the mean has at most: the sum of the clients' ranks, or the shorter side."""
         robust = self.settings.robust
         if robust != "none":
             table, start = _with_images(table, weights, start)
             weights = torch.ones(len(table))
-        if robust == "trimmed":
-            trim = self.settings.robust_trim
-            means = [trimmed_product_mean(A, B, trim, A.shape[-2]) for A, B in table.factors]
-        else:
-            if robust != "none":
-                count, table = len(table), _joined(table, start)
-                weights = self._weights(product_distances(table.factors), count)
-            means = [product_space_mean(A, B, weights, A.shape[-2]) for A, B in table.factors]
-        return AdapterTable([A[None] for A, _ in means], [B[None] for _, B in means])
+        trimmed, rows = robust == "trimmed", table
+        if robust not in ("none", "trimmed"):
+            rows = _joined(table, start)
+            weights = self._weights(product_distances(rows.factors), len(table))
+        means = []
+        for A, B in rows.factors:
+            shorter = min(A.shape[-1], B.shape[-2])
+            found = min(rank or (shorter if trimmed else int(rows.rank.sum())), shorter)
+            if trimmed:
+                means.append(trimmed_product_mean(A, B, self.settings.robust_trim, found))
+            else:
+                means.append(product_space_mean(A, B, weights, found))
+        return [(A[None], B[None]) for A, B in means]
 
     def _weights(self, squared: Tensor, clients: int) -> Tensor:
         """Of the rows of n clients and those of their starts, by the squared distances between all of them: the mean

@@ -353,6 +353,6 @@ def test_a_silhouette_is_that_of_sklearn(clients: int, groups: int) -> None:
     distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(0).numpy()
     labels = np.arange(clients) % groups  # some groups have one client
     want = silhouette_score(distances, labels, metric="precomputed")
-    assert clustering._silhouette(distances, labels) == pytest.approx(want, abs=1e-9)
-    assert clustering._silhouette(distances, np.zeros(clients, np.int64)) == 0
-    assert clustering._silhouette(np.zeros_like(distances), labels) == 0
+    assert clustering.silhouette(distances, labels) == pytest.approx(want, abs=1e-9)
+    assert clustering.silhouette(distances, np.zeros(clients, np.int64)) == 0
+    assert clustering.silhouette(np.zeros_like(distances), labels) == 0

@@ -27,10 +27,16 @@ PRIVATE = {  # what the clients of a method keep, and its server never has
     "feddpa-f": {"leaf", "head", "references", "trained"},
     "feddpa-t": {"leaf", "head", "references", "trained"},
     "pf2lora": {"leaf", "head"},
-    "fedalt": {"gate", "head"},  # and the leaf, which it does send
+    "fedalt": {"gate", "head"},
     "ifca": {"choice"},
-    **{name: set() for name in ("fedit", "flexlora", "ffa-lora", "central", "hetlora", "fslora", "fed-hello", "fedra")},
+    "fedopal": {"leaf", "head"},
+    "sdflora": {"leaf", "gains", "head"},
+    "fedlease": {"router", "head"},
+    "fedtreelora": {"shares", "head"},
+    **{name: set() for name in ("fedit", "flexlora", "ffa-lora", "central", "lora-fair", "rolora", "flora")},
+    **{name: set() for name in ("hetlora", "fslora", "fed-hello", "fedra")},
 }
+SENT = {"fedalt": {"leaf"}, "fedlease": {"warm"}, "fedtreelora": {"warm"}}  # kept, and sent as well
 
 
 def tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -52,7 +58,7 @@ def test_the_server_never_has_what_is_private(simulate: Simulate, name: str) -> 
     simulation = simulate(name)
     simulation.run()
     kept = simulation.store.tables
-    assert set(kept) - ({"leaf"} if name == "fedalt" else set()) == PRIVATE[name]
+    assert set(kept) - SENT.get(name, set()) == PRIVATE[name]
     state = dict(tensors(simulation.server.state_dict()))
     assert not any("leaf" in key or "gate" in key for key in state)
     compared = 0
@@ -104,6 +110,10 @@ TRAFFIC = {
     "flexlora": (6 * ALL, 6 * ALL, 0, ALL),
     "ffa-lora": (6 * (B + HEAD), A + 6 * (B + HEAD), 0, ALL),  # A once
     "fedsa-lora": (6 * A, 6 * A, 0, A),
+    "lora-fair": (6 * ALL, 6 * ALL, 0, ALL),
+    "rolora": (3 * (A + B) + 6 * HEAD, ALL + 3 * B + 2 * A + 5 * HEAD, 0, ALL),  # a factor in turn, B first
+    "fedopal": (6 * (A + B), 6 * (A + B), 0, A + B),
+    "sdflora": (6 * (A + B), 6 * (A + B), 0, A + B),
     "pf2lora": (6 * (A + B), 6 * (A + B), 0, A + B),
     "fedalt": (6 * (A + B), 6 * (A + B), 0, A + B),
     "feddpa-t": (6 * ALL, 6 * ALL, 0, ALL),
@@ -130,6 +140,12 @@ def test_traffic_is_what_was_moved(simulate: Simulate, name: str) -> None:
     assert (moved["up"], moved["down"]) == (pytest.approx(up / 6), pytest.approx(down / 6))
 
 
+def test_the_mirror_of_fedsa_sends_b_in_the_place_of_a(simulate: Simulate) -> None:
+    simulation = simulate("fedsa-lora", shared_factor="B")
+    assert simulation.run()["communication"]["per_client"] == {"up": [6 * B] * 5 + [0], "down": [6 * B] * 5 + [B]}
+    assert set(simulation.store.tables["leaf"].tensors()) == {"0.lora_A", "rank"}
+
+
 def test_ifca_sends_every_adapter_that_changed_and_takes_one_back(
     simulate: Simulate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,7 +165,7 @@ def test_ifca_sends_every_adapter_that_changed_and_takes_one_back(
     assert moved["down"] == [down] * 5 + [3 * ALL]
 
 
-@pytest.mark.parametrize("name", ["fedsa-lora", "pf2lora", "fedalt"])
+@pytest.mark.parametrize("name", ["fedsa-lora", "pf2lora", "fedalt", "fedopal", "sdflora"])
 def test_a_shared_head_is_moved_too(simulate: Simulate, name: str) -> None:
     moved = simulate(name, shared_head=True).run()["communication"]["per_client"]
     up, down, _, unseen = TRAFFIC[name]

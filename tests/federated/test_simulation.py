@@ -36,6 +36,9 @@ TIERS = {
     "fdlora": ["root", "leaf"],
     "feddpa-f": ["root", "leaf"],
     **{name: ["root"] for name in ("fedit", "flexlora", "ffa-lora", "ifca", "central", *UNEQUAL)},
+    **{name: ["root"] for name in ("lora-fair", "rolora", "sdflora", "fedopal")},
+    **{name: ["cluster"] for name in ("fedlease", "fedtreelora")},
+    "flora": ["leaf"],
     **{name: ["leaf"] for name in ("local-lora", "fedsa-lora", "feddpa-t", "pf2lora", "fedalt")},
 }
 
@@ -53,10 +56,19 @@ def test_a_run_leaves_everything_the_contract_names(simulate: Simulate, tmp_path
     assert (summary["strategy"], summary["data"], summary["backbone"]) == (strategy, "squares", "tiny")
     assert summary["seed"] == 0
     assert summary["interrupted"] is False
-    alone = strategy in ("local-lora", "fedsa-lora", "pf2lora", "fedalt")
+    alone = strategy in (
+        "local-lora",
+        "fedsa-lora",
+        "pf2lora",
+        "fedalt",
+        "sdflora",
+        "fedopal",
+        "fedlease",
+        "fedtreelora",
+    )
     assert (summary["unseen"]["zero_leaf"] is None) == alone
     assert 0 <= summary["unseen"]["leaf"] <= 1
-    assert (summary["clusters"] is None) == (strategy not in ("hilora", "head-only", "ifca"))
+    assert (summary["clusters"] is None) == (strategy not in ("hilora", "head-only", "ifca", "fedlease"))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [record["round"] for record in lines] == [1, 2, 3, 4, 5, 6]
     assert lines[-1]["test"] == summary["final"]
@@ -173,6 +185,7 @@ def test_a_share_of_the_clients_may_train(simulate: Simulate, strategy: str) -> 
     counts = [record["clients"] for record in records(simulation)]
     alone = {"hilora": [1, 1, 1, 5], "head-only": [1, 1, 1, 5], "feddpa-f": [1, 1, 1, 5], "fdlora": [5, 5, 1, 5]}
     alone |= {"local-lora": [5] * 4, "central": [5] * 4}
+    alone |= {name: [5, 5, 1, 1] for name in ("fedlease", "fedtreelora")}  # in the warm-up all train
     assert counts == alone.get(strategy, [1] * 4)
     if strategy == "hilora":  # most clients never trained the root: they joined by probing
         assert min(summary["clusters"]["labels"]) == 0

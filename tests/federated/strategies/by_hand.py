@@ -89,7 +89,7 @@ class Halves:
     Args:
         name: of the strategy.
         weights: how many images each client has; 10 by default.
-        options: of `TrainingSettings`, and of the strategy.
+        options: of `TrainingSettings`, and of the strategy; and `ranks`, the most that each client holds.
     """
 
     true_groups: Tensor | None = GROUPS
@@ -97,7 +97,11 @@ class Halves:
 
     def __init__(self, name: str, weights: list[int] | None = None, **options: Any) -> None:
         shared = {key: options.pop(key) for key in list(options) if key in TrainingSettings.model_fields}
-        problem = Problem(settings(**shared), CLIENTS, fresh, HEAD, self.true_groups, self.budgets, [BLOCKS])
+        ranks = options.pop("ranks", None)
+        held = self.budgets
+        if ranks is not None:
+            held = Budgets(torch.zeros(CLIENTS, dtype=torch.long), torch.tensor(ranks))
+        problem = Problem(settings(**shared), CLIENTS, fresh, HEAD, self.true_groups, held, [BLOCKS])
         self.server, self.client = (self._half(name, options).join(problem) for _ in range(2))
         self.server.start()
         self.stages, self.stage, self.done = self.server.stages(), self.server.stages()[0], 0

@@ -21,6 +21,10 @@ class Grouped(Trainer):
     def __init__(self, clients: Tensor, weights: Tensor, calls: list[Call], seed: int) -> None:
         self.clients, self.weights, self.calls, self.seed = clients, weights, calls, seed
 
+    @property
+    def counts(self) -> Tensor:
+        return self.weights[self.clients]
+
     def train(self, models: Models, tier: str, **how: Any) -> Trained:
         clients, calls = self.clients, self.calls
         calls.append(Call(clients.tolist(), tier, models, how))

@@ -69,13 +69,28 @@ def test_local_lora_shares_nothing() -> None:
 
 def test_fedsa_lora_averages_a_and_keeps_b_and_the_head() -> None:
     halves = Halves("fedsa-lora")
-    A = halves.server.A.A[0].clone()
+    A = halves.server.common.A[0].clone()
     halves.one_round()
     torch.testing.assert_close(halves.models(ALL).tiers["leaf"].taken().A[0], (A + MEAN).expand(CLIENTS, -1, -1, -1))
     halves.round(SOME)  # the others sit this one out
-    torch.testing.assert_close(halves.server.A.A[0], A + MEAN + 1.5)
+    torch.testing.assert_close(halves.server.common.A[0], A + MEAN + 1.5)
     each(halves.B("leaf"), [2, 4, 3, 4, 5, 6, 0, 0])
     each(halves.bias(), [2, 4, 3, 4, 5, 6, 0, 0])
+
+
+def test_fedsa_lora_mirrored_averages_b_and_keeps_a() -> None:
+    halves = Halves("fedsa-lora", shared_factor="B")
+    A = halves.models(ALL).tiers["leaf"].taken().A[0]
+    assert len(A.flatten(1).unique(dim=0)) == 1  # the start is common
+    everywhere(halves.server.common.B[0], 0)
+    halves.one_round()
+    everywhere(halves.B("leaf"), MEAN)
+    each(halves.models(ALL).tiers["leaf"].taken().A[0] - A, [1, 2, 3, 4, 5, 6, 0, 0])
+    halves.round(SOME)
+    everywhere(halves.B("leaf"), MEAN + 1.5)
+    each(halves.models(ALL).tiers["leaf"].taken().A[0] - A, [2, 4, 3, 4, 5, 6, 0, 0])
+    upload = halves.ask(SEEN, halves.server.configure(halves.stage, SEEN))
+    assert (upload.tiers["leaf"].A, halves.kept("leaf").B) == ((), ())
 
 
 def test_feddpa_f_copies_the_global_adapter_and_mixes_outputs() -> None:
@@ -162,7 +177,7 @@ def test_fedalt_never_overwrites_a_client_and_freezes_the_mean_of_the_others() -
     assert set(adapters) == {"root", "leaf"}
 
 
-@pytest.mark.parametrize("name", ["fedsa-lora", "pf2lora", "fedalt"])
+@pytest.mark.parametrize("name", ["fedsa-lora", "pf2lora", "fedalt", "fedopal", "sdflora"])
 def test_heads_may_be_shared(name: str) -> None:
     alone, halves = Halves(name), Halves(name, shared_head=True)
     upload = {one: one.ask(SEEN, one.server.configure(one.stage, SEEN)) for one in (alone, halves)}
@@ -281,4 +296,4 @@ def test_a_round_without_images_changes_nothing_that_is_shared(name: str) -> Non
 
 
 def _stacks(halves: Halves) -> dict[str, Any]:
-    return {key: value for key, value in halves.server.state_dict().items() if key in ("root", "head", "A")}
+    return {key: value for key, value in halves.server.state_dict().items() if key in ("root", "head", "common")}
