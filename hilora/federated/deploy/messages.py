@@ -102,6 +102,7 @@ class Done(_Fields):
     tiers: dict[str, Tensors]
     head: Tensors | None
     choice: Count | None
+    scores: Tensor | None
 
 
 class Counts(_Fields):

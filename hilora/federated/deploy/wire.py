@@ -37,10 +37,15 @@ class Layout(NamedTuple):
 
 
 def written(row: Stack) -> Tensors:
-    """The tensors of a stack of one row as they travel: an adapter at the rank that it has."""
-    if isinstance(row, AdapterTable):
-        row = row.resized(int(row.rank))
-    return {name: value[0].contiguous() for name, value in row.tensors().items() if name != "rank"}
+    """The tensors of a stack of one row as they travel: an adapter at the rank and with the projections that it has."""
+    if not isinstance(row, AdapterTable):
+        return {name: value[0].contiguous() for name, value in row.tensors().items()}
+    row = row.resized(int(row.rank))
+    found = {name: value[0] for name, value in row.tensors().items() if name != "rank"}
+    kept = {name: _mark(found, name) for name in found if not _is_mark(name)}
+    return found | {
+        name: (found[name] if mark is None else found[name][mark]).contiguous() for name, mark in kept.items()
+    }
 
 
 def read(tensors: Tensors, layout: Stack, what: str) -> Any:
@@ -49,14 +54,20 @@ def read(tensors: Tensors, layout: Stack, what: str) -> Any:
     Raises:
         MessageError: a tensor lacks, is unknown, is not finite, or has another dtype or shape than the layout's.
     """
-    expected = {name: value[0] for name, value in layout.tensors().items() if name != "rank"}
+    named = {name: value[0] for name, value in layout.tensors().items() if name != "rank"}
+    expected = {name: value for name, value in named.items() if not _is_mark(name)}
+    marks = {name: value for name, value in tensors.items() if _is_mark(name)}
+    if isinstance(layout, AdapterTable) and (marks or layout.has):
+        shapes = layout.A or layout.B
+        expected |= {f"{index}.has": torch.ones(one.shape[1], dtype=torch.bool) for index, one in enumerate(shapes)}
     if set(tensors) != set(expected):
         raise MessageError(f"{what} has {_names(tensors)}, expected {_names(expected)}")
     rank = _rank(tensors, layout)
-    for name, value in expected.items():
+    for name, value in sorted(expected.items(), key=lambda item: not _is_mark(item[0])):
         found, shape = tensors[name], list(value.shape)
-        if isinstance(layout, AdapterTable):
+        if isinstance(layout, AdapterTable) and not _is_mark(name):
             shape[_rank_place(name)] = rank
+            shape[0] = shape[0] if (mark := _mark(tensors, name)) is None else int(mark.sum())
         if found.dtype != value.dtype or list(found.shape) != shape:
             raise MessageError(f"{what}: {name} is {found.dtype} {list(found.shape)}, expected {value.dtype} {shape}")
         if not found.isfinite().all():
@@ -64,7 +75,22 @@ def read(tensors: Tensors, layout: Stack, what: str) -> Any:
     rows = {name: value[None] for name, value in tensors.items()}
     if not isinstance(layout, AdapterTable):
         return layout.like(rows)
+    for name, value in tensors.items():
+        if not _is_mark(name) and (mark := _mark(tensors, name)) is not None:
+            whole = value.new_zeros(len(mark), *value.shape[1:])
+            whole[mark] = value
+            rows[name] = whole[None]
     return AdapterTable.of({**rows, "rank": torch.tensor([rank])}).resized(layout.r)
+
+
+def _is_mark(name: str) -> bool:
+    """Whether a tensor of an adapter says which projections it has."""
+    return name.endswith(".has")
+
+
+def _mark(tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
+    """Which projections a factor is of, bool `[P]`; None: all."""
+    return tensors.get(f"{name.partition('.')[0]}.has")
 
 
 def _rank_place(name: str) -> int:
@@ -76,7 +102,7 @@ def _rank(tensors: Tensors, layout: Stack) -> int:
     """The rank that adapters were written at: at most the layout's."""
     if not isinstance(layout, AdapterTable):
         return 0
-    name, first = next(iter(tensors.items()))
+    name, first = next((name, value) for name, value in tensors.items() if not _is_mark(name))
     return min(first.shape[_rank_place(name)], layout.r) if first.dim() == 3 else layout.r
 
 
@@ -182,6 +208,7 @@ def done(upload: Upload, errand: Errand) -> Done:
         tiers={tier: written(table) for tier, table in upload.tiers.items()},
         head=None if upload.head is None else written(upload.head),
         choice=None if upload.choice is None else int(upload.choice),
+        scores=None if upload.scores is None else upload.scores[0],
     )
 
 
@@ -193,7 +220,7 @@ def uploaded(message: Done, expected: Upload) -> Upload:
     """
     if set(message.tiers) != set(expected.tiers):
         raise MessageError(f"adapters of {_names(message.tiers)} were sent, expected {_names(expected.tiers)}")
-    for name in ("head", "choice"):
+    for name in ("head", "choice", "scores"):
         sent, wanted = getattr(message, name) is not None, getattr(expected, name) is not None
         if sent != wanted:
             raise MessageError(f"{'a' if sent else 'no'} {name} was sent, expected {'one' if wanted else 'none'}")
@@ -203,6 +230,7 @@ def uploaded(message: Done, expected: Upload) -> Upload:
         {tier: read(message.tiers[tier], table, tier) for tier, table in expected.tiers.items()},
         None if message.head is None or expected.head is None else read(message.head, expected.head, "the head"),
         None if message.choice is None else torch.tensor([message.choice]),
+        None if message.scores is None else message.scores[None],
     )
 
 
@@ -215,4 +243,5 @@ def together(uploads: list[Upload]) -> Upload:
         {tier: _together([one.tiers[tier] for one in uploads]) for tier in first.tiers},
         None if first.head is None else _together([one.head for one in uploads]),
         None if first.choice is None else torch.cat([one.choice for one in uploads if one.choice is not None]),
+        None if first.scores is None else torch.cat([one.scores for one in uploads if one.scores is not None]),
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hilora.federated.engine.blocks import Parts
 from hilora.federated.engine.flops import Flops
-from hilora.federated.engine.trainer import Work
+from hilora.federated.engine.trainer import Effort
 from hilora.models.backbone import Backbone
 from tests.federated.engine.test_batched import make
 
@@ -21,12 +21,12 @@ OUTSIDE = 2 * 4 * (3 * 8 * 8) * WIDTH + 3 * 2 * WIDTH * CLASSES  # the patch emb
 RANK = 2 * TOKENS * 2 * WIDTH  # one rank of one projection, forward
 
 
-def work(ranks: list[int], trained: tuple[str, ...] = ("root",), factors: str = "AB", parts: Any = None) -> Work:
+def work(ranks: list[int], trained: tuple[str, ...] = ("root",), factors: str = "AB", parts: Any = None) -> Effort:
     count = len(ranks)
-    return Work(torch.arange(count), torch.ones(count), {"root": torch.tensor(ranks)}, trained, factors, parts)
+    return Effort(torch.arange(count), torch.ones(count), {"root": torch.tensor(ranks)}, trained, factors, parts)
 
 
-def count(backbone: Backbone, found: Work) -> list[float]:
+def count(backbone: Backbone, found: Effort) -> list[float]:
     images: Tensor = Flops(make(backbone), CLASSES).image(found)
     assert images.dtype == torch.float64
     return images.tolist()
