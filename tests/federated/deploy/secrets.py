@@ -27,20 +27,21 @@ def needles(tensors: Iterable[Tensor], dtypes: Iterable[torch.dtype]) -> Iterato
                     yield data
 
 
-def found(secrets: Iterable[bytes], streams: Iterable[bytes]) -> list[bytes]:
-    """Those of the secrets that stand anywhere in a stream."""
-    wanted = list(secrets)
-    places = [_telling(secret) for secret in wanted]
-    windows = np.array([secret[at : at + WINDOW] for secret, at in zip(wanted, places, strict=True)])
-    keys = np.frombuffer(windows.astype(f"S{WINDOW}").tobytes(), np.uint64)
-    hits: set[bytes] = set()
-    for stream in streams:
-        every = np.lib.stride_tricks.sliding_window_view(np.frombuffer(stream, np.uint8), WINDOW)
-        there = np.unique(np.ascontiguousarray(every).view(np.uint64))
-        for index in np.flatnonzero(np.isin(keys, there)):
-            if wanted[index] in stream:
-                hits.add(wanted[index])
-    return sorted(hits)
+class Haystack:
+    """Streams of bytes, made ready to be searched for many secrets."""
+
+    def __init__(self, streams: Iterable[bytes]) -> None:
+        self.all = b"\0".join(streams)
+        windows = np.lib.stride_tricks.sliding_window_view(np.frombuffer(self.all, np.uint8), WINDOW)
+        self.windows = np.unique(np.ascontiguousarray(windows).view(np.uint64))
+
+    def found(self, secrets: Iterable[bytes]) -> set[bytes]:
+        """Those of the secrets that stand anywhere in a stream."""
+        wanted = sorted(set(secrets))
+        starts = [secret[at : at + WINDOW] for secret in wanted for at in (_telling(secret),)]
+        keys = np.frombuffer(b"".join(starts), np.uint64)
+        place = np.searchsorted(self.windows, keys).clip(max=len(self.windows) - 1)
+        return {wanted[index] for index in np.flatnonzero(self.windows[place] == keys) if wanted[index] in self.all}
 
 
 def _telling(secret: bytes) -> int:
