@@ -75,7 +75,7 @@ def test_rounds_tell_what_was_moved_until_then(simulate: Simulate) -> None:
 def test_phases_are_the_parts_of_the_time(simulate: Simulate, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that goes on by one second whenever it is looked at."""
     ticks = iter(range(10**6))
-    monkeypatch.setattr("hilora.federated.simulation.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("hilora.federated.loop.time.perf_counter", lambda: float(next(ticks)))
     simulation = simulate(**FEW)
     summary = simulation.run()
     phases = summary["seconds_by_phase"]
@@ -88,7 +88,7 @@ def test_phases_are_the_parts_of_the_time(simulate: Simulate, monkeypatch: pytes
 
 def test_resuming_adds_up_the_phases(simulate: Simulate, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(10**6))
-    monkeypatch.setattr("hilora.federated.simulation.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("hilora.federated.loop.time.perf_counter", lambda: float(next(ticks)))
     stopped = simulate(**FEW)
     stop_after(stopped, 3)
     with pytest.raises(Stop):
