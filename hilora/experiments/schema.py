@@ -1,8 +1,8 @@
 """Versions of what the ledger says of a run: how older ones are read, and the defaults that each had.
 
-The versions are in `defaults.json`. Whoever changes a default of a setting, or gives a method or partition named there
-another one, adds a version with the defaults as they are then; the older stay as they are, for lines that were written
-under them.
+The versions are in `defaults.json`. Whoever changes a default of a setting adds a version with the defaults as they are
+then; the older stay as they are, for lines that were written under them. A new setting whose default is what was done
+before it joins the newest version: older lines then say the same as they did.
 """
 
 from __future__ import annotations

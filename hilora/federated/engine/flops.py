@@ -40,7 +40,7 @@ class Flops:
             model.get_submodule(path).register_forward_pre_hook(_keep(inputs, path))
         size = engine.backbone.size
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as whole:
-            model(torch.zeros(1, 3, size, size))
+            model(torch.zeros(1, 3, size, size, dtype=torch.float32))
         counts = [_counted(model.get_submodule(path), inputs[path]) for path in self.blocks.paths]
         forward, backward = zip(*counts, strict=True)
         self.forward, self.backward = (torch.tensor(one, dtype=torch.float64) for one in (forward, backward))

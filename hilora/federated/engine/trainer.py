@@ -162,7 +162,7 @@ class Trainer:
         ids, shares = self.clients[places], list(images[:, None])
         trained = self.engine.train(self.training_images, shares, models.of(places), task, ids, "Fisher information")
         table, blocks = trained.tiers[tier], self.engine.blocks
-        found = torch.zeros(len(self.clients), len(blocks))
+        found = torch.zeros(len(self.clients), len(blocks), dtype=torch.float32)
         for pair, of in zip(table.factors, blocks.of, strict=True):
             for gradient in pair:
                 squares = gradient.square().sum((-2, -1)).view(len(self.clients), count, -1).mean(1)  # [n, P]

@@ -170,7 +170,7 @@ class Strategy(ABC):
             everything = torch.ones(1, self.problem.depth, dtype=torch.bool)
             tiers = {tier: self.of_blocks(table, everything) for tier, table in tiers.items()}
         choice = one + sent.choices - 1 if sent.choices else None
-        scores = torch.zeros(1, sent.scores) if sent.scores else None
+        scores = torch.zeros(1, sent.scores, dtype=torch.float32) if sent.scores else None
         return Upload(one, one, tiers, self.problem.head if sent.head else None, choice, scores)
 
     @property

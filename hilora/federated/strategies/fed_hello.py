@@ -78,7 +78,7 @@ class FedHeLLo(SomeBlocks):
         upload = self.message(trained, download)
         if self.settings.allocation != "fisher":
             return upload
-        scores = torch.zeros(len(upload.clients), self.problem.depth)
+        scores = torch.zeros(len(upload.clients), self.problem.depth, dtype=torch.float32)
         if (download.round - 1) % self.settings.refresh == 0:
             models = self.models(state, download, trainer).after(trained)
             scores = trainer.fisher(models, "root", self.settings.fisher_images)
