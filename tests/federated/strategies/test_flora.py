@@ -23,7 +23,8 @@ def of_a_round(round: int, share: Tensor) -> Tensor:
 
 def product(halves: Halves) -> Tensor:
     ((A, B),) = halves.server.root.factors
-    return (B @ A)[0]
+    found: Tensor = (B @ A)[0]
+    return found
 
 
 def test_stacks_add_up_exactly_and_every_round_begins_anew() -> None:
