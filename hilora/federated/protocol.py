@@ -139,9 +139,13 @@ class Download:
             for number, slot in enumerate(self.head.slot.view(len(self.head.slot), -1).unbind(1)):
                 yield Part(f"head.{number}", self.head.table, slot)
 
+    def counted(self) -> Iterator[Part]:
+        """The pieces that traffic counts: those that are sent, unless a method's own messages would have others."""
+        yield from self.parts()
+
     def nbytes(self) -> Tensor:
         """Bytes for each client that holds nothing of it, int64 `[n]`."""
-        return sum((part.nbytes() for part in self.parts()), start=torch.zeros((), dtype=torch.long))
+        return sum((part.nbytes() for part in self.counted()), start=torch.zeros((), dtype=torch.long))
 
 
 class Sends(NamedTuple):

@@ -28,7 +28,7 @@ class Post:
 
     def send(self, clients: Tensor, download: Download) -> None:
         """The clients `[n]` get what they do not have."""
-        for part in download.parts():
+        for part in download.counted():
             held = self.held.setdefault(part.name, torch.zeros(self.clients, dtype=torch.long))
             found = digests(part)
             self.down[clients] += torch.where(held[clients] == found, 0, part.nbytes())

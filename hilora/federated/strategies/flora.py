@@ -36,9 +36,9 @@ class FLoRA(Strategy):
     cut, and a round notes the share of the norm that this cost (`cut`). With room for the shorter side of the layers
     nothing ever is: for a width of 192 and a rank of 8, `room = 24`.
 
-    The traffic is the method's own: a client is sent the stack of every round that it has not merged yet, N r ranks
-    each, and not the tier. It grows with the clients. A tier is scaled by lora_alpha / rank of the root for all
-    clients, whatever their budgets of ranks.
+    The traffic is counted as the method's own: a client is sent the stack of every round that it has not merged yet,
+    N r ranks each, and not the tier. It grows with the clients. A tier is scaled by lora_alpha / rank of the root for
+    all clients, whatever their budgets of ranks.
 
     Left open for ViTs, ours: the head is averaged. An unseen client trains an adapter on top of what was merged.
     """
@@ -123,7 +123,7 @@ def compressed(factors: list[tuple[Tensor, Tensor]], room: int) -> AdapterTable:
 
 @dataclass(frozen=True)
 class Stacks(Download):
-    """A download that weighs what the method sends in the place of the merged tier: the stack of each round.
+    """A download of the merged tier, counted as what the method sends in its place: the stack of each round.
 
     Attributes:
         stacked: bytes of each round's.
@@ -131,8 +131,8 @@ class Stacks(Download):
 
     stacked: tuple[int, ...] = ()
 
-    def parts(self) -> Iterator[Part]:
-        for part in super().parts():
+    def counted(self) -> Iterator[Part]:
+        for part in self.parts():
             if not part.name.startswith("root."):
                 yield part
         assert self.head is not None
