@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
+from torch import Tensor
 
 from hilora.errors import HiLoRAError, InvalidValueError
 from hilora.federated.callbacks.report import RESULTS
@@ -28,6 +32,7 @@ from hilora.federated.deploy.member import Member, all_of, share_of
 from hilora.federated.deploy.messages import Hello, MessageError, Order, Refused, of_bytes, to_bytes
 from hilora.federated.deploy.private import Private, load_private, save_private
 from hilora.federated.deploy.roster import Answer
+from hilora.federated.deploy.secure import is_secured, secured, vector
 from hilora.federated.deploy.server import Deployment
 from hilora.federated.deploy.settings import Asked, asked
 from hilora.federated.engine.device import find_device
@@ -72,11 +77,19 @@ class GridCourier:
         return sorted(self.grid.get_node_ids())
 
     def exchange(self, messages: Mapping[int, bytes], kind: str, timeout: float) -> dict[int, Answer]:
+        return _answers(self._replies(_addressed(messages, kind, timeout), timeout))
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        lasting = inf if timeout is None else timeout
+        return self._replies([_until(message, timeout) for message in messages], lasting)
+
+    def _replies(self, messages: list[Message], timeout: float) -> list[Message]:
+        """The replies that come in so many seconds."""
         until = time.monotonic() + timeout
-        waiting = set(self.grid.push_messages(_addressed(messages, kind, timeout)))
-        found: dict[int, Answer] = {}
+        waiting = set(self.grid.push_messages(messages))
+        found: list[Message] = []
         while waiting:
-            found |= self._pulled(waiting)
+            found += self._pulled(waiting)
             if not waiting or time.monotonic() >= until:
                 break
             time.sleep(POLL)
@@ -86,20 +99,26 @@ class GridCourier:
         self._posted |= set(self.grid.push_messages(_addressed(messages, kind, timeout)))
 
     def collect(self) -> dict[int, Answer]:
-        return self._pulled(self._posted) if self._posted else {}
+        return _answers(self._pulled(self._posted)) if self._posted else {}
 
-    def _pulled(self, waiting: set[str]) -> dict[int, Answer]:
-        """The answers that are there, to messages that are not waited for any longer."""
+    def _pulled(self, waiting: set[str]) -> list[Message]:
+        """The replies that are there, to messages that are not waited for any longer."""
         replies = list(self.grid.pull_messages(waiting))
         waiting -= {reply.metadata.reply_to_message_id for reply in replies}
-        return _answers(replies)
+        return replies
 
 
 def _addressed(messages: Mapping[int, bytes], kind: str, timeout: float) -> list[Message]:
     return [Message(record(data), node, kind, ttl=timeout) for node, data in messages.items()]
 
 
-def _answers(replies: Any) -> dict[int, Answer]:
+def _until(message: Message, timeout: float | None) -> Message:
+    """A message that is good for so many seconds."""
+    said = message.metadata
+    return Message(message.content, said.dst_node_id, said.message_type, ttl=timeout, group_id=said.group_id)
+
+
+def _answers(replies: Iterable[Message]) -> dict[int, Answer]:
     found: dict[int, Answer] = {}
     for reply in replies:
         if reply.has_error():
@@ -150,10 +169,14 @@ def client_app(read: Read | None = None) -> ClientApp:
         return _answered(message, lambda data: (of_bytes(data, Hello), member(context).present())[1])
 
     def train(message: Message, context: Context) -> Message:
-        return _answered(message, lambda data: _work(data, member(context), context, measure=False))
+        if is_secured(message):
+            return _summed(message, context, lambda: member(context))
+        return _answered(message, lambda data: _work(data, member(context), context, Member.answer))
 
     def evaluate(message: Message, context: Context) -> Message:
-        return _answered(message, lambda data: _work(data, member(context), context, measure=True))
+        return _answered(
+            message, lambda data: _work(data, member(context), context, partial(Member.answer, measure=True))
+        )
 
     app.query()(query)
     app.train()(train)
@@ -162,20 +185,39 @@ def client_app(read: Read | None = None) -> ClientApp:
 
 
 def _answered(message: Message, answer: Callable[[bytes], Any]) -> Message:
-    """The reply to a message. Of what goes wrong the server is told the reason where that is about what it sent or what
-    it is to set. All else may name files or classes of the client's: it stands in the client's own log."""
+    """The reply to a message."""
     try:
         said = answer(data_of(message.content))
-    except (MessageError, Diverged) as error:
-        log.error("%s", error)
-        said = Refused(reason=str(error))
     except Exception as error:
-        log.error("%s", error, exc_info=not isinstance(error, HiLoRAError))
-        said = Refused(reason=f"{type(error).__name__} at the client, whose log says more")
+        said = Refused(reason=_reason(error))
     return Message(record(to_bytes(said)), reply_to=message)
 
 
-def _work(data: bytes, member: Member, context: Context, measure: bool) -> Any:
+def _summed(message: Message, context: Context, member: Callable[[], Member]) -> Message:
+    """The reply to a message of a secure aggregation; an error of Flower's, which makes the client drop out of it."""
+
+    def work(data: bytes) -> list[Tensor]:
+        mine = member()
+        upload, download = _work(data, mine, context, Member.train)
+        return vector(upload, download, mine.strategy.training.dp_clip)
+
+    try:
+        return secured(message, context, work)
+    except Exception as error:
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, _reason(error)), reply_to=message)
+
+
+def _reason(error: Exception) -> str:
+    """What the server is told of what went wrong: the reason where that is about what it sent or what it is to set. All
+    else may name files or classes of the client's: it stands in the client's own log."""
+    if isinstance(error, MessageError | Diverged):
+        log.error("%s", error)
+        return str(error)
+    log.error("%s", error, exc_info=None if isinstance(error, HiLoRAError) else error)
+    return f"{type(error).__name__} at the client, whose log says more"
+
+
+def _work(data: bytes, member: Member, context: Context, does: Callable[[Member, Order, Private], Any]) -> Any:
     """Do what an order says, with the client's state in its file, or in Flower's context where it names no folder."""
     order: Order = of_bytes(data, Order)
     folder, run = context.node_config.get("state-dir"), order.errand.run
@@ -183,7 +225,7 @@ def _work(data: bytes, member: Member, context: Context, measure: bool) -> Any:
         private = load_private(Path(str(folder)), member.id, run, member.method)
     else:
         private = _in_context(context, member, run)
-    said = member.answer(order, private, measure)
+    said = does(member, order, private)
     if folder:
         save_private(Path(str(folder)), private)
     else:

@@ -13,14 +13,14 @@ from hilora.adapters.io.files import checksum
 from hilora.errors import InvalidValueError
 from hilora.federated.data.images import ImageSet
 from hilora.federated.data.partitions import Client, Partition, Population, partition
-from hilora.federated.deploy.messages import Counts, Done, Errand, Lacks, Order, Present
+from hilora.federated.deploy.messages import Counts, Done, Errand, Lacks, MessageError, Order, Present
 from hilora.federated.deploy.private import Private
 from hilora.federated.deploy.settings import Asked
 from hilora.federated.deploy.wire import Layout, done, downloaded, received
 from hilora.federated.engine.batched import BatchedEngine
 from hilora.federated.engine.device import DTYPES
 from hilora.federated.engine.trainer import Trainer
-from hilora.federated.protocol import Download, Head
+from hilora.federated.protocol import Download, Head, Upload
 from hilora.federated.strategies.base import Problem, Strategy
 from hilora.federated.streams import stream
 from hilora.models.backbone import Backbone
@@ -106,6 +106,7 @@ class Member:
         self.client, self.id, self.images, self.test = images.shares, client, train, test
         self.backbone, self.method = backbone, asked.strategy.name or type(asked.strategy).__name__
         self.strategy, self.engine, self.layout = half(asked, backbone, device)
+        self.secret, self.only_sums = asked.sizes_are_secret, asked.run.secure_aggregation
         none = torch.empty(0, dtype=torch.long)
         nobody = Client(none, none, none, None, False)
         self.population = Population((*[nobody] * client, images.shares), "own images", ())
@@ -113,7 +114,8 @@ class Member:
     def present(self) -> Present:
         """Who it is."""
         weights = checksum("", self.backbone.model.state_dict())
-        return Present(client=self.id, seen=self.client.seen, images=len(self.client.train), backbone=weights)
+        images = None if self.secret else len(self.client.train)
+        return Present(client=self.id, seen=self.client.seen, images=images, backbone=weights)
 
     def answer(self, order: Order, private: Private, measure: bool = False) -> Done | Counts | Lacks:
         """Do what an order says.
@@ -124,19 +126,35 @@ class Member:
             measure: predict, and do not train.
 
         Raises:
-            MessageError: the order is not as it should be.
+            MessageError: the order is not as it should be, or asks for an update that may be sent in a sum alone.
             Diverged: the update is not finite.
         """
-        parts, lacking = received(order, self.layout, private.held)
-        private.held |= parts
-        if lacking:
-            return Lacks(errand=order.errand, parts=lacking)
-        download, mine = downloaded(order, parts), private.store.of(torch.tensor([self.id]))
+        download = self._download(order, private)
+        if isinstance(download, Lacks):
+            return download
         if measure:
             return self._counts(order.errand, private, download)
-        private.begin(order.errand)
-        upload = self.strategy.local(mine, download, self._trainer(order.errand))
-        return done(upload, order.errand)
+        upload = self._trained(order.errand, private, download)
+        if self.only_sums and (upload.tiers or upload.head is not None or upload.choice is not None):
+            raise MessageError("this run has secure aggregation: an update goes into a sum alone")
+        return done(replace(upload, images=torch.ones_like(upload.images)) if self.secret else upload, order.errand)
+
+    def train(self, order: Order, private: Private) -> tuple[Upload, Download]:
+        """The client's update and what it was made from, for a sum; as `answer` otherwise."""
+        download = self._download(order, private)
+        if isinstance(download, Lacks):
+            raise MessageError("lacks parts that it was sent")
+        return self._trained(order.errand, private, download), download
+
+    def _download(self, order: Order, private: Private) -> Download | Lacks:
+        parts, lacking = received(order, self.layout, private.held)
+        private.held |= parts
+        return Lacks(errand=order.errand, parts=lacking) if lacking else downloaded(order, parts)
+
+    def _trained(self, errand: Errand, private: Private, download: Download) -> Upload:
+        private.begin(errand)
+        mine = private.store.of(torch.tensor([self.id]))
+        return self.strategy.local(mine, download, self._trainer(errand))
 
     def _trainer(self, errand: Errand) -> Trainer:
         ids = torch.tensor([self.id])
@@ -152,7 +170,8 @@ class Member:
 
         def count(images: ImageSet, share: Tensor) -> tuple[int, int]:
             correct = self.engine.evaluate(images, [share], models, self.images).correct
-            return round(float(correct.nan_to_num(0.0)) * len(share)), len(share)
+            total = min(100, len(share) * 100) if self.secret else len(share)
+            return round(float(correct.nan_to_num(0.0)) * total), total
 
         val, test = count(self.images, self.client.val), count(self.test, self.client.test)
         return Counts(errand=errand, client=self.id, val=val, test=test)

@@ -57,12 +57,12 @@ class Hello(_Fields):
 
 class Present(_Fields):
     """A node says which client it is, whether it takes part in the training or comes after it, how many training images
-    it has, and the checksum of its backbone."""
+    it has unless that is a secret, and the checksum of its backbone."""
 
     kind: Literal["present"] = "present"
     client: Count
     seen: bool
-    images: Count
+    images: Count | None
     backbone: str
 
 
@@ -93,7 +93,7 @@ class Lacks(_Fields):
 
 
 class Done(_Fields):
-    """An upload of one client."""
+    """An upload of one client; where its number of images is a secret, `images` is 1."""
 
     kind: Literal["done"] = "done"
     errand: Errand
@@ -106,7 +106,8 @@ class Done(_Fields):
 
 
 class Counts(_Fields):
-    """How many images of each split a client predicts right, and of how many."""
+    """How many images of each split a client predicts right, and of how many; of a hundred, where its number of images
+    is a secret."""
 
     kind: Literal["counts"] = "counts"
     errand: Errand

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 from hilora.federated.deploy.messages import Hello, MessageError, Present, Refused, of_bytes, to_bytes
 
@@ -29,6 +29,9 @@ class Courier(Protocol):
     def collect(self) -> dict[int, Answer]:
         """The answers to posted messages that have come since."""
 
+    def send_and_receive(self, messages: Iterable[Any], *, timeout: float | None = None) -> Iterable[Any]:
+        """Send Flower's own messages, and give the replies that come in so many seconds."""
+
 
 class Roster:
     """Asks every node that connects which client it is.
@@ -45,13 +48,13 @@ class Roster:
     Attributes:
         connected: the node of each client that is there now.
         unseen: clients that come after the training.
-        images: how many training images each client said that it has.
+        images: how many training images each client said that it has; None where that is a secret.
     """
 
     def __init__(self, courier: Courier, clients: int, weights: str, deadline: float) -> None:
         self.courier, self.clients, self.weights, self.deadline = courier, clients, weights, deadline
         self.connected: dict[int, int] = {}
-        self.images: dict[int, int] = {}
+        self.images: dict[int, int | None] = {}
         self.unseen: set[int] = set()
         self._said: dict[int, Present] = {}  # by node, in the order of arrival
         self._asked: dict[int, float] = {}  # by node, until when it may answer
@@ -99,7 +102,8 @@ class Roster:
         holder = self.connected.setdefault(said.client, node)
         if holder == node:
             if self._refused.pop(node, None) is not None or said.client not in self.images:
-                log.info("client %d is there, with %d images to train on", said.client, said.images)
+                images = "" if said.images is None else f", with {said.images} images to train on"
+                log.info("client %d is there%s", said.client, images)
             self.images[said.client] = said.images
             (self.unseen.discard if said.seen else self.unseen.add)(said.client)
         elif node not in self._refused:

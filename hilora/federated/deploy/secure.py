@@ -9,9 +9,9 @@ ours in the place of the parameters that it sends. Its client's side is a mod, w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -29,17 +29,23 @@ from torch import Tensor
 
 from hilora.algorithms.robust import clipping_scales
 from hilora.errors import HiLoRAError, InvalidValueError
+from hilora.federated.deploy.settings import FEWEST
 from hilora.federated.protocol import Download, Upload
 from hilora.federated.sums import changes, groups, norms, spread
 
 STYPE = "hilora.safetensors"
 ORDER = "fitins.parameters"
-FEWEST = 3
-"""Clients in a sum. Of two each knows the other's part."""
 
 
 class SecureAggregationError(HiLoRAError, RuntimeError):
     """Too few clients stayed to take the masks away."""
+
+
+class Messenger(Protocol):
+    """What the protocol uses of Flower's `Grid`."""
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Send messages, and give the replies that come in so many seconds."""
 
 
 class Mean(NamedTuple):
@@ -65,14 +71,11 @@ class _Workflow(SecAggPlusWorkflow):  # type: ignore[misc]  # Flower has no type
         return goes_on
 
 
-def secure_mean(
-    grid: Grid, context: Context, orders: Mapping[int, bytes], bound: float, timeout: float | None = None
-) -> Mean:
+def secure_mean(grid: Messenger, orders: Mapping[int, bytes], bound: float, timeout: float | None = None) -> Mean:
     """Have nodes do what an order says, and learn the mean of the vectors that they make of it.
 
     Args:
-        grid: Flower's.
-        context: of the `ServerApp`; its state is not changed.
+        grid: Flower's, or what sends messages on it.
         orders: for each node, what its `secured` handler is called with.
         bound: coordinates of vectors are cut to ±bound, and rounded at random to steps of 2^-21 of it (more for above a
             thousand clients), so that the mean is right on average.
@@ -80,7 +83,8 @@ def secure_mean(
 
     Raises:
         InvalidValueError: for fewer than three nodes.
-        SecureAggregationError: if fewer than three, or than half of them, stayed to the end.
+        SecureAggregationError: if fewer than three, or than half of them, stayed to the end, or one answered something
+            that there is no sum of.
     """
     if len(orders) < FEWEST:
         raise InvalidValueError(f"a sum over {len(orders)} clients keeps no secret: expected at least {FEWEST}")
@@ -99,7 +103,9 @@ def secure_mean(
     manager = SimpleNamespace(num_available=lambda: len(orders))
     state = RecordDict({MAIN_CONFIGS_RECORD: ConfigRecord({Key.CURRENT_ROUND: 1})})
     state[MAIN_PARAMS_RECORD] = parameters_to_arrayrecord(Parameters([], STYPE), keep_input=False)
-    own = Context(context.run_id, context.node_id, context.node_config, state, context.run_config)
+    context = LegacyContext(
+        Context(0, 0, {}, state, {}), strategy=cast(Any, strategy), client_manager=cast(Any, manager)
+    )
     steps = 32 - max(10, math.ceil(math.log2(len(orders) + 1)))  # so that no sum reaches 2^32
     enough = max(FEWEST, math.ceil(len(orders) / 2))  # clients take no masks away from the sum of fewer
     workflow = _Workflow(
@@ -110,7 +116,11 @@ def secure_mean(
         quantization_range=2**steps,
         timeout=timeout,
     )
-    workflow(grid, LegacyContext(own, strategy=cast(Any, strategy), client_manager=cast(Any, manager)))
+    try:
+        workflow(cast(Grid, grid), context)
+    except Exception as error:  # Flower does not look at what nodes answer before it uses it
+        said = f"secure aggregation of {len(orders)} clients failed: {type(error).__name__}: {error}"
+        raise SecureAggregationError(said) from error
     if not found:
         raise SecureAggregationError(
             f"secure aggregation of {len(orders)} clients failed: fewer than {enough} stayed to its end"

@@ -23,6 +23,7 @@ from hilora.federated.deploy.member import half
 from hilora.federated.deploy.messages import Counts, Done, Errand, Lacks, MessageError, to_bytes
 from hilora.federated.deploy.report import SharedReport
 from hilora.federated.deploy.roster import Courier, Roster
+from hilora.federated.deploy.secure_rounds import SecureRounds
 from hilora.federated.deploy.settings import Asked
 from hilora.federated.deploy.wire import order, together, uploaded
 from hilora.federated.engine.device import find_device
@@ -43,7 +44,8 @@ class Deployment(Loop):
 
     The server has the clients' numbers of images, what they upload, and how many of their images they predict right;
     their images and private states it cannot reach. A client that does not answer in time, or answers something that is
-    of no use, is left out of the round, which the record of the round says with the reason.
+    of no use, is left out of the round, which the record of the round says with the reason. With `secure_aggregation`
+    it has means of uploads alone, and asks for none outside of rounds; with that or `dp_clip` no numbers of images.
 
     Args:
         asked: the settings of the run.
@@ -67,6 +69,7 @@ class Deployment(Loop):
         self._weights = checksum("", backbone.model.state_dict())
         self.roster = Roster(courier, asked.run.clients, self._weights, asked.run.deadline)
         self.id, self.known = secrets.token_hex(8), set[int]()
+        self.secure = SecureRounds(server, courier, self.post, asked.run.deadline)
         asked.run.out.mkdir(parents=True, exist_ok=True)
         if asked.run.resume:
             restore(self)
@@ -143,10 +146,18 @@ class Deployment(Loop):
     def _work(self, clients: Tensor, download: Download, purpose: str, round: int, attempts: int) -> Work:
         errand = self._errand(download, purpose, round)
         expected = self.server.expected(download.stage)
+        sums = self.asked.run.secure_aggregation and self.secure.concerns(download.stage)
+        if sums and purpose != "training":
+            return Work(expected.rows(torch.empty(0, dtype=torch.long)), 0)
         for attempt in range(1, attempts + 1):
-            found, left = self._exchange(
-                clients, download, errand, "train", lambda answer: uploaded(checked(answer, Done, errand), expected)
-            )
+            if sums:
+                found, left = self._sums(clients, download, errand)
+            else:
+                found, left = self._exchange(
+                    clients, download, errand, "train", lambda answer: uploaded(checked(answer, Done, errand), expected)
+                )
+                for one in found.values():
+                    self.post.receive(one)
             upload = self._received(clients, download, errand, found, left)
             if upload is not None:
                 break
@@ -157,7 +168,7 @@ class Deployment(Loop):
                 f"the run goes on from {self.out}. The last reasons: {left}"
             )
         notes = {"left_out": {str(client): reason for client, reason in left.items()}} if left else {}
-        return Work(upload, int(upload.images.sum()), notes=notes)
+        return Work(upload, 0 if self.asked.sizes_are_secret else int(upload.images.sum()), notes=notes)
 
     def _received(
         self, clients: Tensor, download: Download, errand: Errand, found: Mapping[int, Upload], left: dict[int, str]
@@ -167,11 +178,8 @@ class Deployment(Loop):
             return None
         places = torch.isin(clients, torch.tensor(list(found))).nonzero().flatten()
         upload = together(list(found.values()))
-        self.post.receive(upload)
         upload = self.reception(download.of(places), upload, errand.purpose, errand.number, len(self.known))
-        for client, reason in self.reception.left_out.items():
-            log.warning("round %d: left out client %d: %s", errand.number, client, reason)
-        left |= self.reception.left_out
+        left |= _named(self.reception.left_out, errand)
         return upload if len(self.reception.left_out) < len(found) else None
 
     def accuracies(self, clients: Tensor, personal: bool = False) -> dict[str, Tensor]:
@@ -193,11 +201,8 @@ class Deployment(Loop):
     ) -> tuple[dict[int, Any], dict[int, str]]:
         """Send clients `[n]` a download; what `take` makes of the answers, by client, and why others gave none."""
         until = time.monotonic() + self.asked.run.deadline
-        while not set(clients.tolist()) & set(self.roster.connected) and time.monotonic() < until:
-            time.sleep(self.poll)
-            self.roster.look()
+        left = self._absent(clients, until)
         places = {client: place for place, client in enumerate(clients.tolist())}
-        left = {client: "is not connected" for client in places if client not in self.roster.connected}
         found: dict[int, Any] = {}
         open_ = [client for client in places if client not in left]
         for _ in range(2):  # once more to those that have lost what they were sent earlier
@@ -218,9 +223,21 @@ class Deployment(Loop):
             if not open_:
                 break
         left |= dict.fromkeys(open_, "lacks parts that it was sent")
-        for client, reason in sorted(left.items()):
-            log.warning("round %d: left out client %d: %s", errand.number, client, reason)
-        return dict(sorted(found.items())), dict(sorted(left.items()))
+        return dict(sorted(found.items())), _named(left, errand)
+
+    def _sums(self, clients: Tensor, download: Download, errand: Errand) -> tuple[dict[int, Upload], dict[int, str]]:
+        """As `_exchange`, but that the server learns no more than means."""
+        left = self._absent(clients, time.monotonic() + self.asked.run.deadline)
+        here = torch.tensor([client not in left for client in clients.tolist()]).nonzero().flatten()
+        found, dropped = self.secure.collect(clients[here], download.of(here), errand, self.roster.connected)
+        return found, _named(left | dropped, errand)
+
+    def _absent(self, clients: Tensor, until: float) -> dict[int, str]:
+        """Which clients are not there, once any is, or it is too late."""
+        while not set(clients.tolist()) & set(self.roster.connected) and time.monotonic() < until:
+            time.sleep(self.poll)
+            self.roster.look()
+        return {client: "is not connected" for client in clients.tolist() if client not in self.roster.connected}
 
     def _send(self, downloads: Mapping[int, Download], errand: Errand, kind: str, until: float) -> dict[int, Any]:
         """The clients' messages, or a text where there is none."""
@@ -262,6 +279,7 @@ class Deployment(Loop):
             "dtype": run.dtype,
             "clients": run.clients,
             "classes": list(run.class_names),
+            "secure_aggregation": run.secure_aggregation,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -270,3 +288,10 @@ class Deployment(Loop):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.id, self.known = state["id"], set(state["known"])
+
+
+def _named(left: dict[int, str], errand: Errand) -> dict[int, str]:
+    """Why clients are left out, in their order, and in the log."""
+    for client, reason in sorted(left.items()):
+        log.warning("round %d: left out client %d: %s", errand.number, client, reason)
+    return dict(sorted(left.items()))

@@ -14,6 +14,9 @@ from hilora.federated.data.partitions import PARTITIONS, Partition
 from hilora.federated.settings import Number, Settings, TrainingSettings, Whole
 from hilora.federated.strategies import STRATEGIES, Strategy, own_fields, resolve
 
+FEWEST = 3
+"""Clients in a secure sum. Of two each knows the other's part."""
+
 
 class DeploymentSettings(Settings):
     """A training whose clients are machines of their own, beside what all trainings and the strategy have."""
@@ -32,6 +35,7 @@ class DeploymentSettings(Settings):
     deadline: Number = Field(600.0, gt=0, description="seconds that a round waits for answers")
     patience: Whole = Field(3, ge=1, description="attempts at a round that nobody answers before the run ends")
     wait: Number = Field(600.0, gt=0, description="seconds that the server waits for the clients at the start")
+    secure_aggregation: bool = Field(False, description="let the server see sums of updates, and none of them alone")
     partition: str | None = Field(
         None, description="how clients divide a set of images that all of them have; none: they have their own"
     )
@@ -61,6 +65,11 @@ class Asked:
     training: TrainingSettings
     strategy: Strategy
     partition: Partition | None
+
+    @property
+    def sizes_are_secret(self) -> bool:
+        """Whether clients do not say how many images they have."""
+        return self.run.secure_aggregation or self.training.dp_clip is not None
 
 
 def asked(config: Mapping[str, Any]) -> Asked:
@@ -98,10 +107,28 @@ def asked(config: Mapping[str, Any]) -> Asked:
     strategy = STRATEGIES[method](**made[kind])
     if not strategy.travels:
         raise InvalidValueError(f"strategy={method!r} has all images in one place: it cannot be deployed")
+    if run.secure_aggregation:
+        _require_sums(run, training, strategy, method)
     divided = None
     if partition is not None:
         divided = partition(**{**({"unseen": 0.0} if "unseen" in partition.model_fields else {}), **made[partition]})
     return Asked(run, training, strategy, divided)
+
+
+def _require_sums(run: DeploymentSettings, training: TrainingSettings, strategy: Strategy, method: str) -> None:
+    """Raises InvalidValueError where sums of updates are not enough, or would be of too few clients."""
+    if not strategy.sums:
+        raise InvalidValueError(
+            f"secure-aggregation with strategy={method!r}: its server needs more of what clients send than a mean"
+        )
+    single = {"robust": training.robust != "none", "update-bound": training.update_bound is not None}
+    if named := [name for name, given in single.items() if given]:
+        raise InvalidValueError(f"secure-aggregation with {', '.join(named)}: nobody can look at single updates")
+    fewest = max(1, round(training.participation * (run.min_clients or run.clients)))
+    if fewest < FEWEST:
+        raise InvalidValueError(
+            f"secure-aggregation with {fewest} clients in a round: a sum over fewer than {FEWEST} keeps no secret"
+        )
 
 
 def _value(field: Any, value: Any) -> Any:

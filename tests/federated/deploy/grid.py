@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -70,7 +71,7 @@ class Grid:
             self.sent.append(message)
             self.before(message)
             node = self.nodes.get(message.metadata.dst_node_id)
-            reply = None if node is None else (node.fault or node.answer)(message)
+            reply = None if node is None else (node.fault or node.answer)(copy.deepcopy(message))
             if reply is not None:
                 self.replies[name] = reply
             names.append(name)
@@ -78,6 +79,3 @@ class Grid:
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         return [self.replies.pop(name) for name in list(message_ids) if name in self.replies]
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        return self.pull_messages(self.push_messages(messages))

@@ -79,9 +79,6 @@ def task(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(TaskIdentity, name, 1)
 
 
-SERVER = Context(1, 0, {}, RecordDict(), {})
-
-
 def numbers(node: int) -> list[Tensor]:
     return [torch.full((3, 2), node / 10), torch.tensor([float(node), -1.0, 1e9])]
 
@@ -96,7 +93,7 @@ def run(drops: dict[int, int], clients: int = 5, bound: float = 8.0) -> tuple[An
     nodes = {node: Node(node, work(node), drops.get(node)) for node in range(1, clients + 1)}
     grid = Grid(nodes)
     orders = {node: f"order for {node}".encode() for node in nodes}
-    return secure_mean(cast(Any, grid), SERVER, orders, bound), grid, asked
+    return secure_mean(grid, orders, bound), grid, asked
 
 
 def expected_mean(nodes: list[int], bound: float = 8.0) -> list[np.ndarray[Any, Any]]:
@@ -201,7 +198,7 @@ def test_a_strategy_comes_to_the_same_by_a_secure_sum(strategy: str, options: di
     def learn(places: Tensor) -> tuple[list[Any], Tensor]:
         grid = Grid({place + 10: Node(place + 10, work(place)) for place in places.tolist()})
         orders = {place + 10: struct.pack("i", place) for place in places.tolist()}
-        mean = secure_mean(cast(Any, grid), SERVER, orders, 8.0)
+        mean = secure_mean(grid, orders, 8.0)
         return mean.arrays, torch.tensor(mean.nodes) - 10
 
     upload = mean_upload(secret.server.expected(secret.stage), download, SEEN, learn)
