@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from hilora.adapters.table import AdapterTable
 from hilora.federated.ranks import by_size, compressed, energy_ranks
@@ -13,7 +12,8 @@ from hilora.federated.ranks import by_size, compressed, energy_ranks
 def table(singular: list[list[float]]) -> AdapterTable:
     """An adapter for each row, in any basis, whose two projections have these singular values."""
     generator = torch.Generator().manual_seed(0)
-    A, B = list[Tensor](), list[Tensor]()
+    A: list[torch.Tensor] = []
+    B: list[torch.Tensor] = []
     for values in singular:
         for found, shape in ((A, (2, 7, 4)), (B, (2, 9, 4))):
             Q = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64))[0]

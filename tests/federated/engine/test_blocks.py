@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from hilora.errors import InvalidValueError
 from hilora.federated.engine.batched import BatchedEngine
-from hilora.federated.engine.blocks import Parts
+from hilora.federated.engine.blocks import Blocks, Parts
 from hilora.federated.local.sgd import LocalSGD
 from hilora.federated.protocol import Rows
 from hilora.models.backbone import Backbone
@@ -117,3 +118,10 @@ def test_two_tiers_in_one_step_are_one_optimiser_over_both(backbone: Backbone, d
     masked = train(together, joint, models, parts=Parts(SOME))
     start = models.tiers["root"].taken()
     assert torch.equal(of_block(together, 1, masked.tiers["root"].B[0])[0], of_block(together, 1, start.B[0])[0])
+
+
+def test_a_number_that_begins_another_is_another_block() -> None:
+    model: Any = nn.Module()
+    model.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(12))
+    bank: Any = SimpleNamespace(names=[f"blocks.{i}.attn.q" for i in (1, 10, 11)])
+    assert Blocks(model, [bank]).paths == ["blocks.1", "blocks.10", "blocks.11"]
