@@ -92,7 +92,7 @@ def _least_rows() -> dict[torch.dtype, int]:
     """From which on oneDNN is taken, where torch has it."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return {}
-    return {torch.float32: 128} | ({torch.bfloat16: 1} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {})
+    return {torch.float32: 384} | ({torch.bfloat16: 1} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {})
 
 
 _LEAST_ROWS = _least_rows()
