@@ -74,6 +74,7 @@ class Order(_Fields):
         head: the digests of the heads likewise.
         choices: tiers, and "head", of which the client gets several to choose from.
         parts: the tensors of parts that the client does not hold.
+        blocks: bool `[L]`, the blocks whose adapters it trains; None: all.
     """
 
     kind: Literal["order"] = "order"
@@ -82,6 +83,7 @@ class Order(_Fields):
     head: list[int] | None
     choices: list[str]
     parts: dict[str, Tensors]
+    blocks: Tensor | None
 
 
 class Lacks(_Fields):

@@ -133,7 +133,14 @@ def order(download: Download, errand: Errand, held: Mapping[str, int]) -> Order:
     several = [tier for tier, rows in download.tiers.items() if rows.slot.dim() == 2]
     if download.head is not None and download.head.slot.dim() == 2:
         several.append("head")
-    return Order(errand=errand, tiers=tiers, head=found.get("head"), choices=several, parts=parts)
+    return Order(
+        errand=errand,
+        tiers=tiers,
+        head=found.get("head"),
+        choices=several,
+        parts=parts,
+        blocks=None if download.blocks is None else download.blocks[0],
+    )
 
 
 def received(message: Order, layout: Layout, held: Mapping[str, Stack]) -> tuple[dict[str, Stack], list[str]]:
@@ -185,7 +192,8 @@ def downloaded(message: Order, parts: Mapping[str, Stack]) -> Download:
             _together([parts[f"head.{i}"] for i in range(len(message.head))]),
             _slots(message.head, "head" in message.choices),
         )
-    return Download(message.errand.stage, tiers, head, message.errand.round)
+    blocks = None if message.blocks is None else message.blocks[None]
+    return Download(message.errand.stage, tiers, head, message.errand.round, blocks)
 
 
 def _together(rows: list[Any]) -> Any:
