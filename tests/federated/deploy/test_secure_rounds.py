@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,11 +23,16 @@ from tests.federated.deploy.grid import Node
 from tests.federated.test_federation import tensors
 
 SHORT: dict[str, Any] = {"strategy": "fedit", "rounds": "2,0,0", "evaluate_every": 0}
+ONCE = {"rounds": "1,0,0"}
 SECURE = SHORT | {"secure_aggregation": True}
 
 
-def like(one: Any, other: Any, atol: float = 1e-3) -> None:
-    """Two states are the same but for the steps of 2^-18 that vectors are rounded to, in some rounds of training."""
+ROUNDED = 1e-5
+"""Vectors are rounded to steps of 2^-18."""
+
+
+def like(one: Any, other: Any, atol: float = ROUNDED) -> None:
+    """Two states are the same but for rounding."""
     left, right = dict(tensors(one)), dict(tensors(other))
     assert left.keys() == right.keys()
     for name, value in left.items():
@@ -69,18 +75,25 @@ def recorded(there: World) -> list[Message]:
 
 
 @pytest.mark.parametrize("method", ["fedit", "ffa-lora", "fedsa-lora", "feddpa-f", "pf2lora"])
-@pytest.mark.parametrize("kept", [False, True])
-def test_secure_aggregation_gives_the_numbers_of_a_plain_run(
-    world: Make, tmp_path: Any, method: str, kept: bool
-) -> None:
-    state = tmp_path / "state" if kept else None
-    plain = world(**SHORT | {"strategy": method})
-    secure = world(**SECURE | {"strategy": method}, state=state)
+def test_the_numbers_are_those_of_a_plain_run(world: Make, method: str) -> None:
+    once = {"strategy": method, **ONCE}
+    plain, secure = world(**SHORT | once), world(**SECURE | once)
     one, other = plain.run(), secure.run()
     like(other.server.state_dict(), one.server.state_dict())
     assert [record["clients"] for record in secure.records] == [record["clients"] for record in plain.records]
     assert not any("left_out" in record for record in secure.records)
     assert other.summary()["per_client"]["test"] == pytest.approx(one.summary()["per_client"]["test"], abs=0.006)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_clients_keep_goes_on_from_round_to_round(world: Make, tmp_path: Path, kept: bool) -> None:
+    """In a file or in Flower's context. AdamW makes more of what was rounded."""
+    plain, secure = (
+        world(**options | {"strategy": "fedsa-lora"}, state=tmp_path if kept else None) for options in (SHORT, SECURE)
+    )
+    one, other = plain.run(), secure.run()
+    like(other.server.state_dict(), one.server.state_dict(), 5e-3)
+    assert [record["clients"] for record in secure.records] == [4, 4]
 
 
 def test_hilora_whose_groups_are_known_is_summed_group_by_group(world: Make) -> None:
@@ -96,7 +109,7 @@ def test_hilora_whose_groups_are_known_is_summed_group_by_group(world: Make) -> 
     (plain, _), (secure, there) = found
     like(secure.server.root, plain.server.root)  # type: ignore[attr-defined]
     clusters = [one.server.cluster.rows(torch.tensor([0])) for one in (secure, plain)]  # type: ignore[attr-defined]
-    like(*clusters)
+    like(*clusters, atol=5e-3)
     assert any(bool(B.any()) for B in clusters[0].B)
     root, cluster, leaf = there.records
     assert (root["clients"], cluster["clients"], leaf["clients"]) == (4, 3, 4)
@@ -113,8 +126,7 @@ def test_hilora_whose_groups_are_known_is_summed_group_by_group(world: Make) -> 
     ],
 )
 def test_one_client_that_drops_out_is_left_out_of_the_sum(world: Make, step: str, reply: Any, reason: str) -> None:
-    once = {"rounds": "1,0,0"}
-    plain, secure = world(**SHORT | once), world(**SECURE | once)
+    plain, secure = world(**SHORT | ONCE), world(**SECURE | ONCE)
     silent(plain.nodes[1])
     drops(secure.nodes[1], step, reply)
     like(secure.run().server.state_dict(), plain.run().server.state_dict())
@@ -125,10 +137,10 @@ def test_one_client_that_drops_out_is_left_out_of_the_sum(world: Make, step: str
 
 
 def test_a_client_that_drops_out_after_its_vector_is_in_the_sum(world: Make) -> None:
-    plain, secure = world(**SHORT), world(**SECURE)
+    plain, secure = world(**SHORT | ONCE), world(**SECURE | ONCE)
     drops(secure.nodes[1], Stage.UNMASK, lambda message: None)
     like(secure.run().server.state_dict(), plain.run().server.state_dict())
-    assert [record["clients"] for record in secure.records] == [4, 4]
+    assert [record["clients"] for record in secure.records] == [4]
 
 
 def test_a_client_that_lost_what_it_was_sent_drops_out_once(world: Make) -> None:
@@ -163,7 +175,7 @@ def forgets(node: Node, number: int) -> Callable[[Message], None]:
 
 
 def test_a_sum_that_fails_is_tried_again(world: Make) -> None:
-    plain, secure = world(**SHORT), world(**SECURE)
+    plain, secure = world(**SHORT | ONCE), world(**SECURE | ONCE)
     for node in secure.nodes[:2]:
         drops(node, Stage.COLLECT_MASKED_VECTORS, lambda message: None)
     like(secure.run().server.state_dict(), plain.run().server.state_dict())
@@ -179,7 +191,7 @@ def test_sums_that_fail_as_often_as_patience_allows_end_the_run(world: Make) -> 
 
 
 def test_what_is_no_answer_ends_the_sum_and_not_the_server(world: Make) -> None:
-    plain, secure = world(**SHORT), world(**SECURE)
+    plain, secure = world(**SHORT | ONCE), world(**SECURE | ONCE)
     drops(secure.nodes[0], Stage.COLLECT_MASKED_VECTORS, lambda message: Message(message.content, reply_to=message))
     like(secure.run().server.state_dict(), plain.run().server.state_dict())
 
@@ -249,7 +261,7 @@ def test_what_cannot_go_together_is_refused_at_the_start(change: dict[str, Any],
 def test_strategies_that_need_more_than_sums_are_refused_by_name() -> None:
     travel = [name for name, kind in STRATEGIES.items() if kind.travels]
     refused = [name for name in travel if not STRATEGIES[name]().sums]
-    assert {"hilora", "flexlora", "ifca", "fedalt"} <= set(refused)
+    assert {"hilora", "ifca", "fedalt"} <= set(refused)
     for name in travel:
         config = CONFIG | {"strategy": name, "secure-aggregation": True}
         if name not in refused:
