@@ -183,6 +183,6 @@ def half(asked: Asked, backbone: Backbone, device: torch.device) -> tuple[Strate
     engine = BatchedEngine(backbone, strategy.adapters(training), training, device, DTYPES[asked.run.dtype])
     classes = len(asked.run.class_names)
     head = Head(torch.zeros(1, classes, backbone.features), torch.zeros(1, classes))
-    strategy.join(Problem(training, asked.run.clients, engine.fresh, head))
+    strategy.join(Problem(training, asked.run.clients, engine.fresh, head, blocks=engine.blocks.of))
     tiers = {tier: engine.fresh(tier, 1, torch.Generator()) for tier in engine.config.tiers}
     return strategy, engine, Layout(tiers, head)

@@ -31,7 +31,7 @@ def test_the_page_shows_the_run_that_lies_beside_it(simulate: Simulate, tmp_path
     simulation = simulate(gamma_root=0.5, **FEW)
     simulation.run()
     out = tmp_path / "out"
-    assert {path.name for path in out.iterdir()} == set(RESULTS)
+    assert {path.name for path in out.iterdir()} == {name for name in RESULTS if "*" not in name}
     text, summary, found = (out / "report.html").read_text(), read_summary(out / "summary.json"), embedded(out)
     assert "<h1>hilora on squares, by hand, seed 0</h1>" in text
     assert "<dt>gamma root</dt><dd>0.5</dd>" in text
