@@ -20,6 +20,7 @@ WARM, COLLECT, PROBE, SHARED = "warm", "collect", "probe", "shared"  # what clie
 class WarmedUp(SharableHead):
     """In the rounds of the root tier each client trains an adapter and its head by itself. All begin with one A, so
     that their B can be compared. Then they send the adapter once, `form` groups them, and the other rounds follow.
+    Until groups are formed, clients go on alone.
 
     An unseen client trains for as many epochs from the same start, and sends its B, by which `place` gives it a place.
     """
@@ -59,8 +60,9 @@ class WarmedUp(SharableHead):
     def begin(self, stage: Stage, clients: Tensor, ask: Ask) -> None:
         if stage.task == SHARED:
             upload = ask(clients, Download(stage._replace(task=COLLECT)))
-            self.average_heads(upload)
-            self.form(upload)
+            if len(upload.clients):
+                self.average_heads(upload)
+                self.form(upload)
 
     def configure(self, stage: Stage, clients: Tensor) -> Download:
         if stage.task == WARM or not self.formed:
