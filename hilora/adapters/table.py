@@ -221,7 +221,8 @@ class AdapterTable(Stack):
         return torch.stack([tensor.isfinite().flatten(1).all(1) for tensor in (*self.A, *self.B)]).all(0)
 
     def nbytes(self) -> Tensor:
-        """Bytes of each adapter: of the ranks and projections that it has, not of those that there is room for."""
+        """Bytes of each adapter: of the ranks and projections that it has, not of those that there is room for. To say
+        which these are counts for nothing."""
         total = torch.zeros(len(self), dtype=torch.long)
         for factor in (self.A, self.B):
             for index, tensor in enumerate(factor):
