@@ -191,14 +191,20 @@ class Network:
             train, val, test = one.shares.train + starts[0], one.shares.val + starts[0], one.shares.test + starts[1]
             clients.append(Client(train, val, test, None, True))
             starts = [starts[0] + len(one.train), starts[1] + len(one.test)]
-        train, test = (_joined([getattr(one, split) for one in owned]) for split in ("train", "test"))
+        sets = [_joined([getattr(one, split) for one in owned]) for split in ("train", "test")]
         population = Population(tuple(clients), "their own", ())
         out, device = self.folder / f"{name}-simulated", torch.device("cpu")
         backbone = load_backbone("glyph_vit")
-        return Simulation(what.strategy, what.training, backbone, train, test, population, out, device, torch.float32)
+        return Simulation(what.strategy, what.training, backbone, *sets, population, out, device, torch.float32)
 
 
 def _joined(parts: list[ImageSet]) -> ImageSet:
     first = parts[0]
-    images, labels = torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts])
+    images, labels = torch.cat([pixels(part) for part in parts]), torch.cat([part.labels for part in parts])
     return ImageSet(images, labels, first.classes, "theirs", mirrors=first.mirrors)
+
+
+def pixels(images: ImageSet) -> torch.Tensor:
+    """The pixels of images that are in memory."""
+    assert isinstance(images.images, torch.Tensor)
+    return images.images

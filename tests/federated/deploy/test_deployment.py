@@ -19,7 +19,7 @@ from hilora.federated.deploy.flower import ARRAY, RECORD, data_of
 from hilora.models.backbone import load_backbone
 from tests.docs.pages import ROOT
 from tests.federated.deploy.loopback import loopback, until
-from tests.federated.deploy.network import CLASSES, CLIENTS, Network
+from tests.federated.deploy.network import CLASSES, CLIENTS, Network, pixels
 from tests.federated.deploy.recorder import recorder
 from tests.federated.deploy.secrets import Haystack, needles
 from tests.federated.deploy.test_server import close
@@ -121,8 +121,8 @@ def test_what_is_private_is_in_nothing_that_clients_send(network: Network) -> No
 
         images = network.images(client)
         for one in (images.train, images.test):
-            assert sent.found(needles(one.images, (torch.uint8,))) == set()
-            scaled = (one.images / 255 - mean) / std
+            assert sent.found(needles(pixels(one), (torch.uint8,))) == set()
+            scaled = (pixels(one) / 255 - mean) / std
             assert sent.found(needles(scaled, FLOATS)) == set()
             with torch.no_grad():
                 features = backbone.model(scaled)
