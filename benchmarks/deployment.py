@@ -82,11 +82,9 @@ def network(folder: Path, clients: int, environment: dict[str, str]) -> Iterator
             for client in range(clients)
         ),
     ]
-    started = []
     with open(folder / "log", "wb") as log:
+        started = [subprocess.Popen(command, env=environment, stdout=log, stderr=log) for command in commands]
         try:
-            for command in commands:
-                started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
             yield
         finally:
             for process in started:
