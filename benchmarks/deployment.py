@@ -82,11 +82,9 @@ def network(folder: Path, clients: int, environment: dict[str, str]) -> Iterator
             for client in range(clients)
         ),
     ]
-    started = []
     with open(folder / "log", "wb") as log:
+        started = [subprocess.Popen(command, env=environment, stdout=log, stderr=log) for command in commands]
         try:
-            for command in commands:
-                started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
             yield
         finally:
             for process in started:
@@ -143,7 +141,8 @@ def parts(clients: int, folder: Path) -> dict[str, float]:
     member = flower._member(context, None)
     tiers = {tier: written(table) for tier, table in member.layout.tiers.items()}
     errand = Errand(run="0" * 16, purpose="training", number=1, stage=Stage("root", 1, "root"), round=1)
-    upload = Done(errand=errand, client=0, images=64, tiers=tiers, head=written(member.layout.head), choice=None)
+    head = written(member.layout.head)
+    upload = Done(errand=errand, client=0, images=64, tiers=tiers, head=head, choice=None, scores=None)
     command = [sys.executable, "-c", "import flwr.supernode.cli, hilora.federated.deploy.flower"]
     return {
         "a process, with its imports": seconds(lambda: subprocess.run(command, cwd=ROOT, check=True), 3),

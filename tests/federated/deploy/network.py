@@ -188,14 +188,14 @@ class Network:
         owned = [self.images(client) for client in range(CLIENTS)]
         clients, starts = [], [0, 0]
         for one in owned:
-            train, val, test = one.shares.train + starts[0], one.shares.val + starts[0], one.shares.test + starts[1]
-            clients.append(Client(train, val, test, None, True))
+            shares = one.shares.train + starts[0], one.shares.val + starts[0], one.shares.test + starts[1]
+            clients.append(Client(*shares, None, True))
             starts = [starts[0] + len(one.train), starts[1] + len(one.test)]
-        sets = [_joined([getattr(one, split) for one in owned]) for split in ("train", "test")]
+        train, test = _joined([one.train for one in owned]), _joined([one.test for one in owned])
         population = Population(tuple(clients), "their own", ())
         out, device = self.folder / f"{name}-simulated", torch.device("cpu")
         backbone = load_backbone("glyph_vit")
-        return Simulation(what.strategy, what.training, backbone, *sets, population, out, device, torch.float32)
+        return Simulation(what.strategy, what.training, backbone, train, test, population, out, device, torch.float32)
 
 
 def _joined(parts: list[ImageSet]) -> ImageSet:
