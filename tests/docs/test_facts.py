@@ -166,7 +166,7 @@ def test_unseen_clients_are_those_of_the_ledger() -> None:
 
 def test_the_page_of_results_can_be_read_in_one_go() -> None:
     assert len((ROOT / "docs/results.md").read_text().splitlines()) < 200
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 110
+    assert len((ROOT / "README.md").read_text().splitlines()) < 120
 
 
 def test_every_variable_stands_in_the_table_once_and_no_other_does() -> None:
