@@ -190,9 +190,9 @@ def loopback(folder: Path) -> Iterator[Loopback]:
     environment = {**os.environ, **ENVIRONMENT, "FLWR_HOME": str(folder / "flwr")}
     nursery = folder / "nursery"
     command = [sys.executable, "-m", "tests.federated.deploy.nursery", str(nursery)]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    # in a session of its own, so that a signal to ours does not keep it from ending the others
+    with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from hilora.federated.deploy.member import OwnImages, all_of, with_classes
 from hilora.federated.deploy.settings import asked
 from hilora.federated.simulation import Simulation
 from hilora.models.backbone import load_backbone
-from tests.federated.deploy.loopback import ROOT, Loopback
+from tests.federated.deploy.loopback import ROOT, Loopback, until
 from tests.federated.deploy.recorder import Recorder
 
 CLIENTS = 3
@@ -37,7 +39,7 @@ CONFIG: dict[str, Any] = {
     "resume": False,
 }
 FAULTY = '''
-"""A client that waits or sends what is not a number, where a file says so."""
+"""A client that waits in a round, or sends what is not a number, where a file says so."""
 
 import time
 from pathlib import Path
@@ -47,7 +49,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from hilora.federated.deploy.flower import client_app, data_of, record
-from hilora.federated.deploy.messages import Done, of_bytes, to_bytes
+from hilora.federated.deploy.messages import Done, Order, of_bytes, to_bytes
 
 app = ClientApp()
 inner = client_app()
@@ -67,8 +69,9 @@ def evaluate(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     client = context.node_config["client-id"]
-    while (faults / f"wait{{client}}").exists():
-        (faults / f"waiting{{client}}").touch()
+    number = of_bytes(data_of(message.content), Order).errand.number
+    while (faults / f"wait {{client}} in {{number}}").exists():
+        (faults / "waits").touch()
         time.sleep(0.05)
     reply = inner(message, context)
     if (faults / f"poison{{client}}").exists():
@@ -122,6 +125,15 @@ class Network:
 
     def state(self, client: int) -> Path:
         return self.folder / f"state{client}"
+
+    @contextmanager
+    def waiting(self, client: int, number: int) -> Iterator[Callable[[], None]]:
+        """A client waits in a round, as long as this lasts; what is given waits until it does."""
+        fault, waits = self.faults / f"wait {client} in {number}", self.faults / "waits"
+        fault.touch()
+        yield lambda: until(waits.exists, f"client {client} is in round {number}")
+        fault.unlink()
+        waits.unlink(missing_ok=True)
 
     def app(self, name: str, faulty: bool = False, **config: Any) -> Path:
         """The app of examples/flower with other settings."""

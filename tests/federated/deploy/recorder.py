@@ -13,6 +13,7 @@ import h11
 from flwr.app import Message
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import PushObjectRequest
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 from tests.federated.deploy.certificates import Certificates
@@ -43,17 +44,18 @@ class Recorder:
         return [request for stream in self.sent for request in _requests(bytes(stream))]
 
     def messages(self) -> list[Any]:
-        """The messages of Flower's that were sent, with their content."""
+        """The messages of Flower's that were sent whole, with their content: of a run that was stopped the SuperLink
+        takes no more."""
         objects: dict[str, bytes] = {}
-        found: list[str] = []
+        trees = []
         for request in self.requests():
             if request.path.endswith("/push-object"):
                 pushed = PushObjectRequest.FromString(request.body)
                 objects[pushed.object_id] = pushed.object_content
             elif request.path.endswith("/push-messages"):
-                push = PushMessagesRequest.FromString(request.body)
-                found += [tree.object_id for tree in push.message_object_trees]
-        messages = [inflate_object_from_contents(name, dict(objects)) for name in found]
+                trees += PushMessagesRequest.FromString(request.body).message_object_trees
+        whole = [tree for tree in trees if all(one.object_id in objects for one in iterate_object_tree(tree))]
+        messages = [inflate_object_from_contents(tree.object_id, dict(objects)) for tree in whole]
         assert all(isinstance(message, Message) for message in messages)
         return messages
 

@@ -33,15 +33,21 @@ class Haystack:
     def __init__(self, streams: Iterable[bytes]) -> None:
         self.all = b"\0".join(streams)
         windows = np.lib.stride_tricks.sliding_window_view(np.frombuffer(self.all, np.uint8), WINDOW)
-        self.windows = np.unique(np.ascontiguousarray(windows).view(np.uint64))
+        self.windows, self.first = np.unique(np.ascontiguousarray(windows).view(np.uint64), return_index=True)
 
     def found(self, secrets: Iterable[bytes]) -> set[bytes]:
         """Those of the secrets that stand anywhere in a stream."""
         wanted = sorted(set(secrets))
-        starts = [secret[at : at + WINDOW] for secret in wanted for at in (_telling(secret),)]
-        keys = np.frombuffer(b"".join(starts), np.uint64)
-        place = np.searchsorted(self.windows, keys).clip(max=len(self.windows) - 1)
-        return {wanted[index] for index in np.flatnonzero(self.windows[place] == keys) if wanted[index] in self.all}
+        starts = [_telling(secret) for secret in wanted]
+        keys = b"".join(secret[at : at + WINDOW] for secret, at in zip(wanted, starts, strict=True))
+        keys_there = np.frombuffer(keys, np.uint64)
+        place = np.searchsorted(self.windows, keys_there).clip(max=len(self.windows) - 1)
+        hits = set()
+        for index in np.flatnonzero(self.windows[place] == keys_there):
+            secret, begin = wanted[index], int(self.first[place[index]]) - starts[index]
+            if self.all.startswith(secret, max(begin, 0)) or secret in self.all:
+                hits.add(secret)
+        return hits
 
 
 def _telling(secret: bytes) -> int:

@@ -62,12 +62,10 @@ def test_a_deployment_gives_the_numbers_of_a_simulation(network: Network, name: 
 
 
 def test_a_client_that_is_killed_in_a_round_is_left_out_of_it_and_comes_back(network: Network) -> None:
-    wait = network.faults / "wait2"
-    wait.touch()
-    run = network.begin("killed", faulty=True, strategy="fedit", rounds="30,0,0", deadline=12.0)
-    until((network.faults / "waiting2").exists, "client 2 trains")
-    network.link.kill_node(2)
-    wait.unlink()
+    with network.waiting(client=2, number=1) as reached:
+        run = network.begin("killed", faulty=True, strategy="fedit", rounds="30,0,0", deadline=12.0)
+        reached()
+        network.link.kill_node(2)
     until(lambda: network.records("killed"), "the first round is over")
     (first, *_) = network.records("killed")
     assert (first["clients"], first["left_out"]) == (2, {"2": "no answer within 12 s"})
@@ -92,18 +90,15 @@ def test_an_update_that_is_not_a_number_is_left_out_and_nothing_of_it_is_in_the_
 
 def test_a_server_that_is_killed_goes_on_from_its_checkpoint(network: Network) -> None:
     """In the leaf's stage, so that the clients' own states must go on as well."""
-    wait = network.faults / "wait0"
-    config: dict[str, Any] = {"strategy": "hilora", "rounds": "1,1,3"}
-    run = network.begin("resumed", faulty=True, **config)
-    until(lambda: len(network.records("resumed")) == 2, "the leaf's stage begins")
-    wait.touch()
-    until((network.faults / "waiting0").exists, "client 0 trains")
-    network.link.kill_server()
-    wait.unlink()
+    config: dict[str, Any] = {"strategy": "hilora", "rounds": "1,1,2"}
+    with network.waiting(client=0, number=4) as reached:
+        run = network.begin("resumed", faulty=True, **config)
+        reached()
+        network.link.kill_server()
     network.link.stop(run)
     assert not (network.folder / "resumed" / "summary.json").exists()
     network.end(network.begin("resumed", faulty=True, resume=True, **config))
-    assert [record["stage"] for record in network.records("resumed")] == ["root", "cluster", "leaf", "leaf", "leaf"]
+    assert [record["stage"] for record in network.records("resumed")] == ["root", "cluster", "leaf", "leaf"]
     same_as_simulated(network, "resumed", **config)
 
 
