@@ -78,7 +78,7 @@ def contest(benchmark: Any, ledger: Ledger, what: Mapping[str, Any], lineup: Lin
     failures: list[Exception] = []
     for name, rival in rivals.items():
         try:
-            errors[name] = _check(name, rival, inputs[0], truth.get(name, truth[""]))
+            errors[name] = _check(name, rival, inputs[0], truth[name if name in truth else ""])
             peaks[name] = peak_bytes(rival.step, inputs[0])
             turns[name] = ready(rival.step, inputs, lineup.capture)
         except Exception as error:

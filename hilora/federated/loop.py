@@ -208,7 +208,7 @@ class Loop(ABC):
             "stage": stage.tier,
             "round_in_stage": self.round_in_stage,
             "loss": work.loss,
-            "clients": len(work.upload.clients),
+            "clients": len(clients) - len(work.notes.get("left_out", {})),
             "images": work.images,
             **self.reception.note(),
             **work.notes,

@@ -120,10 +120,12 @@ def test_what_a_run_leaves_is_inspected(runs: Path, tmp_path: Path, capsys: pyte
 
 
 def test_experiments_and_their_ledgers_are_inspected(capsys: pytest.CaptureFixture[str]) -> None:
-    experiments = sorted(Path(hilora.__file__).resolve().parents[1].glob("benchmarks/experiments/**/*.toml"))
-    assert experiments
-    for path in experiments:
-        assert main(["inspect", str(path), str(path.with_suffix(".ledger.jsonl"))]) == 0
+    folder = Path(hilora.__file__).resolve().parents[1] / "benchmarks/experiments"
+    ledgers = sorted(folder.glob("**/*.ledger.jsonl"))
+    assert ledgers
+    for ledger in ledgers:
+        path = ledger.with_name(ledger.name.replace(".ledger.jsonl", ".toml"))
+        assert main(["inspect", str(path), str(ledger)]) == 0
         printed = capsys.readouterr().out
         assert f"{path}: an experiment" in printed
         assert "lines that are no records: –" in printed

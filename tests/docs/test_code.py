@@ -136,7 +136,7 @@ def test_python_runs_and_prints_what_the_page_says(
 
 
 def test_the_tracker_of_the_page_of_callbacks_tracks(
-    place: Path, mlflow: MLflow, monkeypatch: pytest.MonkeyPatch
+    place: Path, mlflow: MLflow, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     module = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
@@ -149,6 +149,8 @@ def test_the_tracker_of_the_page_of_callbacks_tracks(
             "hilora", module.settings, *given, torch.device("cpu"), resume=resume, callbacks=callbacks
         )
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a command in the background ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     stopped = simulation(resume=False)
     with monkeypatch.context() as patch:
         patch.setattr(Progress, "round", lambda self, record: signal.raise_signal(signal.SIGINT))
