@@ -195,8 +195,8 @@ class Network:
         return found._replace(train=with_classes(train, CLASSES, True), test=with_classes(test, CLASSES, True))
 
     def simulation(self, name: str, **config: Any) -> Simulation:
-        """The same clients in one process."""
-        what = asked(self.config(name, **config))
+        """The same clients in one process, one by one: several at once are added up in another order."""
+        what = asked({**self.config(name, **config), "clients-at-once": 1})
         owned = [self.images(client) for client in range(CLIENTS)]
         clients, starts = [], [0, 0]
         for one in owned:
