@@ -32,7 +32,7 @@ CONFIG: dict[str, Any] = {
     "clients": CLIENTS,
     "classes": ",".join(CLASSES),
     "backbone": "glyph_vit",
-    "rounds": "1,1,2",
+    "rounds": "1,1,1",
     "batch-size": 4,
     "evaluate-every": 0,
     "deadline": 60.0,

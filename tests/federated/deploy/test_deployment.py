@@ -63,17 +63,17 @@ def test_a_deployment_gives_the_numbers_of_a_simulation(network: Network, name: 
 
 def test_a_client_that_is_killed_in_a_round_is_left_out_of_it_and_comes_back(network: Network) -> None:
     with network.waiting(client=2, number=1) as reached:
-        run = network.begin("killed", faulty=True, strategy="fedit", rounds="30,0,0", deadline=12.0)
+        run = network.begin("killed", faulty=True, strategy="fedit", rounds="30,0,0", deadline=30.0)
         reached()
         network.link.kill_node(2)
     until(lambda: network.records("killed"), "the first round is over")
     (first, *_) = network.records("killed")
-    assert (first["clients"], first["left_out"]) == (2, {"2": "no answer within 12 s"})
+    assert (first["clients"], first["left_out"]) == (2, {"2": "no answer within 30 s"})
     network.start(2)
     until(lambda: network.records("killed")[-1]["clients"] == 3, "client 2 takes part again")
     network.link.stop(run)
     assert "left_out" not in network.records("killed")[-1]
-    assert "round 1: left out client 2: no answer within 12 s" in network.link.finish(run)
+    assert "round 1: left out client 2: no answer within 30 s" in network.link.finish(run)
 
 
 def test_an_update_that_is_not_a_number_is_left_out_and_nothing_of_it_is_in_the_mean(network: Network) -> None:
