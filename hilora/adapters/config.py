@@ -6,9 +6,8 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -51,6 +50,8 @@ class HiLoRAConfig:
     layers_to_transform: tuple[int, ...] | None = None
     base_dtype: str | None = None
 
+    _scales: ClassVar[dict[str, float]]  # of an instance; no field
+
     def __post_init__(self) -> None:
         if self.modules_to_save is not None:
             names = self.modules_to_save
@@ -83,6 +84,7 @@ class HiLoRAConfig:
         self._settle("r", int, "a whole number of at least 1", lambda v: v == v // 1 and v >= 1)
         self._settle("slots", int, "a whole number of at least 0", lambda v: v == v // 1 and v >= 0)
         self._settle("lora_alpha", float, "a positive number", lambda v: 0 < v < math.inf)
+        object.__setattr__(self, "_scales", {tier: self.scale(tier) for tier in self.tiers})
 
     def _settle(self, field: str, kind: type, expected: str, fits: Callable[[Any], bool]) -> None:
         """Make plain numbers of a field's values, or raise an error."""
@@ -103,10 +105,10 @@ class HiLoRAConfig:
         """What a tier's product `B A` is multiplied by: `lora_alpha / r`."""
         return float(self._of("lora_alpha", tier)) / self.rank(tier)
 
-    @cached_property
+    @property
     def scales(self) -> dict[str, float]:
         """That of each tier."""
-        return {tier: self.scale(tier) for tier in self.tiers}
+        return self._scales
 
     def slot_count(self, tier: str) -> int:
         """Adapters that a tier's table starts with."""
