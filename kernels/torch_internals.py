@@ -76,7 +76,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x weightᵀ + bias` without gradients, x `[..., in]`. On a CPU oneDNN adds the bias within the product, where
     `F.linear` writes it to y beforehand, and in fp32 may be quicker than MKL; with few rows of fp32 it is not."""
     least = _LEAST_ROWS.get(x.dtype, math.inf)
-    if x.is_cpu and x.numel() >= least * x.shape[-1] > 0 and torch._C._get_mkldnn_enabled() and not observed(x, weight):
+    enough = x.is_cpu and x.numel() >= least * x.shape[-1] > 0
+    if enough and not observed(x, weight) and torch._C._get_mkldnn_enabled():
         found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return found
     return F.linear(x, weight, bias)
