@@ -46,8 +46,10 @@ def own(value: Any) -> dict[str, Tensor]:
 
 
 def same_as_simulated(network: Network, name: str, **config: Any) -> None:
-    simulation = network.simulation(name, **config)
+    simulation, threads = network.simulation(name, **config), torch.get_num_threads()
+    torch.set_num_threads(1)  # as the clients have
     expected, summary = simulation.run(), network.summary(name)
+    torch.set_num_threads(threads)
     close(network.checkpoint(name)["strategy"], simulation.server.state_dict())
     assert summary["per_client"]["test"] == pytest.approx(expected["per_client"]["test"], nan_ok=True)
     for client in range(CLIENTS):
