@@ -81,8 +81,8 @@ class FedOPAL(SharableHead):
 
     def first(self, clients: Tensor) -> AdapterTable:
         """The personal adapters that clients begin with."""
-        everyone = self.problem.fresh("leaf", self.problem.clients, stream(self.training.seed, "fresh adapters", 1))
-        return everyone.rows(clients)
+        draws = stream(self.training.seed, "fresh adapters", 1)
+        return self.problem.fresh("leaf", self.problem.clients, draws, clients)
 
     def personal_training(self) -> dict[str, Any]:
         weight = self.settings.orthogonality

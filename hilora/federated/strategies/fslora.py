@@ -22,6 +22,9 @@ class FSLoRA(FedIT):
     The mean of the changes counts all clients of a round, by images, those too that did not have an entry: with r/k
     before the product, that makes the mean step one of the whole adapter. All clients predict with the whole one, and
     an unseen client's own training is of the whole one, too.
+
+    Not as published yet: the factor r/k is left out, since adapters of one tier share a scale. Clients with fewer ranks
+    train as if it were 1; where all have all ranks, it is.
     """
 
     name = "fslora"
