@@ -22,6 +22,7 @@ from hilora.federated.simulation import Simulation
 from hilora.models.backbone import Backbone
 from tests.federated.conftest import CLASSES, records, squares
 from tests.federated.deploy.grid import Grid, Node
+from tests.federated.deploy.rounding import steady
 
 CLIENTS = 4
 CONFIG: dict[str, Any] = {
@@ -98,6 +99,7 @@ Make = Callable[..., World]
 def world(tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Makes a `World`; its options are settings of the run."""
     monkeypatch.setattr(flower, "load_backbone", lambda *_: backbone)
+    steady(monkeypatch)
     for name, value in {"_run_id": 1, "_node_id": 1, "_task_id": 1}.items():
         monkeypatch.setattr(TaskIdentity, name, value)
 

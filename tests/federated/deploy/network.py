@@ -23,6 +23,7 @@ from hilora.federated.simulation import Simulation
 from hilora.models.backbone import load_backbone
 from tests.federated.deploy.loopback import ROOT, Loopback, until
 from tests.federated.deploy.recorder import Recorder
+from tests.federated.deploy.rounding import STEADY_APP
 
 CLIENTS = 3
 CLASSES = ("a", "b", "c", "d", "e")
@@ -142,8 +143,8 @@ class Network:
         template = ROOT / "examples" / "flower"
         for file in template.glob("*.py"):
             (app / file.name).write_text(file.read_text())
-        if faulty:
-            (app / "client_app.py").write_text(FAULTY.format(faults=str(self.faults)))
+        client = app / "client_app.py"
+        client.write_text((FAULTY.format(faults=str(self.faults)) if faulty else client.read_text()) + STEADY_APP)
         head, section, _ = (template / "pyproject.toml").read_text().partition("[tool.flwr.app.config]\n")
         settings = self.config(name, **config)
         lines = "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())

@@ -14,7 +14,7 @@ from hilora.federated.deploy.server import NobodyAnsweredError
 from tests.federated.deploy.conftest import Make, World
 from tests.federated.deploy.faults import changed, received, sends, silent
 from tests.federated.deploy.grid import Node
-from tests.federated.deploy.test_server import close
+from tests.federated.deploy.rounding import close
 
 SHORT: dict[str, Any] = {"strategy": "fedit", "rounds": "1,1,0", "evaluate_every": 0}
 ONCE = SHORT | {"rounds": "1,0,0"}

@@ -14,7 +14,7 @@ from hilora.federated.deploy.private import load_private
 from tests.federated.deploy.conftest import CLIENTS, Make, World
 from tests.federated.deploy.faults import received
 from tests.federated.deploy.grid import Node
-from tests.federated.deploy.test_server import close
+from tests.federated.deploy.rounding import close
 
 LONG = {"strategy": "hilora", "rounds": "1,1,2"}
 

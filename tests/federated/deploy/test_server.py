@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 from hilora.federated.strategies import STRATEGIES
 from tests.federated.conftest import records
 from tests.federated.deploy.conftest import Make
-from tests.federated.test_federation import tensors
+from tests.federated.deploy.rounding import close
 
 METHODS = [name for name, kind in STRATEGIES.items() if kind.travels]
-
-
-def close(one: Any, other: Any) -> None:
-    """Two states are the same but for rounding."""
-    left, right = dict(tensors(one)), dict(tensors(other))
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        assert isinstance(right[name], Tensor)
-        torch.testing.assert_close(value, right[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
