@@ -255,15 +255,18 @@ class AdapterBank:
                 f"[{count}, S, {rank}, {self.in_features}] and [{count}, S, {self.out_features}, {rank}]"
             )
 
-    def hold(self, tier: str, A: Tensor, B: Tensor, slot: Tensor | None = None, ranks: Tensor | None = None) -> None:
+    def hold(
+        self, tier: str, A: Tensor, B: Tensor, slot: Tensor | None = None, ranks: Tensor | None = None,
+        scales: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Let the layers use these tables themselves in place of their parameters of a tier, until `release`.
 
         Args:
             tier: which one.
-            A: `[P, S, r, in]`, any S; a leaf, or a tensor with a history, through which gradients go.
-            B: `[P, S, out, r]`.
+            A, B: `[P, S, r, in]`, `[P, S, out, r]`, any S; leaves, or with a history, through which gradients go.
             slot: int32 `[G]` on the tables' device, or None.
             ranks: int32 `[S]` there, or None where all have the tier's rank.
+            scales: fp32 `[S]` there, beside the tier's scale; or None.
 
         Raises:
             InvalidValueError: if the shapes do not fit the bank.
@@ -272,7 +275,7 @@ class AdapterBank:
         self._number()
         shared = self.shared
         shared.before.setdefault(tier, (shared.slots[tier], shared.ranks[tier]))
-        shared.held[tier] = Held(A, B)
+        shared.held[tier] = Held(A, B, scales)
         shared.slots[tier], shared.ranks[tier] = slot, ranks
 
     def release(self) -> None:

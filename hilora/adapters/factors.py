@@ -100,10 +100,12 @@ class Held:
     All projections of a forward pass are taken apart by one `unbind`: layer by layer, the backward pass would write a
     gradient of the whole table for each of them. A part is handed out once, so that every forward pass has an unbind
     of its own. Without a history, views serve again, until a table lies elsewhere.
+
+    `scales`: fp32 `[S]`, what each adapter is multiplied by beside the tier's scale; None: nothing.
     """
 
-    def __init__(self, A: Tensor, B: Tensor) -> None:
-        self.A, self.B = A, B
+    def __init__(self, A: Tensor, B: Tensor, scales: Tensor | None = None) -> None:
+        self.A, self.B, self.scales = A, B, scales
         self._parts: dict[str, tuple[int, list[Tensor | None]]] = {}
         self._views: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}  # by their place and both addresses
 

@@ -184,14 +184,15 @@ class TieredLoRALinear(FrozenLinear):
             slot, count = shared.slots[name], own[0][0].shape[0]
             if slot is None and count > 1:
                 raise InvalidValueError(f"tier {name!r} has {count} adapters: say which to use by hilora.set_slots")
-            found.append((name, own, scale, slot, shared.ranks[name]))
+            held = shared.held.get(name)
+            found.append((name, own, scale, slot, (shared.ranks[name], None if held is None else held.scales)))
         for index, columns in enumerate(self.columns):
             gains = {} if shared.composition is None else shared.composition(self.position + index, x)
-            for name, own, scale, slot, ranks in found:
+            for name, own, scale, slot, of_slots in found:
                 (A, B), gain = own[index], gains.get(name, 1.0)
                 number, of_rows = (1.0, gain) if isinstance(gain, Tensor) else (gain, None)
                 place, B = (columns, B) if order is None else (None, self._spread(B, rows[index]))
-                tiers.append(kernels.Tier(A, B, scale * number, slot, place, of_rows, ranks))
+                tiers.append(kernels.Tier(A, B, scale * number, slot, place, of_rows, *of_slots))
         return tiers
 
     def _spread(self, B: Tensor, rows: Any) -> Tensor:

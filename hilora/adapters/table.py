@@ -117,15 +117,22 @@ class AdapterTable(Stack):
         rank: int64 `[S]` on the CPU; r for all by default.
         has: for every shape, bool `[S, P]` on the CPU, the projections that each adapter has; what the others hold does
             not count. Empty where all have all.
+        scale: fp32 `[S]` on the CPU, what each adapter is multiplied by where clients train and predict with it, beside
+            its tier's scale; 1 for all where it is None. It is not in A and B.
 
     Raises:
         InvalidValueError: if the shapes do not belong together, or a rank exceeds r.
     """
 
     def __init__(
-        self, A: Sequence[Tensor], B: Sequence[Tensor], rank: Tensor | None = None, has: Sequence[Tensor] = ()
+        self,
+        A: Sequence[Tensor],
+        B: Sequence[Tensor],
+        rank: Tensor | None = None,
+        has: Sequence[Tensor] = (),
+        scale: Tensor | None = None,
     ) -> None:
-        self.A, self.B, self.has = tuple(A), tuple(B), tuple(has)
+        self.A, self.B, self.has, self.scale = tuple(A), tuple(B), tuple(has), scale
         if not self.A and not self.B:
             raise InvalidValueError("a table of adapters needs A or B, got neither")
         slots, widest = len((self.A or self.B)[0]), self.r
@@ -139,6 +146,8 @@ class AdapterTable(Stack):
         self.rank = torch.full((slots,), widest) if rank is None else rank
         if self.rank.shape != (slots,) or (slots and int(self.rank.max()) > widest):
             raise InvalidValueError(f"rank {self.rank.tolist()} does not fit: expected {slots} of at most {widest}")
+        if scale is not None and (scale.shape != (slots,) or scale.dtype != torch.float32):
+            raise InvalidValueError(f"scale {scale.dtype} {tuple(scale.shape)} does not fit: expected fp32 [{slots}]")
         expected_has = [factor.shape[:2] for factor in self.A or self.B] if self.has else []
         if [one.shape for one in self.has] != expected_has:
             found = [list(one.shape) for one in self.has]
@@ -157,7 +166,8 @@ class AdapterTable(Stack):
     def tensors(self) -> dict[str, Tensor]:
         named = {f"{index}.lora_A": tensor for index, tensor in enumerate(self.A)}
         named |= {f"{index}.lora_B": tensor for index, tensor in enumerate(self.B)}
-        return named | {f"{index}.has": tensor for index, tensor in enumerate(self.has)} | {"rank": self.rank}
+        named |= {f"{index}.has": tensor for index, tensor in enumerate(self.has)} | {"rank": self.rank}
+        return named if self.scale is None else named | {"scale": self.scale}
 
     def like(self, tensors: dict[str, Tensor]) -> AdapterTable:
         return AdapterTable.of(tensors)
@@ -167,7 +177,11 @@ class AdapterTable(Stack):
         """The table whose `tensors()` these are."""
         ends = ("lora_A", "lora_B", "has")
         A, B, has = ([tensor for name, tensor in tensors.items() if name.endswith(end)] for end in ends)
-        return AdapterTable(A, B, tensors["rank"], has)
+        return AdapterTable(A, B, tensors["rank"], has, tensors.get("scale"))
+
+    def with_factors(self, A: Sequence[Tensor], B: Sequence[Tensor]) -> AdapterTable:
+        """The same ranks, projections and scales with other factors."""
+        return AdapterTable(A, B, self.rank, self.has, self.scale)
 
     def resized(self, r: int) -> AdapterTable:
         """The same adapters with room for another rank: filled up with zeros, or without what is beyond it.
@@ -180,7 +194,7 @@ class AdapterTable(Stack):
         more = max(r - self.r, 0)
         A = [F.pad(tensor[:, :, :r], (0, 0, 0, more)) for tensor in self.A]
         B = [F.pad(tensor[..., :r], (0, more)) for tensor in self.B]
-        return AdapterTable(A, B, self.rank, self.has)
+        return self.with_factors(A, B)
 
     def first(self, r: int | None) -> AdapterTable:
         """The first r ranks of each adapter, with room for no more; None: all."""
@@ -194,24 +208,31 @@ class AdapterTable(Stack):
         used = torch.arange(self.r) < rank[:, None]  # [S, r]
         A = [tensor.where(used[:, None, :, None].to(tensor.device), 0) for tensor in self.A]
         B = [tensor.where(used[:, None, None, :].to(tensor.device), 0) for tensor in self.B]
-        return AdapterTable(A, B, rank, self.has)
+        return AdapterTable(A, B, rank, self.has, self.scale)
 
     def having(self, has: Sequence[Tensor]) -> AdapterTable:
         """The same adapters of some projections, `has` bool `[S, P]` for every shape; zeros for the others."""
         A = [tensor.where(one[..., None, None].to(tensor.device), 0) for tensor, one in zip(self.A, has, strict=False)]
         B = [tensor.where(one[..., None, None].to(tensor.device), 0) for tensor, one in zip(self.B, has, strict=False)]
-        return AdapterTable(A, B, self.rank, has)
+        return AdapterTable(A, B, self.rank, has, self.scale)
 
     def only(self, factors: str) -> AdapterTable:
         """The table without one of its factors: what is left is "A" or "B"."""
-        return AdapterTable(self.A if "A" in factors else (), self.B if "B" in factors else (), self.rank, self.has)
+        return self.with_factors(self.A if "A" in factors else (), self.B if "B" in factors else ())
+
+    def with_scale_in_B(self) -> AdapterTable:
+        """The same adapters, with scales of 1."""
+        if self.scale is None:
+            return self
+        B = [tensor * self.scale.to(tensor)[:, None, None, None] for tensor in self.B]
+        return AdapterTable(self.A, B, self.rank, self.has)
 
     def joined(self, other: AdapterTable) -> AdapterTable:
         """This table with the factors of another one in the place of its own."""
-        return AdapterTable(other.A or self.A, other.B or self.B, other.rank, other.has)
+        return other.with_factors(other.A or self.A, other.B or self.B)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> AdapterTable:
-        return AdapterTable([change(a) for a in self.A], [change(b) for b in self.B], self.rank, self.has)
+        return self.with_factors([change(a) for a in self.A], [change(b) for b in self.B])
 
     def mean(self, weights: Tensor) -> AdapterTable:
         A, B = ([weighted_mean(tensor, weights) for tensor in factor] for factor in (self.A, self.B))

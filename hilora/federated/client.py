@@ -128,8 +128,12 @@ class Trained:
     loss: Tensor
 
     def upload(self, *tiers: str, factors: str = "AB", head: bool = True) -> Upload:
-        """The message with the adapters of some tiers, or of one factor of them, and the head."""
-        sent = {tier: self.tiers[tier] if factors == "AB" else self.tiers[tier].only(factors) for tier in tiers}
+        """The message with the adapters of some tiers, or of one factor of them, and the head. Scales are the
+        server's, and are not sent back."""
+        sent = {}
+        for tier in tiers:
+            table = self.tiers[tier].only(factors)
+            sent[tier] = AdapterTable(table.A, table.B, table.rank, table.has)
         return Upload(self.clients, self.images, sent, self.head if head else None)
 
     def where(self, mask: Tensor, models: Models) -> Trained:

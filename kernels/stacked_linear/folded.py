@@ -49,6 +49,7 @@ class _Place(NamedTuple):
     scale: float
     slot: Tensor | None
     ranks: Tensor | None
+    slot_scales: Tensor | None
 
 
 class _Segment(NamedTuple):
@@ -82,7 +83,7 @@ def _arranged(x: Tensor, weight: Tensor, tiers: Sequence[Tier]) -> tuple[_Layout
     for columns, members in by_columns.items():
         first, places = end, []
         for index in members:
-            A, _, own, slot, _, _, ranks = tiers[index]
+            A, _, own, slot, _, _, ranks, slot_scales = tiers[index]
             slots, rank, _ = A.shape
             if slot is not None:
                 key = id(slot), slots
@@ -90,7 +91,7 @@ def _arranged(x: Tensor, weight: Tensor, tiers: Sequence[Tier]) -> tuple[_Layout
             if slots > 1 or slot is not None:
                 groups = x.shape[0]
             same = same and own == scale
-            places.append(_Place(index, end, rank, own, slot, ranks))
+            places.append(_Place(index, end, rank, own, slot, ranks, slot_scales))
             end += rank
         segments.append(_Segment(columns, first, end - first, places))
     rows = x.shape[1] if groups else x.numel() // max(x.shape[-1], 1)
@@ -122,10 +123,10 @@ def _pack(x: Tensor, layout: _Layout, factors: Sequence[Tensor]) -> tuple[Tensor
     As, Bs = [], []
     for segment in layout.segments:
         own = []
-        for index, _, _, scale, slot, ranks in segment.places:
+        for index, _, _, scale, slot, ranks, slot_scales in segment.places:
             A, B = factors[2 * index], factors[2 * index + 1]
-            if slot is not None or ranks is not None:
-                A, B = choose(Tier(A, B, scale, slot, ranks=ranks))
+            if slot is not None or ranks is not None or slot_scales is not None:
+                A, B = choose(Tier(A, B, scale, slot, ranks=ranks, slot_scales=slot_scales))
             As.append(A if layout.scale is not None else A * scale)
             own.append(B)
         together = side_by_side(own, 2)
@@ -223,7 +224,7 @@ def _tiers(layout: _Layout, factors: Sequence[Tensor]) -> list[Tier]:
     return [
         Tier(
             factors[2 * place.number], factors[2 * place.number + 1], place.scale, place.slot, segment.columns,
-            ranks=place.ranks,
+            ranks=place.ranks, slot_scales=place.slot_scales,
         )
         for segment in layout.segments
         for place in segment.places
@@ -232,7 +233,7 @@ def _tiers(layout: _Layout, factors: Sequence[Tensor]) -> list[Tier]:
 
 def _by_slot(gradient: Tensor, place: _Place, factor: Tensor, dim: int) -> Tensor:
     """The gradient of a tier's adapters `[S, ...]` from those of the groups, `[G, ...]` or one for all; ranks lie along
-    `dim`."""
+    `dim`: 1 of A, 2 of B, which has the scales of the slots."""
     gradient = gradient.to(factor.dtype)
     slots, slot = factor.shape[0], place.slot
     if gradient.dim() == 2:
@@ -243,6 +244,8 @@ def _by_slot(gradient: Tensor, place: _Place, factor: Tensor, dim: int) -> Tenso
         gradient = gradient.new_zeros(slots, *gradient.shape[1:]).index_add_(0, chosen, gradient)
     elif gradient.shape[0] != slots:
         gradient = gradient.sum(0, keepdim=True)
+    if dim == 2 and place.slot_scales is not None:
+        gradient = gradient * place.slot_scales[:, None, None].to(gradient.dtype)
     if place.ranks is None:
         return gradient
     inside = within(place.ranks, factor.shape[dim])

@@ -28,6 +28,7 @@ def stacked_lora_linear(
     B: Sequence[Tensor],
     slots: Sequence[Tensor | None],
     ranks: Sequence[Tensor | None],
+    slot_scales: Sequence[Tensor | None],
     scales: Sequence[float],
     starts: Sequence[int],
     trained: Sequence[bool],
@@ -35,16 +36,16 @@ def stacked_lora_linear(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y `[G, M, out]`, and what its backward pass needs: the adapters' inner product, and the packed adapters."""
     with torch.cuda.device_of(x):
-        return forward(x, weight, bias, _tiers(A, B, slots, ranks, scales, starts), trained, plan)
+        return forward(x, weight, bias, _tiers(A, B, slots, ranks, slot_scales, scales, starts), trained, plan)
 
 
 @stacked_lora_linear.register_fake
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Sequence[Tensor], B: Sequence[Tensor],
-    slots: Sequence[Tensor | None], ranks: Sequence[Tensor | None], scales: Sequence[float], starts: Sequence[int],
-    trained: Sequence[bool], plan: str,
+    slots: Sequence[Tensor | None], ranks: Sequence[Tensor | None], slot_scales: Sequence[Tensor | None],
+    scales: Sequence[float], starts: Sequence[int], trained: Sequence[bool], plan: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    layout = Layout.of(_tiers(A, B, slots, ranks, scales, starts), trained, weight.shape[0], x.dtype)
+    layout = Layout.of(_tiers(A, B, slots, ranks, slot_scales, scales, starts), trained, weight.shape[0], x.dtype)
     groups, M, width = x.shape
     return (
         x.new_empty(groups, M, weight.shape[0]),
@@ -66,6 +67,7 @@ def stacked_lora_linear_backward(
     B: Sequence[Tensor],
     slots: Sequence[Tensor | None],
     ranks: Sequence[Tensor | None],
+    slot_scales: Sequence[Tensor | None],
     scales: Sequence[float],
     starts: Sequence[int],
     trained: Sequence[bool],
@@ -74,15 +76,16 @@ def stacked_lora_linear_backward(
 ) -> list[Tensor]:
     """dx if it is needed, and dA, dB of each tier in training."""
     with torch.cuda.device_of(x):
-        tiers = _tiers(A, B, slots, ranks, scales, starts)
+        tiers = _tiers(A, B, slots, ranks, slot_scales, scales, starts)
         return backward(dy, (S, packed_A, packed_B), x, weight, tiers, trained, plan, needs_x)
 
 
 @stacked_lora_linear_backward.register_fake
 def _(
     dy: Tensor, S: Tensor, packed_A: Tensor, packed_B: Tensor, x: Tensor, weight: Tensor, A: Sequence[Tensor],
-    B: Sequence[Tensor], slots: Sequence[Tensor | None], ranks: Sequence[Tensor | None], scales: Sequence[float],
-    starts: Sequence[int], trained: Sequence[bool], plan: str, needs_x: bool,
+    B: Sequence[Tensor], slots: Sequence[Tensor | None], ranks: Sequence[Tensor | None],
+    slot_scales: Sequence[Tensor | None], scales: Sequence[float], starts: Sequence[int], trained: Sequence[bool],
+    plan: str, needs_x: bool,
 ) -> list[Tensor]:  # fmt: skip
     factors = [factor for pair, own in zip(zip(A, B, strict=True), trained, strict=True) if own for factor in pair]
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in ([x] if needs_x else []) + factors]
@@ -90,11 +93,13 @@ def _(
 
 def _tiers(
     A: Sequence[Tensor], B: Sequence[Tensor], slots: Sequence[Tensor | None], ranks: Sequence[Tensor | None],
-    scales: Sequence[float], starts: Sequence[int],
+    slot_scales: Sequence[Tensor | None], scales: Sequence[float], starts: Sequence[int],
 ) -> list[Tier]:  # fmt: skip
     return [
-        Tier(a, b, scale, slot, (start, int(b.shape[1])), ranks=own)
-        for a, b, slot, own, scale, start in zip(A, B, slots, ranks, scales, starts, strict=True)
+        Tier(a, b, scale, slot, (start, int(b.shape[1])), None, own, own_scales)
+        for a, b, slot, own, own_scales, scale, start in zip(
+            A, B, slots, ranks, slot_scales, scales, starts, strict=True
+        )
     ]
 
 
@@ -108,6 +113,7 @@ def apply(
     rest = (
         [tier.slot for tier in tiers],
         [tier.ranks for tier in tiers],
+        [tier.slot_scales for tier in tiers],
         [tier.scale for tier in tiers],
         [tier.columns[0] if tier.columns else 0 for tier in tiers],
         _trained(tiers),
@@ -146,11 +152,12 @@ class _AtOnce(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, rest: tuple[Any, ...],
         *factors: Tensor,
     ) -> Tensor:  # fmt: skip
-        slots, ranks, scales, starts, trained, plan = rest
+        slots, ranks, slot_scales, scales, starts, trained, plan = rest
         A, B = factors[: len(slots)], factors[len(slots) :]
         with torch.cuda.device_of(x), without_autocast(x):
-            y, *inner = forward(x, weight, bias, _tiers(A, B, slots, ranks, scales, starts), trained, plan, scale)
-        ctx.save_for_backward(scale, *inner, x, weight, *factors, *slots, *ranks)
+            tiers = _tiers(A, B, slots, ranks, slot_scales, scales, starts)
+            y, *inner = forward(x, weight, bias, tiers, trained, plan, scale)
+        ctx.save_for_backward(scale, *inner, x, weight, *factors, *slots, *ranks, *slot_scales)
         ctx.rest = scales, starts, trained, plan
         ctx.set_materialize_grads(False)
         return y
@@ -165,8 +172,8 @@ class _AtOnce(torch.autograd.Function):
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, _, A, B, slots, ranks, *ctx.rest = inputs
-    ctx.save_for_backward(*output[1:], x, weight, *A, *B, *slots, *ranks)
+    x, weight, _, A, B, slots, ranks, slot_scales, *ctx.rest = inputs
+    ctx.save_for_backward(*output[1:], x, weight, *A, *B, *slots, *ranks, *slot_scales)
     ctx.set_materialize_grads(False)
 
 
@@ -174,8 +181,8 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]
     saved = ctx.saved_tensors
     dx, dA, dB = _gradients(ctx, saved, dy, stacked_lora_linear_backward)
     count = len(dA)
-    slots, ranks = saved[-2 * count : -count], saved[-count:]
-    return dx, None, None, dA, dB, _nothing(slots), _nothing(ranks), None, None, None, None
+    of_slots = [_nothing(saved[start : start + count]) for start in range(len(saved) - 3 * count, len(saved), count)]
+    return dx, None, None, dA, dB, *of_slots, None, None, None, None
 
 
 Gradients = list[Tensor | None]
@@ -188,7 +195,7 @@ def _gradients(
     S, packed_A, packed_B, x, weight, *tensors = saved
     scales, starts, trained, plan = ctx.rest
     count = len(scales)
-    A, B, slots, ranks = (tensors[start : start + count] for start in range(0, 4 * count, count))
+    A, B, slots, ranks, slot_scales = (tensors[start : start + count] for start in range(0, 5 * count, count))
     dA: Gradients = [None] * count
     dB: Gradients = [None] * count
     if dy is None:
@@ -196,14 +203,16 @@ def _gradients(
     if torch.is_grad_enabled():
 
         def again(x: Tensor, *factors: Tensor) -> Tensor:
-            tiers = _tiers(factors[:count], factors[count:], slots, ranks, scales, starts)
+            tiers = _tiers(factors[:count], factors[count:], slots, ranks, slot_scales, scales, starts)
             return reference.stacked_lora_linear(x, weight, None, tiers)
 
         of_x, *of_factors = differentiable_gradients(again, (x, *A, *B), dy)
         return of_x, of_factors[:count], of_factors[count:]
     needs_x = ctx.needs_input_grad[0]
     found = iter(
-        serve(dy, S, packed_A, packed_B, x, weight, A, B, slots, ranks, scales, starts, trained, plan, needs_x)
+        serve(
+            dy, S, packed_A, packed_B, x, weight, A, B, slots, ranks, slot_scales, scales, starts, trained, plan, needs_x
+        )  # fmt: skip
     )
     dx = next(found) if needs_x else None
     for index in range(count):

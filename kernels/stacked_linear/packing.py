@@ -45,8 +45,8 @@ def summed_by_slot(dA: Tensor, dB: Tensor, tiers: Sequence[Tier], layout: Layout
         for tier in trained
         for factor in (tier.A, tier.B)
     ]
-    # The scale is in the packed B, hence in dS and dA.
-    both = [tier._replace(scale=scale) for tier in trained for scale in (1.0, tier.scale)]
+    # The scales are in the packed B, hence in dS and dA.
+    both = [own for tier in trained for own in (tier._replace(scale=1.0, slot_scales=None), tier)]
     programs, width = len(dA), dA.shape[-1]
     grid, constants = _summing(layout, _static(both), width, max(power_of_two(programs), PARTS) if programs else 0)
     launch(
@@ -61,6 +61,7 @@ def _tables(tiers: Sequence[Tier], like: Tensor) -> tuple[Any, ...]:
     return (
         tuple(int32(tier.slot, like) for tier in tiers),
         tuple(int32(tier.ranks, like) for tier in tiers),
+        tuple(None if tier.slot_scales is None else tier.slot_scales.contiguous() for tier in tiers),
         tuple(tier.scale for tier in tiers),
         tuple(2 * tier.A.shape[0] + 1 for tier in tiers),
     )

@@ -81,8 +81,11 @@ def _low_rank(x: Tensor, tiers: list[Tier]) -> Tensor:
 
 def choose(tier: Tier, picked: tuple[Tensor, Tensor | None] | None = None) -> tuple[Tensor, Tensor]:
     """The adapters that the groups use: `[G or 1, r, in]`, `[G or 1, width, r]`; B is zero where they use none, and
-    both are beyond a slot's rank. `picked`: what `pick` says of the tier's slots, where that is known."""
+    both are beyond a slot's rank, and B has the slot's own scale. `picked`: what `pick` says of the tier's slots, where
+    that is known."""
     A, B, ranks = tier.A, tier.B, tier.ranks
+    if tier.slot_scales is not None:
+        B = B * tier.slot_scales[:, None, None].to(B.dtype)
     if tier.slot is not None:
         chosen, used = picked or pick(tier.slot.to(A.device))
         A, B = A[chosen], B[chosen]

@@ -16,6 +16,7 @@ def pack(
     Bs,
     slots,
     ranks,  # of each tier: those of its adapters [S], or None
+    slot_scales,  # likewise, beside the tier's own scale
     scales,
     tables,
     A,  # [G, RANKS, IN]
@@ -35,7 +36,7 @@ def pack(
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The adapters that each group uses, side by side, in the dtype of x; B times its scale.
+    """The adapters that each group uses, side by side, in the dtype of x; B times its scales.
 
     Zeros where a group uses none and beyond the rank of its slot, NaN where its slot is outside of the table: to tell,
     the device would have to be waited for.
@@ -69,6 +70,8 @@ def pack(
             wanted = (block < WIDTHS[t])[:, None] & (i < rank)[None, :]
             source = (slot * WIDTHS[t] + block[:, None]) * TIER_RANKS[t] + i[None, :]
             b = tl.load(Bs[t] + source, wanted, other=0.0).to(tl.float32) * scales[t]
+            if slot_scales[t] is not None:
+                b *= tl.load(slot_scales[t] + slot, present, other=0.0)
             b = tl.where(there, b, float("nan"))
             column = OFFSETS[t] + i
             tl.store(
@@ -85,6 +88,7 @@ def sum_by_slot(
     outs,
     slots,
     ranks,
+    slot_scales,
     scales,
     tables,
     programs,
@@ -132,5 +136,8 @@ def sum_by_slot(
                 else:
                     part = tl.load(dB + p[:, None].to(tl.int64) * B_SIZE + source[None, :], wanted, other=0.0)
                 total += tl.sum(part, 0)
+            total *= scales[t]
+            if slot_scales[t] is not None:
+                total *= tl.load(slot_scales[t] + s)
             target = outs[t] + s.to(tl.int64) * SIZES[t] + e
-            tl.store(target, (total * scales[t]).to(outs[t].dtype.element_ty), inside)
+            tl.store(target, total.to(outs[t].dtype.element_ty), inside)

@@ -28,6 +28,7 @@ class Tier(NamedTuple):
             depend on x. Only `reference` has it.
         ranks: integer `[S]` on the device of x, how many rows of A and columns of B of each adapter are in use; all by
             default. What lies beyond has no effect, and a gradient of zero.
+        slot_scales: fp32 `[S]` on the device of x, what each adapter is multiplied by beside `scale`; by default 1.
     """
 
     A: Tensor
@@ -37,6 +38,7 @@ class Tier(NamedTuple):
     columns: tuple[int, int] | None = None
     gain: Tensor | None = None
     ranks: Tensor | None = None
+    slot_scales: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -77,7 +79,7 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier])
 
 
 def _check_tier(tier: Tier, x: torch.Size, out: int, width_in: int) -> None:
-    A, B, _, slot, columns, gain, ranks = tier
+    A, B, _, slot, columns, gain, ranks, scales = tier
     start, width = columns or (0, out)
     slots, rank, width_A = A.shape if A.dim() == 3 else (0, 0, -1)
     if width_A != width_in or B.shape != (slots, width, rank):
@@ -91,6 +93,8 @@ def _check_tier(tier: Tier, x: torch.Size, out: int, width_in: int) -> None:
         raise InvalidValueError(f"slot must hold integers [G], got {slot.dtype} {tuple(slot.shape)}")
     if ranks is not None and (ranks.shape != (slots,) or ranks.dtype not in _INTEGERS):
         raise InvalidValueError(f"ranks must hold integers [{slots}], got {ranks.dtype} {tuple(ranks.shape)}")
+    if scales is not None and (scales.shape != (slots,) or scales.dtype != torch.float32):
+        raise InvalidValueError(f"slot_scales must be fp32 [{slots}], got {scales.dtype} {tuple(scales.shape)}")
     if gain is not None and gain.shape != x[:-1]:
         raise InvalidValueError(f"gain {tuple(gain.shape)} must have a value for each row of x {tuple(x)}")
     if slots > 1 or (slots == 1 and slot is not None):

@@ -244,6 +244,25 @@ def test_held_tables_act_in_place_of_the_parameters_and_get_their_gradients() ->
     assert not bank.held
 
 
+def test_held_adapters_can_have_scales_of_their_own() -> None:
+    bank, x = make(torch.float64), random(4, 7, dtype=torch.float64)
+    A, B = random(3, 2, 2, 7, seed=5, dtype=torch.float64), random(3, 2, 5, 2, seed=6, dtype=torch.float64)
+    slot, scales = torch.tensor([1, 0], dtype=torch.int32), torch.tensor([0.25, -3.0])
+    scaled = (B * scales[:, None, None]).requires_grad_()
+    bank.hold("leaf", A, scaled, slot)
+    want = outputs(bank, x)
+    (of_scaled,) = torch.autograd.grad(want.square().sum(), scaled)
+    B.requires_grad_()
+    bank.hold("leaf", A, B, slot, scales=scales)
+    found = outputs(bank, x)
+    torch.testing.assert_close(found, want)
+    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), B)[0], of_scaled * scales[:, None, None])
+    with torch.no_grad():
+        torch.testing.assert_close(outputs(bank, x), want)
+        bank.hold("leaf", A, B, slot)
+        assert not torch.allclose(outputs(bank, x), want), "what was used before is not used again"
+
+
 def moved_back(bank: AdapterBank) -> nn.Module:
     (layer, *_) = copy.deepcopy(nn.ModuleList(bank.layers))
     return layer

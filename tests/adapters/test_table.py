@@ -148,3 +148,23 @@ def test_leading_ranks_and_some_projections_weigh_less() -> None:
     assert some.only("A").nbytes().tolist() == [4 * 4 * (7 + 5), 4 * 5]
     with pytest.raises(InvalidValueError, match=r"has \[\[2, 2\]\] does not fit: expected \[\[2, 2\], \[2, 1\]\]"):
         AdapterTable(table.A, table.B, table.rank, has[:1])
+
+
+def test_scales_go_with_their_rows_and_can_be_put_into_B() -> None:
+    plain, scale = make(rank=[4, 1, 2]), torch.tensor([0.5, 1.0, -2.0])
+    table = AdapterTable(plain.A, plain.B, plain.rank, scale=scale)
+    for other in (AdapterTable.of(table.tensors()), table.each(torch.clone), table.resized(6), table.only("A")):
+        assert other.scale is not None
+        assert torch.equal(other.scale, scale)
+    some = table.rows(torch.tensor([2, 0]))
+    assert some.scale is not None
+    assert some.scale.tolist() == [-2.0, 0.5]
+    assert table.nbytes().tolist() == plain.nbytes().tolist()
+    folded = table.with_scale_in_B()
+    assert folded.scale is None
+    for got, want in zip(products(folded), products(plain), strict=True):
+        torch.testing.assert_close(got, scale[:, None, None, None] * want)
+    assert plain.with_scale_in_B() is plain
+    for wrong in (torch.ones(2), torch.ones(3, dtype=torch.float64)):
+        with pytest.raises(InvalidValueError, match=r"scale .* does not fit: expected fp32 \[3\]"):
+            AdapterTable(plain.A, plain.B, scale=wrong)

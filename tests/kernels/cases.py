@@ -14,13 +14,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Adapters(NamedTuple):
-    """A tier to make: its rank, number of adapters, slots, columns, and the ranks of its adapters."""
+    """A tier to make: its rank, number of adapters, slots, columns, and the ranks and scales of its adapters."""
 
     rank: int
     slots: int = 1
     slot: list[int] | None = None
     columns: tuple[int, int] | None = None
     ranks: list[int] | None = None
+    scales: list[float] | None = None
 
 
 class Case(NamedTuple):
@@ -68,6 +69,16 @@ CASES = {
             Adapters(2, 1, columns=V, ranks=[1]),
         ],
     ),
+    "a scale for each slot": Case(
+        (3, 4, 7),
+        15,
+        [
+            Adapters(4, 3, [2, 0, -1], Q, ranks=[3, 1, 0], scales=[0.5, -2.0, 3.0]),
+            Adapters(3, 3, None, Q, scales=[2.0, 0.0, 1.5]),
+            Adapters(2, 1, columns=V, scales=[4.0]),
+        ],
+    ),
+    "a scale for the only adapter": Case((4, 7), 5, [Adapters(3, scales=[0.25]), Adapters(2, ranks=[1], scales=[3.0])]),
     "a rank for the only adapter": Case((4, 7), 5, [Adapters(3, ranks=[2]), Adapters(2, ranks=[0]), Adapters(1)]),
     "nothing but empty tables": Case((4, 7), 5, [Adapters(2, 0)]),
 }
@@ -88,7 +99,8 @@ def make(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor
         B = random(tier.slots, width, tier.rank, seed=20 + index).to(dtype).requires_grad_()
         slot = None if tier.slot is None else torch.tensor(tier.slot, dtype=torch.int32)
         ranks = None if tier.ranks is None else torch.tensor(tier.ranks, dtype=torch.int32)
-        tiers.append(Tier(A, B, 0.5 + index, slot, tier.columns, ranks=ranks))
+        scales = None if tier.scales is None else torch.tensor(tier.scales, dtype=torch.float32)
+        tiers.append(Tier(A, B, 0.5 + index, slot, tier.columns, ranks=ranks, slot_scales=scales))
     return x.requires_grad_(), weight, bias, tiers
 
 
@@ -108,7 +120,8 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier])
                 pick = torch.eye(len(weight), dtype=torch.float64)[:, start : start + width]
                 rank = tier.rank if tier.ranks is None else int(tier.ranks[slot])
                 product = tier.B[slot, :, :rank].double() @ tier.A[slot, :rank].double()
-                matrix = matrix + tier.scale * pick @ product
+                scale = tier.scale * (1.0 if tier.slot_scales is None else float(tier.slot_scales[slot]))
+                matrix = matrix + scale * pick @ product
         y = rows @ matrix.T
         outputs.append(y if bias is None else y + bias.double())
     return torch.stack(outputs) if grouped else outputs[0]
@@ -132,6 +145,7 @@ def moved(
             B=tier.B.detach().to(DEVICE).requires_grad_(tier.B.requires_grad),
             slot=None if tier.slot is None else tier.slot.to(DEVICE),
             ranks=None if tier.ranks is None else tier.ranks.to(DEVICE),
+            slot_scales=None if tier.slot_scales is None else tier.slot_scales.to(DEVICE),
         )
         for tier in tiers
     ]

@@ -57,13 +57,16 @@ def assert_same(got: list[Tensor], want: list[Tensor], tolerance: float = 1e-5) 
 
 def arguments(case: Case, plan: str) -> tuple[object, ...]:
     x, weight, bias, tiers = moved(*make(case, torch.float32))
-    A, B, scales, slots, _, _, ranks = zip(*tiers, strict=True)
+    A, B, scales, slots, _, _, ranks, own = zip(*tiers, strict=True)
     starts = [tier.columns[0] if tier.columns else 0 for tier in tiers]
-    return x, weight, bias, list(A), list(B), list(slots), list(ranks), list(scales), starts, [True] * len(tiers), plan
+    each = (list(values) for values in (A, B, slots, ranks, own, scales))
+    return x, weight, bias, *each, starts, [True] * len(tiers), plan
 
 
 @pytest.mark.parametrize("plan", ["fused", "split"])
-@pytest.mark.parametrize("name", ["a shared tier, one by cluster, one by client", "slots that repeat or are none"])
+@pytest.mark.parametrize(
+    "name", ["a shared tier, one by cluster, one by client", "slots that repeat or are none", "a scale for each slot"]
+)
 def test_the_linear_operator_keeps_torchs_rules(name: str, plan: str) -> None:
     torch.library.opcheck(stacked_linear.stacked_lora_linear, arguments(CASES[name], plan))
 

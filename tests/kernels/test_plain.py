@@ -182,6 +182,12 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"ranks must hold integers \[2\]",
     ),
     "ranks of floats": ({"ranks": torch.zeros(2)}, ValueError, "got torch.float32"),
+    "scales of another table": (
+        {"scales": torch.ones(3)},
+        ValueError,
+        r"slot_scales must be fp32 \[2\], got torch.float32 \(3,\)",
+    ),
+    "scales that are narrow": ({"scales": torch.ones(2).bfloat16()}, ValueError, "got torch.bfloat16"),
     "slots for other groups": ({"slot": torch.zeros(3, dtype=torch.int32)}, ValueError, r"G = 3"),
     "x without groups": ({"x": random(6, 7)}, ValueError, r"x \(6, 7\) must be \[G, M, in\] with G = 2"),
     "a slot that is not there": ({"slot": torch.tensor([0, 2])}, IndexError, "index 2 is out of bounds"),
@@ -191,8 +197,8 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 @pytest.mark.parametrize(("change", "error", "message"), WRONG.values(), ids=WRONG.keys())
 def test_wrong_shapes_are_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:
     given: dict[str, Any] = {"x": random(2, 3, 7), "weight": random(5, 7), "bias": random(5), "slot": None}
-    given |= {"A": random(2, 3, 7), "B": random(2, 5, 3), "columns": None, "ranks": None} | change
-    tier = Tier(given["A"], given["B"], 1.0, given["slot"], given["columns"], ranks=given["ranks"])
+    given |= {"A": random(2, 3, 7), "B": random(2, 5, 3), "columns": None, "ranks": None, "scales": None} | change
+    tier = Tier(given["A"], given["B"], 1.0, given["slot"], given["columns"], None, given["ranks"], given["scales"])
     with pytest.raises(error, match=message):
         stacked_lora_linear(given["x"], given["weight"], given["bias"], [tier])
 

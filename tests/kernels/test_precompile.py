@@ -82,8 +82,8 @@ def test_nothing_is_compiled_anew_where_a_table_grows() -> None:
             return torch.empty(shape, dtype=dtype, device="meta")
 
         for table in (1, 5, 9, 16, 17, 64):
-            ranks = empty(table, dtype=torch.int32)
-            tiers = [Tier(empty(table, 8, 64), empty(table, 64, 8), 2.0, empty(3, dtype=torch.int32), ranks=ranks)]
+            ranks, slot = empty(table, dtype=torch.int32), empty(3, dtype=torch.int32)
+            tiers = [Tier(empty(table, 8, 64), empty(table, 64, 8), 2.0, slot, None, None, ranks, empty(table))]
             x, weight = empty(3, 37, 64), empty(64, 64)
             y, *inner = plan.forward(x, weight, None, tiers, [True], "split")
             plan.backward(y, inner, x, weight, tiers, [True], "split", True)

@@ -74,7 +74,7 @@ def _change(
             f"adapters of rank {int(table.rank.max())} do not fit tier {tier!r}, whose rank is {widest}: inject with a "
             "larger r, or cut them down"
         )
-    table = table.resized(widest)
+    table = table.resized(widest).with_scale_in_B()
 
     def taken(old: Tensor, factor: tuple[Tensor, ...]) -> Tensor:
         if not factor:

@@ -122,6 +122,7 @@ class BatchedEngine(Predictor):
         tiers, head = arranged(self.banks, models.tiers, task.tiers), models.head.taken()
         shapes = [tensor.shape for rows in tiers.values() for tensor in (*rows.table.tensors().values(), rows.slot)]
         unequal = [tier for tier, rows in tiers.items() if (rows.table.rank < rows.table.r).any()]
+        scaled = [tier for tier, rows in tiers.items() if rows.table.scale is not None]
         shared = [tier for tier, rows in tiers.items() if all_share(rows)]
         composed = None if models.composition is None else models.composition.key
         key = (
@@ -129,6 +130,7 @@ class BatchedEngine(Predictor):
             composed,
             str(shapes),
             str(unequal),
+            str(scaled),
             str(shared),
             len(head),
             images.images.shape[1:],

@@ -53,6 +53,7 @@ class Placement:
         tiers: what is there, for each tier.
         held: the tensors that the banks hold: for each tier, A `[P, S, r, in]` and B `[P, S, out, r]` of each bank.
         ranks: for each tier, int32 `[S]` where adapters have less than the tier's rank, else None.
+        scales: for each tier, fp32 `[S]` where adapters have scales of their own, else None.
         shared: the tiers of which all clients use the only adapter.
     """
 
@@ -61,12 +62,18 @@ class Placement:
             return tensor.transpose(0, 1).to(device, copy=True, memory_format=torch.contiguous_format).transpose(0, 1)
 
         def copied(table: AdapterTable) -> AdapterTable:
-            return AdapterTable(list(map(copy, table.A)), list(map(copy, table.B)), table.rank.clone())
+            factors = list(map(copy, table.A)), list(map(copy, table.B))
+            scale = None if table.scale is None else table.scale.clone()
+            return AdapterTable(*factors, table.rank.clone(), scale=scale)
 
         self.banks = banks
         self.tiers = {tier: Rows(copied(rows.table), rows.slot.to(device, torch.int32)) for tier, rows in tiers.items()}
         self.ranks = {
             tier: rows.table.rank.to(device, torch.int32) if (rows.table.rank < rows.table.r).any() else None
+            for tier, rows in tiers.items()
+        }
+        self.scales = {
+            tier: None if rows.table.scale is None else rows.table.scale.to(device, copy=True)
             for tier, rows in tiers.items()
         }
         self.shared = {tier for tier, rows in tiers.items() if all_share(rows)}
@@ -83,9 +90,9 @@ class Placement:
             kept = self.tiers[tier]
             overwrite(kept.table, rows.table)
             kept.slot.copy_(rows.slot)
-            ranks = self.ranks[tier]
-            if ranks is not None:
-                ranks.copy_(rows.table.rank)
+            for kept_there, given in ((self.ranks[tier], rows.table.rank), (self.scales[tier], rows.table.scale)):
+                if kept_there is not None and given is not None:
+                    kept_there.copy_(given)
 
     def hold(self) -> None:
         """Let the banks' layers use these adapters."""
@@ -96,7 +103,7 @@ class Placement:
         """Let them use the adapters `[P, S, r, in]` and `[P, S, out, r]` of each bank in a tier, with its slots."""
         slot = self.tiers[tier].slot if len(self.tiers[tier].slot) else None
         for bank, (A, B) in zip(self.banks, pairs, strict=True):
-            bank.hold(tier, A, B, slot, self.ranks[tier])
+            bank.hold(tier, A, B, slot, self.ranks[tier], self.scales[tier])
 
     def table(self, tier: str) -> AdapterTable:
         """The adapters of a tier, `[S, ...]`, as they are now."""

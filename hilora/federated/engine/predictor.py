@@ -91,8 +91,9 @@ class Predictor:
         """Let the model have these adapters of all clients, for saving; none of a tier that is not there."""
         rows = {tier: Rows(table, torch.arange(len(table))) for tier, table in tables.items()}
         for tier, found in arranged(self.banks, rows).items():
-            for bank, (A, B) in zip(self.banks, found.table.factors, strict=True):
-                bank.assign(tier, A.transpose(0, 1), B.transpose(0, 1), found.table.rank)
+            table = found.table.with_scale_in_B()
+            for bank, (A, B) in zip(self.banks, table.factors, strict=True):
+                bank.assign(tier, A.transpose(0, 1), B.transpose(0, 1), table.rank)
 
     def _logits(self, pixels: Tensor, head: Head) -> Tensor:
         """uint8 `[G, b, 3, h, w]` → `[G, b, classes]`."""

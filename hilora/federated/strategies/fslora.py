@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hilora.adapters.table import AdapterTable
 from hilora.federated.coverage import picked, scattered
 from hilora.federated.protocol import Download, Stage, Upload, own, shared
 from hilora.federated.strategies.fedit import FedIT
@@ -22,9 +23,6 @@ class FSLoRA(FedIT):
     The mean of the changes counts all clients of a round, by images, those too that did not have an entry: with r/k
     before the product, that makes the mean step one of the whole adapter. All clients predict with the whole one, and
     an unseen client's own training is of the whole one, too.
-
-    Not as published yet: the factor r/k is left out, since adapters of one tier share a scale. Clients with fewer ranks
-    train as if it were 1; where all have all ranks, it is.
     """
 
     name = "fslora"
@@ -43,7 +41,8 @@ class FSLoRA(FedIT):
     def configure(self, stage: Stage, clients: Tensor) -> Download:
         ranks = self.problem.budgets.rank(clients, self.root.r)
         root = picked(self.root, self.places(clients), ranks)
-        # Here goes the scale r / k of each client, once adapters have one of their own.
+        if bool((ranks < self.root.r).any()):
+            root = AdapterTable(root.A, root.B, root.rank, scale=self.root.r / ranks.float())
         return Download(stage, {"root": own(root)}, shared(self.head, clients))
 
     def serve(self, stage: Stage, clients: Tensor) -> Download:

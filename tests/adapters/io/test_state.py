@@ -72,6 +72,15 @@ def test_lower_ranks_are_filled_up_and_remembered(tmp_path: Path) -> None:
     assert hilora.get_adapters(loaded, "leaf").rank.tolist() == [3, 2, 3, 3, 3]
 
 
+def test_scales_of_adapters_are_put_into_the_model() -> None:
+    model = injected(TWO)
+    table = hilora.get_adapters(model, "leaf")
+    hilora.set_adapters(model, "leaf", AdapterTable(table.A, table.B, table.rank, scale=torch.full((len(table),), 3.0)))
+    again = hilora.get_adapters(model, "leaf")
+    for new, old in zip(again.B, table.B, strict=True):
+        torch.testing.assert_close(new, 3 * old)
+
+
 def test_training_keeps_what_was_filled_up_zero() -> None:
     model = injected(TWO)
     small = injected(HiLoRAConfig(r=2, target_modules=TWO.target_modules))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import replace
 
+import torch
+from torch import Tensor
+
+from hilora.adapters.table import AdapterTable
 from hilora.federated.engine.placement import Placement, arranged
 from hilora.federated.protocol import Rows
 from hilora.models.backbone import Backbone
 from tests.federated.conftest import copied, same
-from tests.federated.engine.test_batched import make, some_models
+from tests.federated.engine.test_batched import make, some_models, task, train
 
 
 def test_of_long_tables_only_the_rows_of_the_clients_are_moved(backbone: Backbone) -> None:
@@ -50,6 +54,24 @@ def test_what_is_placed_is_a_copy_that_can_be_overwritten_in_place(backbone: Bac
     (bank,) = engine.banks
     assert torch.equal(A.transpose(0, 1), second["leaf"].table.A[0])
     assert A.shape[:2] == (len(bank.names), 4)
+
+
+def test_scales_are_placed_and_overwritten_with_what_they_belong_to(backbone: Backbone, double: None) -> None:
+    """A scale in an adapter's own column is that adapter with another B."""
+    torch.manual_seed(0)
+    engine = make(backbone)
+    models = some_models(engine)
+
+    def losses(table: AdapterTable) -> Tensor:
+        tiers = {**models.tiers, "leaf": Rows(table, models.tiers["leaf"].slot)}
+        loss = train(engine, task("cluster", penalty=()), replace(models, tiers=tiers)).loss
+        return loss[loss.isfinite()]
+
+    plain = models.tiers["leaf"].table
+    for scale in torch.tensor([[0.5, 2.0, -1.0, 3.0], [1.5, 0.0, 4.0, 1.0]], dtype=torch.float32):
+        scaled = AdapterTable(plain.A, plain.B, plain.rank, scale=scale)
+        torch.testing.assert_close(losses(scaled), losses(scaled.with_scale_in_B()))
+        assert not torch.allclose(losses(scaled), losses(plain))
 
 
 def test_an_adapter_that_all_clients_share_is_known(backbone: Backbone) -> None:

@@ -216,7 +216,18 @@ def test_fslora_with_full_ranks_is_fedit(simulate: Simulate, double: None) -> No
     assert same(runs[0].head.table, runs[1].head.table, 1e-9)
 
 
-@pytest.mark.xfail(strict=True, reason="adapters have no scale of their own as yet")
-def test_fslora_scales_by_r_over_k() -> None:
-    sent = Unequal("fslora")._sent(SEEN, 1).tiers["root"].taken()
-    assert sent.scale.tolist() == (RANK / RANKS[SEEN]).tolist()  # type: ignore[attr-defined]
+def test_fslora_scales_by_r_over_k_and_the_server_counts_the_factors_as_they_are() -> None:
+    halves = Unequal("fslora")
+    sent = halves._sent(SEEN, 1).tiers["root"].taken()
+    assert sent.scale is not None
+    assert sent.scale.tolist() == (RANK / RANKS[SEEN]).tolist()
+    assert uploaded(halves).tiers["root"].scale is None
+    everyone = halves.server.serve(halves.stage, SEEN).tiers["root"].taken()
+    assert everyone.scale is None
+
+
+def test_fslora_has_no_scale_where_all_hold_all_ranks() -> None:
+    class Full(Unequal):
+        budgets = Budgets(RANKS, ranks=torch.full_like(RANKS, RANK))
+
+    assert Full("fslora")._sent(SEEN, 1).tiers["root"].taken().scale is None

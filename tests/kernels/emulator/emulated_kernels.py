@@ -23,6 +23,9 @@ CASES = {
         408,
         [Adapters(rank, 3, [2, 0], (start, 136)) for start in (0, 272) for rank in (8, 8, 8)],
     ),
+    "a scale for each slot": Case(
+        (2, 40, 72), 136, [Adapters(8, 3, [2, 0], (64, 72), [5, 8, 8], [2.0, 0.5, -1.5]), Adapters(4, 2, scales=[3, 1])]
+    ),
     "many chunks of mixed ranks, some beyond their slot's": Case(
         (2, 33, 72),
         72,
