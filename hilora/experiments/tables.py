@@ -40,7 +40,11 @@ def cost_table(cells: Sequence[Cell]) -> Table:
         "method": _label,
         "up a round": lambda cell: _size(cell.over_seeds("communication", "up")),
         "down a round": lambda cell: _size(cell.over_seeds("communication", "down")),
-        "GFLOPs an image, by budget": _flops_by_budget,
+        "up a round, by budget": lambda cell: _of_budgets(cell, lambda group: group["up"], _size),
+        "down a round, by budget": lambda cell: _of_budgets(cell, lambda group: group["down"], _size),
+        "GFLOPs an image, by budget": lambda cell: _of_budgets(
+            cell, lambda group: group["flops"], lambda flops: f"{flops.mean / 1e9:.3g}"
+        ),
         "trained parameters": lambda cell: _count(cell.over_seeds("trained_parameters")),
         "images trained on": lambda cell: _count(cell.over_seeds("images")),
     }
@@ -184,20 +188,16 @@ def _each(cell: Cell, form: str, *keys: str) -> str:
 
 def _by_budget(cell: Cell) -> str:
     """Accuracy of the clients of each budget."""
-    return _of_budgets(cell, lambda group: group["accuracy"]["mean"], lambda mean: f"{100 * mean:.1f}")
+    return _of_budgets(cell, lambda group: group["accuracy"]["mean"], lambda found: f"{100 * found.mean:.1f}")
 
 
-def _flops_by_budget(cell: Cell) -> str:
-    return _of_budgets(cell, lambda group: group["flops"], lambda mean: f"{mean / 1e9:.3g}")
-
-
-def _of_budgets(cell: Cell, figure: Callable[[Any], float | None], said: Callable[[float], str]) -> str:
+def _of_budgets(cell: Cell, figure: Callable[[Any], float | None], said: Callable[[Spread], str]) -> str:
     """A figure of each budget, a mean over seeds, the budgets in the order of the setting."""
     texts = []
     for groups in zip(*cell.by_seed("budgets").values(), strict=True):
         budget = "/".join(f"{groups[0][kind]} {kind}" for kind in ("ranks", "layers") if groups[0][kind] is not None)
         value = spread([figure(group) for group in groups])
-        texts.append(f"{budget}: {MISSING if value is None else said(value.mean)}")
+        texts.append(f"{budget}: {MISSING if value is None else said(value)}")
     return ", ".join(texts) or MISSING
 
 
