@@ -17,7 +17,7 @@ from hilora.adapters.config import HiLoRAConfig
 from hilora.adapters.factors import Factors, cut, pieces
 from hilora.adapters.frozen import FrozenLinear
 from hilora.adapters.offload import check_brought, device_of, own_forward, take_over_offloading
-from hilora.adapters.torch_internals import owns_weight, take_over_hooks
+from hilora.adapters.torch_internals import in_transform, owns_weight, take_over_hooks
 from hilora.errors import InvalidTypeError, InvalidValueError, SlotError
 from hilora.models.pointwise import widths
 
@@ -166,32 +166,33 @@ class TieredLoRALinear(FrozenLinear):
         all_held = len(shared.held) == len(shared.slots)
         A_of, B_of = ({}, {}) if all_held else (self.lora_A(), self.lora_B())
         tables = [self._used(name, A_of, B_of) for name in shared.slots]
-        lasting = all_held and shared.composition is None and self.order is None and not torch.is_grad_enabled()
-        if not lasting or torch.compiler.is_compiling():
+        lasting = all_held and shared.composition is None and self.order is None
+        if not lasting or torch.compiler.is_compiling() or in_transform():
             return self._placed(x, tables)
-        made_of: list[object] = [*tables, *shared.slots.values(), *shared.ranks.values()]
-        before, tiers = shared.used.get(self.position, ((), ()))
-        if len(before) != len(made_of) or not all(map(is_, before, made_of)):
+        made_of: list[object] = [*shared.held.values(), *shared.slots.values(), *shared.ranks.values()]
+        before, tiers = shared.used.get(self.position, ((), kernels.Tiers(())))
+        if len(before) == len(made_of) and all(map(is_, before, made_of)):
+            tiers = tiers.with_factors(pair for of_layer in zip(*tables, strict=True) for pair in of_layer)
+        else:
             tiers = kernels.Tiers(self._placed(x, tables))
-            shared.used[self.position] = made_of, tiers
+        shared.used[self.position] = made_of, tiers
         return tiers
 
     def _placed(self, x: Tensor, tables: list[list[tuple[Tensor, Tensor]]]) -> list[kernels.Tier]:
         """Tiers for each projection, of the A and B that each of the tiers has for it."""
         shared, order, tiers, found = self.shared, self.order, [], []
-        rows = self.rows if order is not None else ()
         for (name, scale), own in zip(shared.config.scales.items(), tables, strict=True):
             slot, count = shared.slots[name], own[0][0].shape[0]
             if slot is None and count > 1:
                 raise InvalidValueError(f"tier {name!r} has {count} adapters: say which to use by hilora.set_slots")
-            held = shared.held.get(name)
-            found.append((name, own, scale, slot, (shared.ranks[name], None if held is None else held.scales)))
+            scales = shared.held[name].scales if name in shared.held else None
+            found.append((name, own, scale, slot, (shared.ranks[name], scales)))
         for index, columns in enumerate(self.columns):
             gains = {} if shared.composition is None else shared.composition(self.position + index, x)
             for name, own, scale, slot, of_slots in found:
                 (A, B), gain = own[index], gains.get(name, 1.0)
                 number, of_rows = (1.0, gain) if isinstance(gain, Tensor) else (gain, None)
-                place, B = (columns, B) if order is None else (None, self._spread(B, rows[index]))
+                place, B = (columns, B) if order is None else (None, self._spread(B, self.rows[index]))
                 tiers.append(kernels.Tier(A, B, scale * number, slot, place, of_rows, *of_slots))
         return tiers
 

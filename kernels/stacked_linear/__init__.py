@@ -47,16 +47,16 @@ Call = tuple[Tensor, Tensor, Tensor | None, Sequence[Tier], float]
 def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier], dropout: float) -> Call:
     if isinstance(tiers, Tiers):
         key = x.shape, weight.shape, None if bias is None else bias.shape
-        own = tiers.recall("checked", key, _checked, x, weight, bias, tiers)
+        all_there = tiers.recall("checked", key, _checked, x, weight, bias, tiers)
     else:
-        own = _checked(x, weight, bias, tiers)
-    return x, weight, bias, own, dropout
+        all_there = _checked(x, weight, bias, tiers)
+    return x, weight, bias, tiers if all_there else [tier for tier in tiers if tier.A.numel()], dropout
 
 
-def _checked(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier]) -> Sequence[Tier]:
-    """Those of the tiers that have an effect."""
+def _checked(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier]) -> bool:
+    """Whether all tiers, which must fit, have an effect."""
     check(x, weight, bias, tiers)
-    return tiers if all(tier.A.numel() for tier in tiers) else [tier for tier in tiers if tier.A.numel()]
+    return all(tier.A.numel() for tier in tiers)
 
 
 def _dtype(x: Tensor, *_: object) -> torch.dtype:

@@ -30,13 +30,17 @@ def stacked_lora_linear(
     with without_autocast(x):
         if x.dtype != dtype or weight.dtype != dtype:
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        factors: list[Tensor] = [factor for tier in tiers for factor in tier[:2]]
         if isinstance(tiers, Tiers) and tiers.slotless:
-            layout, factors = tiers.recall("layout", (x.shape, x.dtype), _arranged, x, weight, tiers)
+            layout = tiers.recall("layout", (x.shape, x.dtype), _arranged, x, weight, tiers)
         else:
-            layout, factors = _arranged(x, weight, tiers)
-        if torch.is_grad_enabled() and (x.requires_grad or any(factor.requires_grad for factor in factors)):
-            y: Tensor = _StackedLinear.apply(x, weight, bias, layout, *factors)
-            return y
+            layout = _arranged(x, weight, tiers)
+        if torch.is_grad_enabled():
+            live = [index for index, factor in enumerate(factors) if factor.requires_grad]
+            if live or x.requires_grad:
+                call = _Call(layout, factors, live)
+                y: Tensor = _StackedLinear.apply(x, weight, bias, call, *[factors[index] for index in live])
+                return y
         return _forward(x, weight, bias, layout, *_pack(x, layout, factors))[0]
 
 
@@ -70,13 +74,19 @@ class _Layout(NamedTuple):
     segments: list[_Segment]
 
 
-def _arranged(x: Tensor, weight: Tensor, tiers: Sequence[Tier]) -> tuple[_Layout, list[Tensor]]:
-    """How the tiers lie, and A and B of each."""
+class _Call(NamedTuple):
+    """What a call has beside what autograd sees of it."""
+
+    layout: _Layout
+    factors: list[Tensor]  # A and B of each tier
+    live: list[int]  # which of them need a gradient
+
+
+def _arranged(x: Tensor, weight: Tensor, tiers: Sequence[Tier]) -> _Layout:
+    """How the tiers lie."""
     by_columns: dict[tuple[int, int], list[int]] = {}
-    factors: list[Tensor] = []
     for index, tier in enumerate(tiers):
         by_columns.setdefault(tier.columns or (0, weight.shape[0]), []).append(index)
-        factors += tier[:2]
     needed: dict[tuple[int, int], Tensor | None] = {}  # q and v have the same slots
     same = True
     segments, end, groups, scale = [], 0, 0, tiers[0].scale
@@ -97,7 +107,7 @@ def _arranged(x: Tensor, weight: Tensor, tiers: Sequence[Tier]) -> tuple[_Layout
     rows = x.shape[1] if groups else x.numel() // max(x.shape[-1], 1)
     enough = (2 if groups else 1) * ENOUGH * x.shape[-1]
     fold = x.dtype.itemsize >= 4 and rows >= enough
-    return _Layout(groups, fold, scale if same else None, segments), factors
+    return _Layout(groups, fold, scale if same else None, segments)
 
 
 def _needed(slot: Tensor, slots: int) -> Tensor | None:
@@ -171,32 +181,37 @@ def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class _StackedLinear(torch.autograd.Function):
+    """Autograd sees x and the factors that need a gradient."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layout: _Layout, *factors: Tensor) -> Tensor:
-        A, Bs = _pack(x, layout, factors)
-        y, kept = _forward(x, weight, bias, layout, A, Bs)
-        ctx.save_for_backward(x, weight, kept, A, *factors, *Bs)
-        ctx.layout = layout
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call, *live: Tensor) -> Tensor:
+        A, Bs = _pack(x, call.layout, call.factors)
+        y, kept = _forward(x, weight, bias, call.layout, A, Bs)
+        ctx.save_for_backward(x, weight, kept, A, *Bs, *live)
+        ctx.layout, ctx.live = call.layout, call.live
+        ctx.frozen = [None if factor.requires_grad else factor for factor in call.factors]
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, kept, A, *tensors = ctx.saved_tensors
         layout: _Layout = ctx.layout
-        count = len(tensors) - len(layout.segments)
-        factors, Bs = tensors[:count], tensors[count:]
+        Bs, live = tensors[: len(layout.segments)], tensors[len(layout.segments) :]
         if torch.is_grad_enabled():
 
-            def again(x: Tensor, *factors: Tensor) -> Tensor:
+            def again(x: Tensor, *live: Tensor) -> Tensor:
+                factors = list(ctx.frozen)
+                for index, factor in zip(ctx.live, live, strict=True):
+                    factors[index] = factor
                 return reference.stacked_lora_linear(x, weight, None, _tiers(layout, factors))
 
-            of_x, *of_factors = differentiable_gradients(again, (x, *factors), dy)
+            of_x, *of_factors = differentiable_gradients(again, (x, *live), dy)
             return of_x, None, None, None, *of_factors
         with without_autocast(x):
-            needed = ctx.needs_input_grad
+            factor_at = dict(zip(ctx.live, live, strict=True))
             rows, back = _rows(x, layout), _rows(dy, layout)
-            dx = linear_gradient(back, kept if layout.fold else weight) if needed[0] else None
-            gradients: list[Tensor | None] = [None] * count
+            dx = linear_gradient(back, kept if layout.fold else weight) if ctx.needs_input_grad[0] else None
+            gradients: dict[int, Tensor] = {}
             for segment, B in zip(layout.segments, Bs, strict=True):
                 own, expanded = back.narrow(-1, *segment.columns), None
                 if dx is not None and not layout.fold:
@@ -204,20 +219,20 @@ class _StackedLinear(torch.autograd.Function):
                     _add_product(dx, expanded, A.narrow(-2, segment.first, segment.ranks))
                 for place in segment.places:
                     of, at = 2 * place.number, place.first - segment.first
-                    if needed[4 + of]:
+                    if of in factor_at:
                         if expanded is None:  # a contiguous Bᵀ: twice as fast
                             dS = own @ B.narrow(-1, at, place.rank).mT.contiguous().mT
                         else:
                             dS = expanded.narrow(-1, at, place.rank)
-                        gradients[of] = _by_slot(dS.mT @ rows, place, factors[of], 1) * place.scale
-                    if needed[5 + of]:
+                        gradients[of] = _by_slot(dS.mT @ rows, place, factor_at[of], 1) * place.scale
+                    if of + 1 in factor_at:
                         S = (
                             rows @ A.narrow(-2, place.first, place.rank).mT
                             if layout.fold
                             else kept.narrow(-1, place.first, place.rank)
                         )
-                        gradients[of + 1] = _by_slot((S.mT @ own).mT, place, factors[of + 1], 2)
-        return None if dx is None else dx.view(x.shape), None, None, None, *gradients
+                        gradients[of + 1] = _by_slot((S.mT @ own).mT, place, factor_at[of + 1], 2)
+        return None if dx is None else dx.view(x.shape), None, None, None, *[gradients[index] for index in ctx.live]
 
 
 def _tiers(layout: _Layout, factors: Sequence[Tensor]) -> list[Tier]:

@@ -209,11 +209,8 @@ def _gradients(
         of_x, *of_factors = differentiable_gradients(again, (x, *A, *B), dy)
         return of_x, of_factors[:count], of_factors[count:]
     needs_x = ctx.needs_input_grad[0]
-    found = iter(
-        serve(
-            dy, S, packed_A, packed_B, x, weight, A, B, slots, ranks, slot_scales, scales, starts, trained, plan, needs_x
-        )  # fmt: skip
-    )
+    of_slots = slots, ranks, slot_scales
+    found = iter(serve(dy, S, packed_A, packed_B, x, weight, A, B, *of_slots, scales, starts, trained, plan, needs_x))
     dx = next(found) if needs_x else None
     for index in range(count):
         if trained[index]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -51,11 +51,26 @@ class Tier(NamedTuple):
 
 
 class Tiers(tuple[Tier, ...]):
-    """Tiers that are used call after call, and what was found out about them last, by name and for which shapes."""
+    """The tiers of a layer call after call, with what was found out about them last, their values aside: by name, and
+    for which shapes. Tiers `like` these know it, too."""
 
-    def __init__(self, tiers: Iterable[Tier]) -> None:
-        self.slotless = all(tier.slot is None for tier in tiers)
-        self._known: dict[str, tuple[tuple[Hashable, ...], Any]] = {}
+    def __new__(cls, tiers: Iterable[Tier], like: Tiers | None = None) -> Self:
+        return super().__new__(cls, tiers)
+
+    def __init__(self, tiers: Iterable[Tier], like: Tiers | None = None) -> None:
+        self.slotless: bool = all(tier.slot is None for tier in self)
+        self._known: dict[str, tuple[tuple[Hashable, ...], Any]] = {} if like is None else like._known
+
+    def with_factors(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tiers:
+        """The same with an A and a B each; these ones where they have them."""
+        given = list(pairs)
+        if all(A is tier.A and B is tier.B for tier, (A, B) in zip(self, given, strict=True)):
+            return self
+        alike = all(
+            A.shape == tier.A.shape and B.shape == tier.B.shape for tier, (A, B) in zip(self, given, strict=True)
+        )
+        tiers = [tier._replace(A=A, B=B) for tier, (A, B) in zip(self, given, strict=True)]
+        return Tiers(tiers, self if alike else None)
 
     def recall(self, name: str, key: tuple[Hashable, ...], find: Callable[..., T], *arguments: Any) -> T:
         """What `find(*arguments)` gives, which depends on no more than the tiers, their values aside, and the key."""

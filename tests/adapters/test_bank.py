@@ -349,29 +349,40 @@ def test_without_gradients_every_change_of_what_is_held_counts() -> None:
         for tier, (A, B) in tables.items():
             bank.hold(tier, A, B, slot if tier == "leaf" else None)
 
-    def both() -> tuple[Tensor, Tensor]:
+    def outputs() -> tuple[Tensor, Tensor, Tensor]:
+        """Without and with gradients, and with tiers that are put together anew."""
         with torch.no_grad():
             kept = layer(x)
-        return kept, layer(x).detach()  # with gradients on, tiers are put together anew
+        trained = layer(x).detach()
+        bank.shared.used.clear()
+        return kept, trained, layer(x).detach()
 
     hold()
-    before, want = both()
-    torch.testing.assert_close(before, want)
     A, B = tables["leaf"]
-    elsewhere = random(*B.shape, seed=3, dtype=torch.float64)
+    A.requires_grad_()
+    before, trained, want = outputs()
+    torch.testing.assert_close(before, want)
+    torch.testing.assert_close(trained, want)
+
+    def more_slots() -> None:
+        for table in (A, B):
+            table.data = random(3, 4, *table.shape[2:], seed=6, dtype=torch.float64)
+
     for change in (
         lambda: B.data.mul_(3),
         lambda: slot.copy_(torch.tensor([1, 0])),
         lambda: slot.data.fill_(-1),
         lambda: slot.copy_(torch.tensor([1, 1])),
         lambda: setattr(A, "data", random(*A.shape, seed=2, dtype=torch.float64)),
-        lambda: bank.hold("leaf", A, elsewhere, slot),
+        more_slots,
+        lambda: bank.hold("leaf", A, random(*B.shape, seed=3, dtype=torch.float64), slot),
         bank.release,
     ):
         change()
         bank.slots["leaf"] = slot
-        found, want = both()
+        found, trained, want = outputs()
         torch.testing.assert_close(found, want)
+        torch.testing.assert_close(trained, want)
         assert not torch.equal(found, before), "the change has an effect"
         before = found
     hold()
