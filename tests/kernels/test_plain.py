@@ -14,6 +14,7 @@ from torch import Tensor
 from hilora import kernels
 from hilora.kernels import (
     Tier,
+    Tiers,
     gram_penalty,
     orthonormal_basis,
     stacked_lora_linear,
@@ -201,6 +202,21 @@ def test_wrong_shapes_are_errors(change: dict[str, Any], error: type[Exception],
     tier = Tier(given["A"], given["B"], 1.0, given["slot"], given["columns"], None, given["ranks"], given["scales"])
     with pytest.raises(error, match=message):
         stacked_lora_linear(given["x"], given["weight"], given["bias"], [tier])
+
+
+def test_tiers_with_other_factors_know_what_is_known_of_their_kind_and_no_more() -> None:
+    x, weight, bias, (tier,) = make(Case((4, 7), 5, [Adapters(2)]))
+    tiers = Tiers([tier])
+    stacked_lora_linear(x, weight, bias, tiers)
+    assert tiers.with_factors([(tier.A, tier.B)]) is tiers
+    A, B = random(1, 2, 7, seed=8), random(1, 5, 2, seed=9)
+    others = tiers.with_factors([(A, B)])
+    with torch.no_grad():
+        y = stacked_lora_linear(x, weight, bias, others)
+    torch.testing.assert_close(y, dense(x, weight, bias, others))
+    assert others.recall("checked", (x.shape, weight.shape, weight.shape[:1]), pytest.fail, "this is known")
+    with pytest.raises(ValueError, match=r"A \(1, 2, 6\) and B \(1, 5, 2\) do not fit"):
+        stacked_lora_linear(x, weight, bias, tiers.with_factors([(A[..., :6], B)]))
 
 
 PENALTIES = {
