@@ -17,7 +17,7 @@ from hilora.adapters.table import AdapterTable, Stack
 from hilora.algorithms.aggregation import product_space_mean, relative_change
 from hilora.federated.client import ClientState, Models
 from hilora.federated.engine.trainer import Trainer
-from hilora.federated.protocol import Download, Part, Rows, Stage, Upload, own, shared
+from hilora.federated.protocol import Download, Part, Stage, Upload, own, shared
 from hilora.federated.settings import Settings, TrainingSettings, Whole
 from hilora.federated.strategies.base import Strategy
 from hilora.federated.streams import stream
@@ -93,8 +93,8 @@ class FLoRA(Strategy):
         """What n clients predict with, and an adapter that each begins on top of it."""
         models = self.models(state, download, trainer)
         generator = stream(self.training.seed, "fresh adapters", download.round)
-        everyone = self.problem.fresh("leaf", self.problem.clients, generator)
-        leaf = self.fitted(Rows(everyone, state.clients), state.clients).taken()
+        fresh = self.problem.fresh("leaf", self.problem.clients, generator, state.clients)
+        leaf = self.fitted(own(fresh), state.clients).taken()
         return replace(models, tiers={**models.tiers, "leaf": own(leaf)})
 
     def personalise(self, state: ClientState, download: Download, trainer: Trainer) -> Models:

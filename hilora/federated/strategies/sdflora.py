@@ -14,7 +14,7 @@ from hilora.adapters.table import AdapterTable, Values
 from hilora.federated.client import ClientState, Models
 from hilora.federated.engine.trainer import Trainer
 from hilora.federated.local.sgd import LocalSGD
-from hilora.federated.protocol import Download, Rows, Sends, Stage, Upload, shared
+from hilora.federated.protocol import Download, Sends, Stage, Upload, own, shared
 from hilora.federated.strategies.own_head import SharableHead
 from hilora.federated.streams import stream
 
@@ -83,8 +83,8 @@ class SDFLoRA(SharableHead):
 
     def first(self, clients: Tensor) -> AdapterTable:
         """The private adapters that clients begin with."""
-        everyone = self.problem.fresh("leaf", self.problem.clients, stream(self.training.seed, "fresh adapters", 1))
-        return self.fitted(Rows(everyone, clients), clients).taken()
+        generator = stream(self.training.seed, "fresh adapters", 1)
+        return self.fitted(own(self.problem.fresh("leaf", self.problem.clients, generator, clients)), clients).taken()
 
 
 def first_gains(table: AdapterTable, clients: int) -> Values:
