@@ -11,19 +11,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hilora.adapters.table import AdapterTable
-from hilora.federated.client import ClientState, Models
+from hilora.federated.client import ClientState
 from hilora.federated.engine.bench import Bench, Training
 from hilora.federated.engine.optim import Slotted
 from hilora.federated.engine.trainer import Trainer
 from hilora.federated.local.sgd import LocalSGD, SGDTraining
-from hilora.federated.protocol import Download, Sends, Stage, Upload, shared
+from hilora.federated.protocol import Download, Upload
 from hilora.federated.settings import Number
-from hilora.federated.strategies.own_head import SharableHead
-from hilora.federated.streams import stream
+from hilora.federated.strategies.own_adapter import OwnAdapter
 
 
-class FedOPAL(SharableHead):
+class FedOPAL(OwnAdapter):
     """`y = W0 x + B_g A_g x + B_p A_p x`. A client trains both adapters and its head in the same steps, on
 
         task loss + γ Σ_P ‖B_gᵀ B_p‖²_F
@@ -37,52 +35,17 @@ class FedOPAL(SharableHead):
     global adapter as it is, and then the penalty moves these alone.
     """
 
-    class Settings(SharableHead.Settings):
+    class Settings(OwnAdapter.Settings):
         orthogonality: Number = Field(0.1, ge=0, description="γ, weight of the overlap of both adapters")
 
     name = "fedopal"
-    tiers = ("root", "leaf")
     settings: Settings
-
-    def start(self) -> None:
-        super().start()
-        self.root = self.problem.fresh("root", 1, stream(self.training.seed, "fresh adapters", 0))
-
-    def stages(self) -> list[Stage]:
-        return [Stage("root", self.total_rounds(), "root")]
-
-    def configure(self, stage: Stage, clients: Tensor) -> Download:
-        return Download(stage, {"root": shared(self.root, clients)}, self.sent_head(clients))
-
-    def sends(self, stage: Stage) -> Sends:
-        return Sends({"root": "AB"}, head=self.shares_head)
-
-    @property
-    def sums(self) -> bool:
-        return True
-
-    def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
-        self.average_heads(upload)
-        if upload.images.sum() > 0:
-            self.root = self.averaging.mean(upload.tiers["root"], upload.images, self.root)
-        return {}
 
     def local(self, state: ClientState, download: Download, trainer: Trainer) -> Upload:
         rates = download.stage.rates
         apart = KeptApart(also=("leaf",), rates=rates, weight=self.settings.orthogonality, tiers=("root", "leaf"))
         trained = trainer.train(self.models(state, download, trainer), "root", algorithm=apart, rates=rates)
-        state.put("leaf", trained.tiers["leaf"])
-        self.keep_heads(state, trained)
-        return trained.upload("root", head=self.shares_head)
-
-    def models(self, state: ClientState, download: Download, trainer: Trainer) -> Models:
-        leaf = state.filled("leaf", lambda: self.first(state.clients))
-        return Models({"root": download.tiers["root"], "leaf": leaf}, self.heads(state, download))
-
-    def first(self, clients: Tensor) -> AdapterTable:
-        """The personal adapters that clients begin with."""
-        draws = stream(self.training.seed, "fresh adapters", 1)
-        return self.problem.fresh("leaf", self.problem.clients, draws, clients)
+        return self.keep(state, trained)
 
     def personal_training(self) -> dict[str, Any]:
         weight = self.settings.orthogonality

@@ -4,7 +4,7 @@ Clients, 2026): a shared and a private adapter side by side, of which the shared
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,15 +14,14 @@ from hilora.adapters.table import AdapterTable, Values
 from hilora.federated.client import ClientState, Models
 from hilora.federated.engine.trainer import Trainer
 from hilora.federated.local.sgd import LocalSGD
-from hilora.federated.protocol import Download, Sends, Stage, Upload, own, shared
-from hilora.federated.strategies.own_head import SharableHead
-from hilora.federated.streams import stream
+from hilora.federated.protocol import Download, Upload
+from hilora.federated.strategies.own_adapter import OwnAdapter
 
 FIRST = (0.7, 0.3)
 """What the two gains begin with, before the sigmoid: 0.67 for the shared adapter and 0.57 for the private one."""
 
 
-class SDFLoRA(SharableHead):
+class SDFLoRA(OwnAdapter):
     """`y = W0 x + σ(a) B_s A_s x + σ(b) B_p A_p x`, with numbers a and b of each client and projection.
 
     A client trains both adapters, a, b and its head in the same steps, and sends the shared adapter alone. The server
@@ -42,49 +41,28 @@ class SDFLoRA(SharableHead):
     """
 
     name = "sdflora"
-    tiers = ("root", "leaf")
     unequal = frozenset({"ranks"})
 
-    def start(self) -> None:
-        super().start()
-        self.root = self.problem.fresh("root", 1, stream(self.training.seed, "fresh adapters", 0))
+    @property
+    def sums(self) -> bool:
+        return False
 
-    def stages(self) -> list[Stage]:
-        return [Stage("root", self.total_rounds(), "root")]
-
-    def configure(self, stage: Stage, clients: Tensor) -> Download:
-        root = self.fitted(shared(self.root, clients), clients)
-        return Download(stage, {"root": root}, self.sent_head(clients))
-
-    def sends(self, stage: Stage) -> Sends:
-        return Sends({"root": "AB"}, head=self.shares_head)
-
-    def aggregate(self, stage: Stage, upload: Upload) -> dict[str, Any]:
-        self.average_heads(upload)
-        if upload.images.sum() > 0:
-            self.root = self.averaging.product_mean(upload.tiers["root"], upload.images, self.root)
-        return {}
+    def mean(self, upload: Upload) -> AdapterTable:
+        return self.averaging.product_mean(upload.tiers["root"], upload.images, self.root)
 
     def local(self, state: ClientState, download: Download, trainer: Trainer) -> Upload:
         rates = download.stage.rates
         both = LocalSGD(also=("leaf",), rates=rates)
         trained = trainer.train(self.models(state, download, trainer), "root", algorithm=both, rates=rates)
         assert trained.composition is not None
-        state.put("leaf", trained.tiers["leaf"])
         state.put("gains", Values(**trained.composition.tensors()))
-        self.keep_heads(state, trained)
-        return trained.upload("root", head=self.shares_head)
+        return self.keep(state, trained)
 
     def models(self, state: ClientState, download: Download, trainer: Trainer) -> Models:
-        leaf = state.filled("leaf", lambda: self.first(state.clients))
-        gains = state.filled("gains", lambda: first_gains(leaf.table, len(state.clients))).taken()
-        composition = SigmoidGains(("root", "leaf"), list(gains.tensors().values()))
-        return Models({"root": download.tiers["root"], "leaf": leaf}, self.heads(state, download), composition)
-
-    def first(self, clients: Tensor) -> AdapterTable:
-        """The private adapters that clients begin with."""
-        generator = stream(self.training.seed, "fresh adapters", 1)
-        return self.fitted(own(self.problem.fresh("leaf", self.problem.clients, generator, clients)), clients).taken()
+        plain = super().models(state, download, trainer)
+        leaf = plain.tiers["leaf"].table
+        gains = state.filled("gains", lambda: first_gains(leaf, len(state.clients))).taken()
+        return replace(plain, composition=SigmoidGains(self.tiers, list(gains.tensors().values())))
 
 
 def first_gains(table: AdapterTable, clients: int) -> Values:
