@@ -40,8 +40,9 @@ def without_autocast(x: Tensor) -> AbstractContextManager[None]:
 
 
 def in_transform() -> bool:
-    """Whether `torch.func` differentiates or maps what is called."""
-    return bool(torch._C._are_functorch_transforms_active())
+    """Whether `torch.func` differentiates or maps what is called, or forward-mode differentiation does."""
+    forward_mode = not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
+    return forward_mode or bool(torch._C._are_functorch_transforms_active())
 
 
 def exporting() -> bool:

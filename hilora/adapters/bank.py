@@ -3,69 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from hilora import kernels
 from hilora.adapters.config import HiLoRAConfig
 from hilora.adapters.factors import Held, joined, sharded_as, slot_count, squeezed
+from hilora.adapters.shared import Composition
 from hilora.adapters.table import AdapterTable
 from hilora.adapters.torch_internals import reshape_parameter
 from hilora.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from hilora.adapters.layers import TieredLoRALinear
-
-Composition = Callable[[int, Tensor], Mapping[str, float | Tensor]]
-
-
-class Shared:
-    """What the layers of a bank have in common; each of them refers to it.
-
-    Attributes:
-        config: the adapters.
-        slots: tier → int32 `[G]`, which adapter each of G equal groups of rows uses, -1 for none; or None.
-        ranks: tier → int32 `[S]`, the ranks of adapters that do not have all of the tier's; or None.
-        composition: what weighs the tiers' outputs against each other: from a projection's number and its x
-            `[G, M, in]`, for tiers that it names, a number or a tensor `[G, M]`; None adds them as they are.
-        held: tier → tables in place of the layers' parameters.
-        disabled: the layers compute as if they had no adapters.
-    """
-
-    def __init__(self, config: HiLoRAConfig) -> None:
-        self.config = config
-        self.slots: dict[str, Tensor | None] = dict.fromkeys(config.tiers)
-        self.ranks: dict[str, Tensor | None] = dict.fromkeys(config.tiers)
-        self.composition: Composition | None = None
-        self.held: dict[str, Held] = {}
-        self.disabled = False
-        self.used: dict[int, tuple[list[object], kernels.Tiers]] = {}  # by a layer's position: its tiers, made of what
-        self.before: dict[str, tuple[Tensor | None, Tensor | None]] = {}  # slots and ranks, for when nothing is held
-
-    def release(self, tiers: Iterable[str] | None = None) -> None:
-        """Hold nothing more, of these tiers or of all: slots and ranks are again what they were."""
-        self.used = {}
-        for tier in list(self.held) if tiers is None else tiers:
-            if self.held.pop(tier, None) is not None:
-                self.slots[tier], self.ranks[tier] = self.before.pop(tier)
-
-    def to(self, device: torch.device) -> None:
-        """Move slots and ranks."""
-        for tensors in (self.slots, self.ranks):
-            for tier, tensor in tensors.items():
-                tensors[tier] = None if tensor is None else tensor.to(device)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What is held stays with the original: copies have the layers' own adapters."""
-        copied = type(self)(self.config)
-        copied.__dict__.update(self.__dict__)
-        for name in ("slots", "ranks", "held", "before"):
-            copied.__dict__[name] = dict(self.__dict__[name])
-        copied.release()
-        return copied.__dict__
 
 
 class AdapterBank:
@@ -156,7 +108,8 @@ class AdapterBank:
     def table(self, tier: str) -> AdapterTable:
         """The tier's adapters: `[S, P, r, in]`, `[S, P, out, r]`, views of `A` and `B`."""
         A, B = (factor(tier).detach().transpose(0, 1) for factor in (self.A, self.B))
-        return AdapterTable([A], [B], self.rank_of(tier))
+        scales = self.shared.held[tier].scales if tier in self.shared.held else None
+        return AdapterTable([A], [B], self.rank_of(tier), scale=None if scales is None else scales.cpu())
 
     @property
     def active(self) -> str | None:
@@ -256,14 +209,20 @@ class AdapterBank:
             )
 
     def hold(
-        self, tier: str, A: Tensor, B: Tensor, slot: Tensor | None = None, ranks: Tensor | None = None,
+        self,
+        tier: str,
+        A: Tensor,
+        B: Tensor,
+        slot: Tensor | None = None,
+        ranks: Tensor | None = None,
         scales: Tensor | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Let the layers use these tables themselves in place of their parameters of a tier, until `release`.
 
         Args:
             tier: which one.
-            A, B: `[P, S, r, in]`, `[P, S, out, r]`, any S; leaves, or with a history, through which gradients go.
+            A: `[P, S, r, in]`, any S; a leaf, or a tensor with a history, through which gradients go.
+            B: `[P, S, out, r]`.
             slot: int32 `[G]` on the tables' device, or None.
             ranks: int32 `[S]` there, or None where all have the tier's rank.
             scales: fp32 `[S]` there, beside the tier's scale; or None.
@@ -272,11 +231,10 @@ class AdapterBank:
             InvalidValueError: if the shapes do not fit the bank.
         """
         self.check(tier, A, B)
+        if scales is not None and (scales.shape != A.shape[1:2] or scales.dtype != torch.float32):
+            raise InvalidValueError(f"scales {scales.dtype} {tuple(scales.shape)}: expected fp32 [{A.shape[1]}]")
         self._number()
-        shared = self.shared
-        shared.before.setdefault(tier, (shared.slots[tier], shared.ranks[tier]))
-        shared.held[tier] = Held(A, B, scales)
-        shared.slots[tier], shared.ranks[tier] = slot, ranks
+        self.shared.hold(tier, Held(A, B, scales), slot, ranks)
 
     def release(self) -> None:
         """Let the layers use their own parameters again, with the slots that they had."""

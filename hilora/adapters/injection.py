@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hilora.adapters.bank import AdapterBank, Shared
+from hilora.adapters.bank import AdapterBank
 from hilora.adapters.callcheck import UncalledLayerError, check_calls, end_check, watch_rows
 from hilora.adapters.config import HiLoRAConfig
 from hilora.adapters.convolution import TieredLoRAConv2d
@@ -18,6 +18,7 @@ from hilora.adapters.layers import TieredLoRALinear
 from hilora.adapters.loading import adapters_may_stay
 from hilora.adapters.offload import brought
 from hilora.adapters.reduction import check_reduction, watch_reduction
+from hilora.adapters.shared import Shared
 from hilora.adapters.statistics import freeze_statistics, thaw_statistics
 from hilora.adapters.torch_internals import remove_hook, walk
 from hilora.errors import InvalidValueError

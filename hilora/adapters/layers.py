@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from operator import is_
 from typing import Any, ClassVar, Self
 
 import torch
@@ -12,11 +11,12 @@ from torch.fx import Proxy
 from torch.nn.utils.parametrize import is_parametrized, transfer_parametrizations_and_params
 
 from hilora import kernels
-from hilora.adapters.bank import AdapterBank, Shared
+from hilora.adapters.bank import AdapterBank
 from hilora.adapters.config import HiLoRAConfig
 from hilora.adapters.factors import Factors, cut, pieces
 from hilora.adapters.frozen import FrozenLinear
 from hilora.adapters.offload import check_brought, device_of, own_forward, take_over_offloading
+from hilora.adapters.shared import Shared
 from hilora.adapters.torch_internals import in_transform, owns_weight, take_over_hooks
 from hilora.errors import InvalidTypeError, InvalidValueError, SlotError
 from hilora.models.pointwise import widths
@@ -169,31 +169,26 @@ class TieredLoRALinear(FrozenLinear):
         lasting = all_held and shared.composition is None and self.order is None
         if not lasting or torch.compiler.is_compiling() or in_transform():
             return self._placed(x, tables)
-        made_of: list[object] = [*shared.held.values(), *shared.slots.values(), *shared.ranks.values()]
-        before, tiers = shared.used.get(self.position, ((), kernels.Tiers(())))
-        if len(before) == len(made_of) and all(map(is_, before, made_of)):
-            tiers = tiers.with_factors(pair for of_layer in zip(*tables, strict=True) for pair in of_layer)
-        else:
-            tiers = kernels.Tiers(self._placed(x, tables))
-        shared.used[self.position] = made_of, tiers
-        return tiers
+        return shared.lasting(self.position, tables, lambda: self._placed(x, tables))
 
     def _placed(self, x: Tensor, tables: list[list[tuple[Tensor, Tensor]]]) -> list[kernels.Tier]:
         """Tiers for each projection, of the A and B that each of the tiers has for it."""
         shared, order, tiers, found = self.shared, self.order, [], []
+        rows = self.rows if order is not None else ()
         for (name, scale), own in zip(shared.config.scales.items(), tables, strict=True):
             slot, count = shared.slots[name], own[0][0].shape[0]
             if slot is None and count > 1:
                 raise InvalidValueError(f"tier {name!r} has {count} adapters: say which to use by hilora.set_slots")
-            scales = shared.held[name].scales if name in shared.held else None
-            found.append((name, own, scale, slot, (shared.ranks[name], scales)))
+            held = shared.held.get(name)
+            of_slots = {"ranks": shared.ranks[name], "slot_scales": None if held is None else held.scales}
+            found.append((name, own, scale, slot, of_slots))
         for index, columns in enumerate(self.columns):
             gains = {} if shared.composition is None else shared.composition(self.position + index, x)
             for name, own, scale, slot, of_slots in found:
                 (A, B), gain = own[index], gains.get(name, 1.0)
                 number, of_rows = (1.0, gain) if isinstance(gain, Tensor) else (gain, None)
-                place, B = (columns, B) if order is None else (None, self._spread(B, self.rows[index]))
-                tiers.append(kernels.Tier(A, B, scale * number, slot, place, of_rows, *of_slots))
+                place, B = (columns, B) if order is None else (None, self._spread(B, rows[index]))
+                tiers.append(kernels.Tier(A, B, scale * number, slot, place, of_rows, **of_slots))
         return tiers
 
     def _spread(self, B: Tensor, rows: Any) -> Tensor:
@@ -201,8 +196,11 @@ class TieredLoRALinear(FrozenLinear):
         return B.new_zeros(len(B), self.out_features, B.shape[2]).index_copy(1, rows, B)
 
     def factors(self, tier: str) -> list[tuple[Tensor, Tensor]]:
-        """What is used of a tier: A `[S, r, in]` and B `[S, width, r]` for each of the layer's projections."""
-        return self._used(tier, dict(self.lora_A), dict(self.lora_B))
+        """What is used of a tier: A `[S, r, in]` and B `[S, width, r]` for each of the layer's projections; B with the
+        scales of what is held."""
+        held, found = self.shared.held.get(tier), self._used(tier, dict(self.lora_A), dict(self.lora_B))
+        scales = None if held is None else held.scales
+        return found if scales is None else [(A, (B * scales[:, None, None]).to(B.dtype)) for A, B in found]
 
     def _used(self, tier: str, A_of: Mapping[str, Any], B_of: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
         held, widths = self.shared.held.get(tier), self.widths

@@ -220,12 +220,36 @@ class AdapterTable(Stack):
         """The table without one of its factors: what is left is "A" or "B"."""
         return self.with_factors(self.A if "A" in factors else (), self.B if "B" in factors else ())
 
+    def scaled(self, scale: Tensor | None) -> AdapterTable:
+        """The same adapters with other scales, fp32 `[S]`; None: of 1."""
+        return AdapterTable(self.A, self.B, self.rank, self.has, scale)
+
     def with_scale_in_B(self) -> AdapterTable:
-        """The same adapters, with scales of 1."""
+        """The same adapters, with scales of 1.
+
+        Raises:
+            InvalidValueError: if there are scales and no B.
+        """
         if self.scale is None:
             return self
-        B = [tensor * self.scale.to(tensor)[:, None, None, None] for tensor in self.B]
+        if not self.B:
+            raise InvalidValueError("adapters with scales need their B here, which the table lacks")
+        scale = self.scale[:, None, None, None]
+        B = [(tensor * scale.to(tensor.device)).to(tensor.dtype) for tensor in self.B]
         return AdapterTable(self.A, B, self.rank, self.has)
+
+    def put(self, index: Tensor, rows: AdapterTable) -> None:
+        if self.scale is None and rows.scale is not None:
+            raise InvalidValueError("a table without scales has no place for those of other rows: give it scales of 1")
+        super().put(index, rows.with_scale_as(self))
+
+    def where(self, mask: Tensor, other: AdapterTable) -> AdapterTable:
+        return super(AdapterTable, self.with_scale_as(other)).where(mask, other.with_scale_as(self))
+
+    def with_scale_as(self, other: AdapterTable) -> AdapterTable:
+        """The same adapters, with scales if another table has some."""
+        known = self.scale is not None or other.scale is None
+        return self if known else self.scaled(torch.ones(len(self), dtype=torch.float32))
 
     def joined(self, other: AdapterTable) -> AdapterTable:
         """This table with the factors of another one in the place of its own."""
@@ -239,11 +263,12 @@ class AdapterTable(Stack):
         return AdapterTable(A, B, self.rank.max()[None])
 
     def finite(self) -> Tensor:
-        return torch.stack([tensor.isfinite().flatten(1).all(1) for tensor in (*self.A, *self.B)]).all(0)
+        found = torch.stack([tensor.isfinite().flatten(1).all(1) for tensor in (*self.A, *self.B)]).all(0)
+        return found if self.scale is None else found & self.scale.isfinite().to(found.device)
 
     def nbytes(self) -> Tensor:
         """Bytes of each adapter: of the ranks and projections that it has, not of those that there is room for. To say
-        which these are counts for nothing."""
+        which these are, and their scales, counts for nothing."""
         total = torch.zeros(len(self), dtype=torch.long)
         for factor in (self.A, self.B):
             for index, tensor in enumerate(factor):

@@ -130,10 +130,7 @@ class Trained:
     def upload(self, *tiers: str, factors: str = "AB", head: bool = True) -> Upload:
         """The message with the adapters of some tiers, or of one factor of them, and the head. Scales are the
         server's, and are not sent back."""
-        sent = {}
-        for tier in tiers:
-            table = self.tiers[tier].only(factors)
-            sent[tier] = AdapterTable(table.A, table.B, table.rank, table.has)
+        sent = {tier: self.tiers[tier].only(factors).scaled(None) for tier in tiers}
         return Upload(self.clients, self.images, sent, self.head if head else None)
 
     def where(self, mask: Tensor, models: Models) -> Trained:

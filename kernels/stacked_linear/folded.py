@@ -187,28 +187,24 @@ class _StackedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call, *live: Tensor) -> Tensor:
         A, Bs = _pack(x, call.layout, call.factors)
         y, kept = _forward(x, weight, bias, call.layout, A, Bs)
-        ctx.save_for_backward(x, weight, kept, A, *Bs, *live)
+        ctx.save_for_backward(x, weight, kept, A, *Bs, *call.factors)
         ctx.layout, ctx.live = call.layout, call.live
-        ctx.frozen = [None if factor.requires_grad else factor for factor in call.factors]
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, kept, A, *tensors = ctx.saved_tensors
         layout: _Layout = ctx.layout
-        Bs, live = tensors[: len(layout.segments)], tensors[len(layout.segments) :]
+        Bs, factors = tensors[: len(layout.segments)], tensors[len(layout.segments) :]
         if torch.is_grad_enabled():
 
-            def again(x: Tensor, *live: Tensor) -> Tensor:
-                factors = list(ctx.frozen)
-                for index, factor in zip(ctx.live, live, strict=True):
-                    factors[index] = factor
+            def again(x: Tensor, *factors: Tensor) -> Tensor:
                 return reference.stacked_lora_linear(x, weight, None, _tiers(layout, factors))
 
-            of_x, *of_factors = differentiable_gradients(again, (x, *live), dy)
-            return of_x, None, None, None, *of_factors
+            of_x, *of_factors = differentiable_gradients(again, (x, *factors), dy)
+            return of_x, None, None, None, *[of_factors[index] for index in ctx.live]
         with without_autocast(x):
-            factor_at = dict(zip(ctx.live, live, strict=True))
+            live = set(ctx.live)
             rows, back = _rows(x, layout), _rows(dy, layout)
             dx = linear_gradient(back, kept if layout.fold else weight) if ctx.needs_input_grad[0] else None
             gradients: dict[int, Tensor] = {}
@@ -219,19 +215,19 @@ class _StackedLinear(torch.autograd.Function):
                     _add_product(dx, expanded, A.narrow(-2, segment.first, segment.ranks))
                 for place in segment.places:
                     of, at = 2 * place.number, place.first - segment.first
-                    if of in factor_at:
+                    if of in live:
                         if expanded is None:  # a contiguous Bᵀ: twice as fast
                             dS = own @ B.narrow(-1, at, place.rank).mT.contiguous().mT
                         else:
                             dS = expanded.narrow(-1, at, place.rank)
-                        gradients[of] = _by_slot(dS.mT @ rows, place, factor_at[of], 1) * place.scale
-                    if of + 1 in factor_at:
+                        gradients[of] = _by_slot(dS.mT @ rows, place, factors[of], 1) * place.scale
+                    if of + 1 in live:
                         S = (
                             rows @ A.narrow(-2, place.first, place.rank).mT
                             if layout.fold
                             else kept.narrow(-1, place.first, place.rank)
                         )
-                        gradients[of + 1] = _by_slot((S.mT @ own).mT, place, factor_at[of + 1], 2)
+                        gradients[of + 1] = _by_slot((S.mT @ own).mT, place, factors[of + 1], 2)
         return None if dx is None else dx.view(x.shape), None, None, None, *[gradients[index] for index in ctx.live]
 
 
@@ -260,7 +256,7 @@ def _by_slot(gradient: Tensor, place: _Place, factor: Tensor, dim: int) -> Tenso
     elif gradient.shape[0] != slots:
         gradient = gradient.sum(0, keepdim=True)
     if dim == 2 and place.slot_scales is not None:
-        gradient = gradient * place.slot_scales[:, None, None].to(gradient.dtype)
+        gradient = (gradient * place.slot_scales[:, None, None]).to(gradient.dtype)
     if place.ranks is None:
         return gradient
     inside = within(place.ranks, factor.shape[dim])

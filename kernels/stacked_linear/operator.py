@@ -96,7 +96,7 @@ def _tiers(
     slot_scales: Sequence[Tensor | None], scales: Sequence[float], starts: Sequence[int],
 ) -> list[Tier]:  # fmt: skip
     return [
-        Tier(a, b, scale, slot, (start, int(b.shape[1])), None, own, own_scales)
+        Tier(a, b, scale, slot, (start, int(b.shape[1])), ranks=own, slot_scales=own_scales)
         for a, b, slot, own, own_scales, scale, start in zip(
             A, B, slots, ranks, slot_scales, scales, starts, strict=True
         )

@@ -61,7 +61,7 @@ def _tables(tiers: Sequence[Tier], like: Tensor) -> tuple[Any, ...]:
     return (
         tuple(int32(tier.slot, like) for tier in tiers),
         tuple(int32(tier.ranks, like) for tier in tiers),
-        tuple(None if tier.slot_scales is None else tier.slot_scales.contiguous() for tier in tiers),
+        tuple(None if tier.slot_scales is None else tier.slot_scales.to(like.device).contiguous() for tier in tiers),
         tuple(tier.scale for tier in tiers),
         tuple(2 * tier.A.shape[0] + 1 for tier in tiers),
     )

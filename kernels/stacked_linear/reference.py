@@ -83,15 +83,16 @@ def choose(tier: Tier, picked: tuple[Tensor, Tensor | None] | None = None) -> tu
     """The adapters that the groups use: `[G or 1, r, in]`, `[G or 1, width, r]`; B is zero where they use none, and
     both are beyond a slot's rank, and B has the slot's own scale. `picked`: what `pick` says of the tier's slots, where
     that is known."""
-    A, B, ranks = tier.A, tier.B, tier.ranks
-    if tier.slot_scales is not None:
-        B = B * tier.slot_scales[:, None, None].to(B.dtype)
+    A, B, ranks, scales = tier.A, tier.B, tier.ranks, tier.slot_scales
     if tier.slot is not None:
         chosen, used = picked or pick(tier.slot.to(A.device))
         A, B = A[chosen], B[chosen]
         if used is not None:
             B = B.where(used[:, None, None], 0)
         ranks = None if ranks is None else ranks[chosen]
+        scales = None if scales is None else scales[chosen]
+    if scales is not None:
+        B = (B * scales[:, None, None]).to(B.dtype)
     if ranks is not None:
         used = within(ranks, A.shape[1])
         A, B = A.where(used[:, :, None], 0), B.where(used[:, None, :], 0)

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import pickle
-from typing import cast
+import weakref
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 import hilora
 from hilora import AdapterBank, HiLoRAConfig
@@ -261,6 +264,42 @@ def test_held_adapters_can_have_scales_of_their_own() -> None:
         torch.testing.assert_close(outputs(bank, x), want)
         bank.hold("leaf", A, B, slot)
         assert not torch.allclose(outputs(bank, x), want), "what was used before is not used again"
+
+
+def test_what_is_read_of_held_adapters_has_their_scales() -> None:
+    bank, scales = make(torch.float64), torch.tensor([0.25, -3.0])
+    A, B = random(3, 2, 2, 7, seed=5, dtype=torch.float64), random(3, 2, 5, 2, seed=6, dtype=torch.float64)
+    bank.hold("leaf", A, B)
+    want = bank.layers[0].delta_weight({"leaf": 1}) - bank.layers[0].delta_weight({"leaf": -1})
+    bank.hold("leaf", A, B, scales=scales)
+    found = bank.layers[0].delta_weight({"leaf": 1}) - bank.layers[0].delta_weight({"leaf": -1})
+    torch.testing.assert_close(found, -3 * want)
+    table = bank.table("leaf")
+    assert table.scale is not None
+    assert torch.equal(table.scale, scales)
+    for wrong in (torch.ones(3), torch.ones(2, dtype=torch.float64)):
+        with pytest.raises(InvalidValueError, match=r"expected fp32 \[2\]"):
+            bank.hold("leaf", A, B, scales=wrong)
+
+
+def test_nothing_of_a_step_or_of_former_tables_is_kept() -> None:
+    bank, x = make(), random(4, 7)
+    bank.slots["leaf"] = torch.tensor([0], dtype=torch.int32)
+    for tier in bank.tiers:
+        bank.hold(tier, bank.A(tier).detach().requires_grad_(tier == "root"), bank.B(tier).detach(), bank.slots[tier])
+    A = bank.held["root"][0]
+    for _ in range(3):
+        y = outputs(bank, x)
+        node: Any = get_gradient_edge(A).node
+        assert "an earlier step" not in node.metadata
+        node.metadata["an earlier step"] = True
+        y.sum().backward()
+        del y, node
+    former = weakref.ref(A)
+    bank.hold("root", A.detach().clone(), bank.B("root"))
+    del A
+    gc.collect()
+    assert former() is None
 
 
 def moved_back(bank: AdapterBank) -> nn.Module:

@@ -168,3 +168,20 @@ def test_scales_go_with_their_rows_and_can_be_put_into_B() -> None:
     for wrong in (torch.ones(2), torch.ones(3, dtype=torch.float64)):
         with pytest.raises(InvalidValueError, match=r"scale .* does not fit: expected fp32 \[3\]"):
             AdapterTable(plain.A, plain.B, scale=wrong)
+
+
+def test_rows_with_and_without_scales_go_together() -> None:
+    plain, scale = make(), torch.tensor([2.0, 3.0, 4.0])
+    table, index = plain.scaled(scale.clone()), torch.tensor([1])
+    for mask, one, other in ((True, table, plain), (False, plain, table)):
+        both = one.where(torch.tensor([mask, not mask, mask]), other)
+        assert both.scale is not None
+        assert both.scale.tolist() == [2.0, 1.0, 4.0]
+    table.put(index, plain.rows(index))
+    assert table.scale is not None
+    assert table.scale.tolist() == [2.0, 1.0, 4.0]
+    with pytest.raises(InvalidValueError, match="without scales has no place"):
+        plain.put(index, table.rows(index))
+    assert plain.scaled(torch.tensor([1.0, torch.nan, torch.inf])).finite().tolist() == [True, False, False]
+    with pytest.raises(InvalidValueError, match="need their B"):
+        table.only("A").with_scale_in_B()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy.linalg import subspace_angles
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hilora import kernels
 from hilora.kernels import (
@@ -217,6 +218,29 @@ def test_tiers_with_other_factors_know_what_is_known_of_their_kind_and_no_more()
     assert others.recall("checked", (x.shape, weight.shape, weight.shape[:1]), pytest.fail, "this is known")
     with pytest.raises(ValueError, match=r"A \(1, 2, 6\) and B \(1, 5, 2\) do not fit"):
         stacked_lora_linear(x, weight, bias, tiers.with_factors([(A[..., :6], B)]))
+
+
+def test_a_frozen_factor_that_was_written_to_since_is_an_error_where_it_is_needed_again(backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("autograd has copies of its own")
+    x, weight, bias, (tier, other) = make(Case((4, 7), 5, [Adapters(2), Adapters(3)]))
+    frozen = other._replace(A=other.A.detach(), B=other.B.detach())
+    y = stacked_lora_linear(x, weight, bias, [tier, frozen])
+    frozen.B.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+def test_forward_mode_differentiates_frozen_factors() -> None:
+    x, weight, bias, (tier,) = make(Case((4, 7), 5, [Adapters(2)]))
+    A, B, tangent = tier.A.detach(), tier.B.detach(), random(1, 2, 7, seed=7)
+
+    def of(A: Tensor) -> Tensor:
+        return stacked_lora_linear(x, weight, bias, [tier._replace(A=A, B=B)])
+
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(of(forward_ad.make_dual(A, tangent))).tangent
+    torch.testing.assert_close(found, of(A + tangent) - of(A))
 
 
 PENALTIES = {

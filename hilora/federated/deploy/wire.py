@@ -37,9 +37,15 @@ class Layout(NamedTuple):
 
 
 def written(row: Stack) -> Tensors:
-    """The tensors of a stack of one row as they travel: an adapter at the rank and with the projections that it has."""
+    """The tensors of a stack of one row as they travel: an adapter at the rank and with the projections that it has.
+
+    Raises:
+        MessageError: an adapter has a scale of its own.
+    """
     if not isinstance(row, AdapterTable):
         return {name: value[0].contiguous() for name, value in row.tensors().items()}
+    if row.scale is not None:
+        raise MessageError("adapters with scales of their own do not travel: put them into B, by with_scale_in_B()")
     row = row.resized(int(row.rank))
     found = {name: value[0] for name, value in row.tensors().items() if name != "rank"}
     kept = {name: _mark(found, name) for name in found if not _is_mark(name)}

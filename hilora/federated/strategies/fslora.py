@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hilora.adapters.table import AdapterTable
 from hilora.federated.coverage import picked, scattered
 from hilora.federated.protocol import Download, Stage, Upload, own, shared
 from hilora.federated.strategies.fedit import FedIT
@@ -42,7 +41,7 @@ class FSLoRA(FedIT):
         ranks = self.problem.budgets.rank(clients, self.root.r)
         root = picked(self.root, self.places(clients), ranks)
         if bool((ranks < self.root.r).any()):
-            root = AdapterTable(root.A, root.B, root.rank, scale=self.root.r / ranks.float())
+            root = root.scaled(self.root.r / ranks.float())
         return Download(stage, {"root": own(root)}, shared(self.head, clients))
 
     def serve(self, stage: Stage, clients: Tensor) -> Download:

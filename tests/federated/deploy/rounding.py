@@ -6,6 +6,7 @@ nothing but rounding by its own size. With an eps above such gradients the diffe
 
 from __future__ import annotations
 
+from functools import partialmethod
 from typing import Any
 
 import pytest
@@ -17,17 +18,18 @@ from tests.federated.test_federation import tensors
 
 EPS = 1e-3
 STEADY_APP = f"""
+from functools import partialmethod
+
 from hilora.federated.engine.optim import SlotAdamW
 
-SlotAdamW.__init__.__defaults__ = (*SlotAdamW.__init__.__defaults__[:-1], {EPS})
+SlotAdamW.__init__ = partialmethod(SlotAdamW.__init__, eps={EPS})
 """
 """For the end of a client's app: what `steady` does here."""
 
 
 def steady(patch: pytest.MonkeyPatch) -> None:
     """Train with AdamW's eps at 1e-3."""
-    assert SlotAdamW.__init__.__defaults__ is not None
-    patch.setattr(SlotAdamW.__init__, "__defaults__", (*SlotAdamW.__init__.__defaults__[:-1], EPS))
+    patch.setattr(SlotAdamW, "__init__", partialmethod(SlotAdamW.__init__, eps=EPS))
 
 
 def products(table: AdapterTable) -> list[torch.Tensor]:

@@ -148,6 +148,12 @@ def test_adapters_travel_at_the_rank_that_they_have() -> None:
     assert same(read(sent, table(1), "root"), low)
 
 
+def test_adapters_with_scales_of_their_own_are_refused_where_they_would_be_sent() -> None:
+    scaled = table(1).scaled(torch.tensor([2.0]))
+    with pytest.raises(MessageError, match=r"put them into B, by with_scale_in_B\(\)"):
+        order(Download(STAGE, {"root": shared(scaled, ONE)}, None), ERRAND, {})
+
+
 def test_what_a_client_holds_is_not_sent_and_what_it_lost_is_asked_for() -> None:
     download = DOWNLOADS["a tier and a head"]
     message, _ = roundtrip(download)
