@@ -282,11 +282,9 @@ def set_slots(model: nn.Module, /, **slots: Tensor | None) -> None:
     tables = {tier: None if slot is None else torch.as_tensor(slot) for tier, slot in slots.items()}
     for tier, table in tables.items():
         found[0].config.rank(tier)
-        if table is None:
-            continue
-        if table.dim() != 1 or table.dtype not in (torch.int32, torch.int64) or not len(table):
+        if table is not None and not (table.dim() == 1 and table.dtype in (torch.int32, torch.int64) and len(table)):
             raise InvalidValueError(f"slots of {tier} must be integers [G], got {table.dtype} {tuple(table.shape)}")
-        if int(table.min()) < -1:
+        if table is not None and int(table.min()) < -1:
             raise InvalidValueError(f"slots of {tier} must be -1 (none) or more, got {int(table.min())}")
     for bank in found:
         lengths = {tier: len(table) for tier, table in {**bank.slots, **tables}.items() if table is not None}
