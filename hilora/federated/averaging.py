@@ -71,7 +71,8 @@ class Averaging:
 
     def product_mean(self, table: AdapterTable, weights: Tensor, start: AdapterTable) -> AdapterTable:
         """The mean of products at the rank of the clients' adapters, as one row: columns of B orthonormal, A carries
-        the singular values. The arguments are those of `mean`."""
+        the singular values. Ranks that a client does not have are zeros, and by the rules that count all alike as they
+        were. The arguments are those of `mean`."""
         means = self.products(table, weights, start, table.r)
         return AdapterTable([A for A, _ in means], [B for _, B in means])
 
@@ -82,7 +83,7 @@ class Averaging:
         that the mean has at most: the sum of the clients' ranks, or the shorter side."""
         robust = self.settings.robust
         if robust != "none":
-            table, start = _with_images(table, weights, start)
+            table, start = _with_images(filled(table, start), weights, start)
             weights = torch.ones(len(table))
         trimmed, rows = robust == "trimmed", table
         if robust not in ("none", "trimmed"):

@@ -32,7 +32,7 @@ def covered_mean(table: AdapterTable, weights: Tensor, before: AdapterTable) -> 
 
 
 def filled(table: AdapterTable, before: AdapterTable) -> AdapterTable:
-    """The adapters of n clients, with what was before, one row, in the place of what a client does not have.
+    """The adapters of n clients, with what was before, one row or n, in the place of what a client does not have.
 
     A mean of these counts all clients in every entry, so that one that few have moves little.
     """

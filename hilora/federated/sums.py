@@ -65,18 +65,22 @@ def groups(download: Download) -> Tensor:
 
 def spread(upload: Upload, download: Download, mean: Mapping[str, Tensor]) -> Upload:
     """Messages that say no more than a mean: every client's is its start and the mean change, `[n, ...]` by tier and
-    name, from one image each."""
+    name, in the ranks and projections that it sent, from one image each."""
 
     def alike(name: str, stack: Any) -> Any:
         begun = start(download, name)
         assert begun is not None
         before = begun.tensors()
-        return stack.like(
+        found = stack.like(
             {
                 key: before[key].to(value) + mean[f"{name}.{key}"] if value.is_floating_point() else value
                 for key, value in stack.tensors().items()
             }
         )
+        if isinstance(found, AdapterTable):
+            found = found.leading(found.rank)
+            found = found.having(found.has) if found.has else found
+        return found
 
     found = {name: alike(name, stack) for name, stack in stacks(upload)}
     head = found.pop("head", None)

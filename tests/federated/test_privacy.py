@@ -138,7 +138,18 @@ def test_what_sends_nothing_spends_nothing() -> None:
     assert (found.images.tolist(), one.epsilon()) == ([1] * N, 0)
 
 
-SUMS = ["fedit", "flexlora", "ffa-lora", "fedsa-lora", "feddpa-f", "feddpa-t", "pf2lora", "fedopal", "rolora"]
+SUMS = [
+    "fedit",
+    "flexlora",
+    "ffa-lora",
+    "fedsa-lora",
+    "feddpa-f",
+    "feddpa-t",
+    "pf2lora",
+    "fedopal",
+    "rolora",
+    "sdflora",
+]
 OTHERS = set(STRATEGIES) - set(SUMS)
 
 

@@ -36,7 +36,8 @@ class BudgetGroups(Callback):
 
     @cached_property
     def _counter(self) -> Flops:
-        return Flops(self._simulation.engine, len(self._simulation.train_images.classes))
+        simulation = self._simulation
+        return Flops(simulation.engine, len(simulation.train_images.classes), simulation.server.merged)
 
     def commit(self, simulation: Simulation, round: Round) -> None:
         if not simulation.budgets.unequal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -25,15 +26,17 @@ class Flops:
       first block with an adapter in training, this one included.
     - Adapters by the ranks that each client holds: `2 k (in + out)` a token forward, as much for the gradient of
       activations, and `2 k in` and `2 k out` for those of A and B where they are trained.
+    - Tiers that a device would merge into its base model count nothing.
     - The head, forward and both gradients. What else lies outside of the blocks counts forward alone.
 
     Args:
         engine: the model and its adapters.
         classes: of the head.
+        merged: the tiers that are merged.
     """
 
-    def __init__(self, engine: Predictor, classes: int) -> None:
-        self.blocks, self.banks = engine.blocks, engine.banks
+    def __init__(self, engine: Predictor, classes: int, merged: Collection[str] = ()) -> None:
+        self.blocks, self.banks, self.merged = engine.blocks, engine.banks, merged
         model: Any = copy.deepcopy(engine.backbone.model).cpu().float().eval().requires_grad_(False)
         inputs: dict[str, Tensor] = {}
         for path in self.blocks.paths:
@@ -58,6 +61,8 @@ class Flops:
         passes = present.double() + (present & behind)
         total: Tensor = self.outside + present.double() @ self.forward + (present & behind).double() @ self.backward
         for tier, ranks in effort.ranks.items():
+            if tier in self.merged:
+                continue
             for bank, of in zip(self.banks, self.blocks.of, strict=True):
                 tokens, sides = self.tokens[of].double(), bank.in_features + bank.out_features
                 total += 2 * ranks * sides * (passes[:, of] @ tokens)

@@ -25,7 +25,7 @@ class KMeansGrouping(SubspaceGrouping):
         self.right: list[Tensor] = []  # for each shape [N, P, out, 2r] and [N, P, 2r, in]
 
     def remember(self, clients: Tensor, trained: AdapterTable, server: AdapterTable) -> None:
-        pairs = list(zip(trained.factors, server.factors, strict=True))
+        pairs = list(zip(trained.first(self.common).factors, server.first(self.common).factors, strict=True))
         left = [torch.cat([B, -start.expand_as(B)], -1) for (_, B), (_, start) in pairs]
         right = [torch.cat([A, start.expand_as(A)], -2) for (A, _), (start, _) in pairs]
         if not self.subspace:

@@ -67,8 +67,9 @@ class SubspaceGrouping:
       Default: what its probe changes against the subspaces of the clusters' members.
     - No groups in the data: published, K is at least 2. Default: one cluster, unless groups stand out.
 
-    Clients of unequal ranks are compared by the leading ranks that all of them hold: subspaces of more dimensions lie
-    nearer to each other by chance, and clusters would be of budgets.
+    Clients of unequal ranks are all probed with the leading ranks of the root that each of them holds, and compared by
+    these: beside more ranks the leading ones move otherwise, and subspaces of more dimensions lie nearer to each other
+    by chance, so that clusters would be of budgets.
 
     Attributes:
         member: int64 `[N]`, the cluster of each client, -1 for none as yet.
@@ -112,12 +113,14 @@ class SubspaceGrouping:
         """Those of the clients that must be probed before they can be compared.
 
         Changes compare only where they are of the same root: where the clients did not all train in the same rounds,
-        those that did are probed once more, from the root as it is now. Those that never did join by probing later.
+        or all with the same ranks, those that did are probed once more, from the root as it is now. Those that never
+        did join by probing later.
         """
         started = self.trained_root[seen]
         if not started.any():
             return seen
-        return seen[started] if self.training.participation < 1 and not self.settings.published else seen[:0]
+        alike = self.training.participation == 1 and self.common is None
+        return seen[:0] if alike or self.settings.published else seen[started]
 
     def form(self, seen: Tensor) -> Tensor:
         """Cluster the clients that trained; returns the others, which have to be routed.

@@ -82,6 +82,7 @@ class Strategy(ABC):
         factors: which of the adapters' factors are trained and sent: "AB", one of them, or "".
         travels: whether messages travel at all.
         unequal: which budgets of unequal clients it keeps: "ranks", "layers".
+        merged: the tiers that its clients merge into their base model.
     """
 
     name: ClassVar[str] = ""
@@ -92,6 +93,7 @@ class Strategy(ABC):
     factors: ClassVar[str] = "AB"
     travels: ClassVar[bool] = True
     unequal: ClassVar[frozenset[str]] = frozenset()
+    merged: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, **settings: Any) -> None:
         """A method with some of its own settings.

@@ -49,6 +49,7 @@ class FLoRA(Strategy):
     name = "flora"
     tiers = ("root", "leaf")
     unequal = frozenset({"ranks"})
+    merged = frozenset({"root"})
     settings: Settings
 
     def adapters(self, training: TrainingSettings) -> HiLoRAConfig:

@@ -67,7 +67,7 @@ class HetLoRA(FedIT):
         self.held[worked.clients] = torch.minimum(self.held[worked.clients], table.rank)
         norms = product_norms(table.factors).cpu()
         plain = self.training.robust == "none" and bool(norms.any())
-        mean = table.mean(norms) if plain else self.averaging.mean(table, worked.images, self.root)
+        mean = table.mean(norms) if plain else self.averaging.covered_mean(table, worked.images, self.root)
         self.root = _with_the_rest(mean, self.root, int(table.rank.max()))
         self.head = self.averaging.mean(worked.head, worked.images, self.head)
         return {"ranks": float(self.held[worked.clients].double().mean())}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, Self
 
 import torch
@@ -13,6 +14,7 @@ from hilora.adapters.table import AdapterTable
 from hilora.algorithms.aggregation import relative_change
 from hilora.algorithms.clustering import Clustering
 from hilora.federated.client import ClientState, Models
+from hilora.federated.coverage import filled
 from hilora.federated.engine.trainer import Trainer
 from hilora.federated.grouping import GROUPINGS, GroupingSettings
 from hilora.federated.protocol import Download, Rows, Sends, Stage, Upload, fitted, own, shared
@@ -30,6 +32,9 @@ class HiLoRA(Strategy):
     All clients train the root; the server averages products (`algorithms.aggregation`). Then each group trains its
     cluster adapter on top of the frozen root, and in the end each client its leaf, which never leaves it. The head
     follows the tier in training: averaged over all, inside of the group, then private.
+
+    What a client with a budget of ranks does not hold of a tier stays, in its term of the mean, as it was (ours): so
+    that ranks that few can hold do not fade from round to round.
 
     With `rank_energy` (ours), a client's budget is one of ranks, and so of bytes, over all tiers together: as many as
     it would hold if it held the same of each. Of the root, once it is trained, clients keep the leading ranks that hold
@@ -95,7 +100,8 @@ class HiLoRA(Strategy):
     def configure(self, stage: Stage, clients: Tensor) -> Download:
         root, trains = shared(self.root, clients), stage.tier
         if trains == "root" or self.cluster is None:
-            root = fitted(root, self.allowance("root", clients, {}))
+            ranks, common = self.allowance("root", clients, {}), self.problem.budgets.common
+            root = fitted(root, ranks if stage != PROBE or common is None else ranks.clamp_max(common))
             return Download(stage, {"root": root}, shared(self.heads["root"], clients))
         member, tiers = self.grouping.member[clients], dict[str, Rows[AdapterTable]]()
         for tier, rows in (("root", root), ("cluster", Rows(self.cluster, member))):
@@ -156,16 +162,23 @@ class HiLoRA(Strategy):
     def averaged(self, upload: Upload, start: AdapterTable) -> AdapterTable:
         """The mean of the clients' adapters as one row, taken of their products, or of A and B apart."""
         (table,) = upload.tiers.values()
+        table = filled(table, start)
         if self.settings.aggregation == "factors":
             return self.averaging.mean(table, upload.images, start)
         return self.averaging.product_mean(table, upload.images, start)
+
+    @property
+    def probe_epochs(self) -> int:
+        """One; two for unequal clients, of whom the probe is all that is compared, by few ranks: after one epoch its
+        noise makes groups of equal clients."""
+        return 1 if self.problem.budgets.common is None else 2
 
     def remember(self, upload: Upload) -> None:
         """Note for the grouping what clients made of the root."""
         self.grouping.remember(upload.clients, upload.tiers["root"], self.root)
 
     def _probe(self, clients: Tensor, ask: Ask) -> Tensor:
-        """Have clients train the root for an epoch; returns those that had images to train on."""
+        """Have clients train the root for `probe_epochs`; returns those that had images to train on."""
         upload = ask(clients, self.configure(PROBE, clients))
         worked = upload.rows(upload.images > 0)
         if len(worked.clients):
@@ -197,7 +210,7 @@ class HiLoRA(Strategy):
 
     def local(self, state: ClientState, download: Download, trainer: Trainer) -> Upload:
         stage, models = download.stage, self.models(state, download, trainer)
-        epochs = 1 if stage == PROBE else None
+        epochs = self.probe_epochs if stage == PROBE else None
         how = {"factors": self.factors, **self._how(stage.tier)}
         trained = trainer.train(models, stage.tier, rates=stage.rates, epochs=epochs, **how)
         if stage.tier != "leaf":
@@ -221,6 +234,13 @@ class HiLoRA(Strategy):
         draws = stream(self.training.seed, "fresh adapters", 2)
         leaves = own(self.problem.fresh("leaf", self.problem.clients, draws, clients))
         return fitted(leaves, self.allowance("leaf", clients, download.tiers)).taken()
+
+    def personalise(self, state: ClientState, download: Download, trainer: Trainer) -> Models:
+        models = super().personalise(state, download, trainer)
+        if self.energy is None:
+            return models
+        leaf = compressed(models.tiers["leaf"].taken(), self.energy)
+        return replace(models, tiers={**models.tiers, "leaf": own(leaf)})
 
     def personal_training(self) -> dict[str, Any]:
         return self._how(self.own_tier)

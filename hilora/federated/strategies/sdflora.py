@@ -35,17 +35,13 @@ class SDFLoRA(OwnAdapter):
     images, so that what all agree on stays as large as it is (the code's constant weights need not sum to one); B_s is
     orthonormal after the SVD and A_s carries the singular values; the head is private unless `shared_head` says
     otherwise, as the code's configuration has it, though not its training; the gains are the code's first form of
-    three, with the values that they begin with there. Noise for privacy is left out: a sum of changes of A and B, which
-    is what could be noised, does not do for a mean of products. An unseen client trains its private adapter, its gains
-    and its head under the shared adapter as it is.
+    three, with the values that they begin with there. With `dp_clip` the shared adapters' changes of A and B are
+    clipped, averaged and noised, so that the mean is one of factors. An unseen client trains its private adapter, its
+    gains and its head under the shared adapter as it is.
     """
 
     name = "sdflora"
     unequal = frozenset({"ranks"})
-
-    @property
-    def sums(self) -> bool:
-        return False
 
     def mean(self, upload: Upload) -> AdapterTable:
         return self.averaging.product_mean(upload.tiers["root"], upload.images, self.root)
