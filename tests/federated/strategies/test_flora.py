@@ -94,3 +94,13 @@ def test_who_sat_rounds_out_catches_up(simulate: Simulate) -> None:
     for client in range(5):
         taken = int(simulation.post.down[client])
         assert any(taken == sum(stacks[:last]) + rounds * head for last in range(6) for rounds in range(7))
+
+
+def test_what_is_merged_costs_no_flops(simulate: Simulate) -> None:
+    """Clients of one rank train as much per image as they would in FlexLoRA, whatever has been merged."""
+    flops = {}
+    for name in ("flora", "flexlora"):
+        out = simulate("fedit").out.parent / name
+        groups = simulate(name, rank_budgets="1/2:2,1/2:1", rounds=[3, 0, 0], out=out).run()["budgets"]
+        flops[name] = [group["flops"] for group in groups]
+    assert flops["flora"] == pytest.approx(flops["flexlora"])

@@ -214,6 +214,27 @@ def test_clusters_are_of_data_and_not_of_budgets(simulate: Simulate, budgets: st
     assert found["k"] == groups
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", ["subspace", "kmeans"])
+def test_long_training_makes_no_clusters_of_budgets(simulate: Simulate, groups: str) -> None:
+    """The few ranks of some clients and the leading ones of others grow apart, where all have images of one kind. Two
+    clusters are asked for, so that there is something to compare."""
+    images, nothing = squares(240, 1), torch.empty(0, dtype=torch.long)
+    shares = torch.arange(240).view(20, 12)
+    people = Population(tuple(Client(share, nothing, torch.arange(12), None, True) for share in shares), "by hand", ())
+    options: dict[str, Any] = {"rank": 12, "rank_budgets": "1/2:12,1/2:1", "lr": 1e-2, "tau_rel": 0}
+    options |= {"groups": groups, "k_min": 2, "k_max": 2, "rounds": [8, 0, 0], "people": people}
+    agree = []
+    for seed in (4, 5, 7):
+        simulation = simulate(seed=seed, images=(images, squares(42, 2)), **options)
+        simulation.run()
+        found = simulation.clusters()
+        assert found is not None
+        same = (torch.tensor(found["labels"]) == simulation.budgets.group).double().mean()
+        agree.append(float(torch.maximum(same, 1 - same)))
+    assert sum(agree) / 3 < 0.75, agree
+
+
 def test_ranks_that_a_tier_does_not_need_go_to_the_next(simulate: Simulate) -> None:
     options: dict[str, Any] = {"rank": [4, 6, 8], "lora_alpha": [8, 12, 16], "rank_budgets": "1/2:4,1/2:2"}
     plain = simulate("hilora", **options)

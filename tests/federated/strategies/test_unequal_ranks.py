@@ -22,9 +22,10 @@ RANKS = torch.tensor([4, 2, 1, 4, 2, 1, 2, 1])
 IMAGES = [10, 20, 30, 10, 20, 30, 10, 10]
 
 
-def fresh(tier: str, slots: int, generator: torch.Generator) -> AdapterTable:
+def fresh(tier: str, slots: int, generator: torch.Generator, rows: Tensor | None = None) -> AdapterTable:
     A = torch.randn(slots, by_hand.PROJECTIONS, RANK, by_hand.WIDTH, generator=generator)
-    return AdapterTable([A], [torch.zeros(slots, by_hand.PROJECTIONS, by_hand.WIDTH, RANK)])
+    table = AdapterTable([A], [torch.zeros(slots, by_hand.PROJECTIONS, by_hand.WIDTH, RANK)])
+    return table if rows is None else table.rows(rows)
 
 
 class InRank(by_hand.ByHand):
