@@ -125,7 +125,8 @@ def test_clipping_counts_nothing_that_a_client_does_not_hold(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["flexlora", "hilora"])
 def test_noise_is_in_the_ranks_that_a_client_holds(name: str) -> None:
-    halves = Unequal(name, **({"groups": "true"} if name == "hilora" else {}))
+    options: dict[str, Any] = {"groups": "true"} if name == "hilora" else {}
+    halves = Unequal(name, **options)
     halves.begin()
     download = halves._sent(SEEN, 1)
     upload = halves.ask(SEEN, download)
