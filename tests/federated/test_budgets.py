@@ -15,8 +15,8 @@ from hilora.federated.settings import TrainingSettings, shares
 from hilora.federated.strategies import STRATEGIES
 from tests.federated.conftest import Simulate
 
-KEEP = {name: ("ranks",) for name in ("hilora", "flexlora", "hetlora", "fslora", "flora", "sdflora")}
-KEEP |= {name: ("layers",) for name in ("fed-hello", "fedra")}
+KEEP = dict.fromkeys(("hilora", "flexlora", "hetlora", "fslora", "flora", "sdflora"), ("ranks",))
+KEEP |= dict.fromkeys(("fed-hello", "fedra"), ("layers",))
 
 
 def population(sizes: list[int], groups: list[int] | None = None, unseen: int = 0) -> Population:
@@ -44,7 +44,7 @@ def test_budgets_are_read_as_fractions_and_as_one_for_all() -> None:
 
 @pytest.mark.parametrize("value", [0, True, 8.0, [8]])
 def test_of_numbers_whole_ones_above_zero_are_budgets(value: object) -> None:
-    with pytest.raises(InvalidValueError, match="rank_budgets=|budgets at least 1"):
+    with pytest.raises(InvalidValueError, match=r"rank_budgets=|budgets at least 1"):
         TrainingSettings(rank_budgets=value)
 
 

@@ -130,8 +130,8 @@ class Strategy(ABC):
         layers = problem.budgets.layers
         if layers is not None and int(layers.max()) > problem.depth:
             raise InvalidValueError(
-                f"layer_budgets={problem.training.layer_budgets!r}: the model has {problem.depth} blocks with adapters: "
-                "give no budget above that"
+                f"layer_budgets={problem.training.layer_budgets!r}: the model has {problem.depth} blocks with "
+                "adapters: give no budget above that"
             )
         self.problem, self.training = problem, problem.training
         return self
