@@ -20,7 +20,6 @@ COLUMNS: Mapping[str, Callable[[Group], str]] = {
     "budget": budget_name,
     "clients": lambda group: str(len(group["clients"])),
     "accuracy": lambda group: percent(group["accuracy"]["mean"], ""),
-    "tail": lambda group: percent(group["accuracy"]["tail"], ""),
     "unseen\nzero leaf": lambda group: percent(group.get("unseen", {}).get("zero_leaf"), ""),
     "unseen\nleaf": lambda group: percent(group.get("unseen", {}).get("leaf"), ""),
     "sent\na round": lambda group: amount(group["up"]),

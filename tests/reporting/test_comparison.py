@@ -73,8 +73,8 @@ def test_clients_of_each_budget_have_a_row_where_a_run_has_budgets():
     lines = comparison_text(runs).splitlines()
     rows = [line.split() for line in lines if line.startswith("flexlora")][1:]
     assert rows == [
-        "flexlora 8 ranks 3 90.0 70.0 50.0 – 81.2 kB 1.5 MB 3.21 12,345".split(),  # noqa: SIM905
-        "flexlora 2 ranks/6 layers 1 – – – – 99 B 0 B – –".split(),  # noqa: SIM905
+        "flexlora 8 ranks 3 90.0 50.0 – 81.2 kB 1.5 MB 3.21 12,345".split(),  # noqa: SIM905
+        "flexlora 2 ranks/6 layers 1 – – – 99 B 0 B – –".split(),  # noqa: SIM905
     ]
     assert "| flexlora | sc-dir | 0 | 8 ranks | 3 | 90.0 |" in comparison_markdown(runs)
     assert "budget" not in comparison_text(runs[:1])
