@@ -196,6 +196,8 @@ def _run_strategies(args: argparse.Namespace, check: Check, load_data: Load, sum
 def _train(args: argparse.Namespace, load_data: Load, summaries: list[dict[str, Any]]) -> None:
     given = {name: value for name, value in vars(args).items() if name in SHARED}
     training, strategies = made(TrainingSettings, given), chosen(args, args.kinds)
+    for strategy in strategies:
+        strategy.check(training)
     folders = [args.out] if len(strategies) == 1 else [args.out / name for name in args.strategy]
     for folder in folders:
         clear_leftovers(folder)

@@ -87,7 +87,9 @@ def _check_points(experiment: Experiment, setting: Setting, method: Method) -> N
     known: list[Table] = []
     for number, point in enumerate(method.grid or ({},), start=1):
         try:
-            run = decisive(*experiment.training(setting, method, point, 0))
+            strategy, training = experiment.training(setting, method, point, 0)
+            strategy.check(training)
+            run = decisive(strategy, training)
         except InvalidValueError as error:
             raise SpecError(f"{method.name} in {setting.name} cannot be trained with {point}: {error}") from error
         where = f"methods.{method.name}.grid, point {number}"

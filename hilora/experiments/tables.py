@@ -8,6 +8,7 @@ from typing import Any
 
 from hilora.experiments.cells import Cell
 from hilora.experiments.experiment import Experiment
+from hilora.reporting.budgets import budget_name
 from hilora.reporting.statistics import Spread, spread
 from hilora.reporting.tables import MISSING, Row, Table
 
@@ -46,6 +47,7 @@ def cost_table(cells: Sequence[Cell]) -> Table:
             cell, lambda group: group["flops"], lambda flops: f"{flops.mean / 1e9:.3g}"
         ),
         "trained parameters": lambda cell: _count(cell.over_seeds("trained_parameters")),
+        "trained parameters, by budget": lambda cell: _of_budgets(cell, lambda group: group.get("parameters"), _count),
         "images trained on": lambda cell: _count(cell.over_seeds("images")),
     }
     return _table([cell for cell in cells if cell.trained], columns)
@@ -195,9 +197,8 @@ def _of_budgets(cell: Cell, figure: Callable[[Any], float | None], said: Callabl
     """A figure of each budget, a mean over seeds, the budgets in the order of the setting."""
     texts = []
     for groups in zip(*cell.by_seed("budgets").values(), strict=True):
-        budget = "/".join(f"{groups[0][kind]} {kind}" for kind in ("ranks", "layers") if groups[0][kind] is not None)
         value = spread([figure(group) for group in groups])
-        texts.append(f"{budget}: {MISSING if value is None else said(value)}")
+        texts.append(f"{budget_name(groups[0])}: {MISSING if value is None else said(value)}")
     return ", ".join(texts) or MISSING
 
 

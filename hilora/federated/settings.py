@@ -94,6 +94,11 @@ def shares(text: str) -> list[tuple[Fraction, int]]:
     return found
 
 
+def _text(value: Any) -> Any:
+    """A number as the text that it is one of."""
+    return str(value) if type(value) is int else value
+
+
 def _shares(text: str) -> str:
     shares(text)
     return text
@@ -107,7 +112,7 @@ def _no_bool(value: Any) -> Any:
 
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
-Shares = Annotated[str, AfterValidator(_shares)]
+Shares = Annotated[str, BeforeValidator(_text), AfterValidator(_shares)]
 Rounds = Annotated[dict[str, Annotated[Whole, Field(ge=0)]], BeforeValidator(per_tier)]
 Ranks = Annotated[dict[str, Annotated[Whole, Field(ge=1)]], BeforeValidator(per_tier)]
 Rates = Annotated[dict[str, Annotated[Number, Field(ge=0)]], BeforeValidator(per_tier)]

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from hilora.files import PathLike, write_json, write_text
+from hilora.reporting.budgets import budget_table
 from hilora.reporting.document import Block, Heading, Link, Paragraph, markdown, page
 from hilora.reporting.tables import MISSING, Row, Table
 
 Summary = Mapping[str, Any]
 Cell = Callable[[Summary], str]
 LEGEND = "Accuracies in %, mean over clients; tail: mean of the worst tenth of clients; std: over clients."
+BUDGETS = "Clients of each budget: accuracies in %, bytes a client and round, FLOPs of training on one image."
 INTERRUPTED = "* interrupted before its last round."
 GLYPHS = (
     "Warning: glyphs are generated images, and their small ViT was pretrained on such by this project:\n"
@@ -58,16 +60,19 @@ def _comparison(
     summaries: Sequence[Summary], together: Sequence[str], more: Mapping[str, Cell]
 ) -> Iterator[list[Paragraph | Table]]:
     """A table, with what belongs around it, of the runs that have the same values under the keys `together`."""
-    columns = {"strategy": _strategy, **more, **RESULTS}
+    names: dict[str, Cell] = {"strategy": _strategy, **more}
+    columns = {**names, **RESULTS}
     for setting, runs in _by(summaries, *together):
         said = ", ".join(f"{key} {value}" for key, value in setting.items())
         rows = tuple(Row(tuple(cell(run) for cell in columns.values())) for run in runs)
+        budgets = budget_table([(tuple(cell(run) for cell in names.values()), run) for run in runs], tuple(names))
         yield [
             Paragraph(said[0].upper() + said[1:]),
             *([Paragraph(GLYPHS)] if setting["data"] == "glyphs" else []),
             Table(tuple(columns), rows),
             Paragraph(LEGEND),
             *([Paragraph(INTERRUPTED)] if any(run.get("interrupted") for run in runs) else []),
+            *((Paragraph(BUDGETS), budgets) if budgets else ()),
         ]
 
 

@@ -96,12 +96,17 @@ class Diagnosis(TypedDict, total=False):
 
 class BudgetGroup(TypedDict):
     """Clients of one budget: its ranks of an adapter and its blocks, where these are limited; the seen clients by
-    their ids, their test accuracy at the end; bytes a client and round; FLOPs of training on one image."""
+    their ids, their test accuracy at the end, and the mean of the unseen ones; the ranks of each tier that they held
+    last, on the mean, for a tier may have less room than a budget; how many numbers one trained at most; bytes a client
+    and round; FLOPs of training on one image."""
 
     ranks: Count | None
     layers: Count | None
     clients: list[Count]
     accuracy: Accuracy
+    unseen: NotRequired[Unseen]
+    held: NotRequired[dict[Text, Figure]]
+    parameters: NotRequired[Count]
     up: Figure
     down: Figure
     flops: Figure
@@ -119,6 +124,7 @@ class Summary(TypedDict):
         per_client: lists of `ids` and `unseen_ids`, and of accuracies in their order.
         per_client_by_tier: test accuracies after each tier, in the order of `ids`.
         budgets: where clients have some, of each share of them, in the order of the setting.
+        trained_parameters: how many numbers a client trained at most, those with the largest budget where they differ.
         communication: absent, like all below, where it was not measured.
     """
 

@@ -95,6 +95,9 @@ def test_values_per_tier_and_their_mistakes(example: ModuleType, tmp_path: Path)
         (["--gamma", "1", "--strategy", "fedit"], "--gamma is for hilora: "),
         (["--k-min", "3", "--k-max", "2"], "k_max (2) is below k_min (3)"),
         (["--rank", "200"], "rank"),
+        (["--strategy", "hilora", "fedit", "--rank-budgets", "1/2:2,1/2:1"], "fedit has no use for budgets of ranks"),
+        (["--strategy", "flexlora", "--rank-budgets", "3"], "rank_budgets='3': flexlora has adapters of rank 2"),
+        (["--strategy", "fedra", "--layer-budgets", "1/2:6,1/2:3"], "the model has 5 blocks with adapters"),
     ],
 )
 def test_mistakes_end_in_one_clear_line(
@@ -104,7 +107,7 @@ def test_mistakes_end_in_one_clear_line(
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ")
     assert said in error
-    assert not (tmp_path / "out" / "summary.json").exists()
+    assert not list(tmp_path.rglob("summary.json"))
 
 
 def test_an_out_that_is_a_file_ends_in_one_clear_line(

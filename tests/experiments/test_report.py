@@ -83,7 +83,15 @@ def test_clients_of_each_budget_have_figures(cells: list[list[Cell]]) -> None:
     ours, theirs = cells[0][:2]
     for seed, one in ours.finals.items():
         one["results"]["budgets"] = [
-            {"ranks": 8, "layers": 12, "accuracy": {"mean": 0.5 + 0.1 * seed}, "flops": 3e9, "up": 8e4, "down": 9e4},
+            {
+                "ranks": 8,
+                "layers": 12,
+                "accuracy": {"mean": 0.5 + 0.1 * seed},
+                "flops": 3e9,
+                "up": 8e4,
+                "down": 9e4,
+                "parameters": 1234,
+            },
             {"ranks": 4, "layers": 6, "accuracy": {"mean": 0.25}, "flops": 1.5e9, "up": 4e4, "down": 450.0},
         ]
     table = accuracy_table([ours, theirs], ours)
@@ -91,6 +99,7 @@ def test_clients_of_each_budget_have_figures(cells: list[list[Cell]]) -> None:
     costs = cost_table([ours, theirs])
     assert column(costs, "up a round, by budget")[0] == "8 ranks/12 layers: 80 kB, 4 ranks/6 layers: 40 kB"
     assert column(costs, "down a round, by budget")[0] == "8 ranks/12 layers: 90 kB, 4 ranks/6 layers: 450 B"
+    assert column(costs, "trained parameters, by budget")[0] == "8 ranks/12 layers: 1,234, 4 ranks/6 layers: –"
     assert column(costs, "GFLOPs an image, by budget")[0] == "8 ranks/12 layers: 3, 4 ranks/6 layers: 1.5"
 
 

@@ -124,6 +124,8 @@ def test_of_a_methods_own_settings_each_is_overridden_by_itself(write: Write) ->
         ("[methods.fedit]", "[methods.ifca]\nrun = { k = 0 }", "ifca in groups cannot be trained.*k=0.*greater"),
         ("[methods.fedit]", "[methods.ifca]\nrun = { k = true }", "ifca in groups.*k=True: expected a number"),
         ("batch_size = 4", "target_modules = 4", "hilora in groups"),
+        ("batch_size = 4", 'rank_budgets = "1/2:2,1/2:1"', "fedit in groups.*fedit has no use for budgets of ranks"),
+        ("batch_size = 4", "rank_budgets = 200", "hilora in groups cannot be trained.*adapters of rank 2 at most"),
         ("batch_size = 4", "batch_size = inf", "hilora in groups"),
         ('partition = "sc-dir"', 'partition = "sc-dri"', "settings.groups.partition is 'sc-dri'.*sc-dir"),
         ('partition = "sc-dir"', 'partition = ["sc-dir"]', "settings.groups.partition is .*expected text"),

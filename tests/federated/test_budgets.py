@@ -12,6 +12,11 @@ from hilora.errors import InvalidValueError
 from hilora.federated.budgets import Budgets, budgets
 from hilora.federated.data.partitions import Client, Population
 from hilora.federated.settings import TrainingSettings, shares
+from hilora.federated.strategies import STRATEGIES
+from tests.federated.conftest import Simulate
+
+KEEP = dict.fromkeys(("hilora", "flexlora", "hetlora", "fslora", "flora", "sdflora"), ("ranks",))
+KEEP |= dict.fromkeys(("fed-hello", "fedra"), ("layers",))
 
 
 def population(sizes: list[int], groups: list[int] | None = None, unseen: int = 0) -> Population:
@@ -34,6 +39,13 @@ def test_budgets_are_read_as_fractions_and_as_one_for_all() -> None:
     assert shares("1/3:12,1/3:9, 1/3:6") == [(third, 12), (third, 9), (third, 6)]
     assert shares("0.5:16,0.5:4") == [(Fraction(1, 2), 16), (Fraction(1, 2), 4)]
     assert shares("8") == [(Fraction(1), 8)]
+    assert TrainingSettings(rank_budgets=8, layer_budgets=2) == TrainingSettings(rank_budgets="8", layer_budgets="2")
+
+
+@pytest.mark.parametrize("value", [0, True, 8.0, [8]])
+def test_of_numbers_whole_ones_above_zero_are_budgets(value: object) -> None:
+    with pytest.raises(InvalidValueError, match=r"rank_budgets=|budgets at least 1"):
+        TrainingSettings(rank_budgets=value)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +95,34 @@ def test_who_gets_them_depends_on_the_seed_alone_unless_asked_otherwise() -> Non
     groups = [i % 2 for i in range(20)]
     by_group = budgets(TrainingSettings(rank_budgets=text, budgets_follow="groups"), population([3] * 20, groups))
     assert ranks(by_group).tolist() == [8, 2] * 10
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_method_refuses_budgets_that_it_does_not_keep(name: str) -> None:
+    method = STRATEGIES[name]()
+    for kind in ("rank", "layer"):
+        settings = TrainingSettings(**{f"{kind}_budgets": 1})
+        if f"{kind}s" in KEEP.get(name, ()):
+            method.check(settings)
+        else:
+            said = f"{name} has no use for budgets of {kind}s: leave {kind}_budgets out"
+            with pytest.raises(InvalidValueError, match=said):
+                method.check(settings)
+
+
+def test_a_budget_of_ranks_is_too_large_above_those_of_all_tiers() -> None:
+    method, ranks = STRATEGIES["hilora"](), [4, 8, 6]
+    method.check(TrainingSettings(rank=ranks, rank_budgets="1/2:8,1/2:2"))
+    with pytest.raises(InvalidValueError, match="rank_budgets='1/2:9,1/2:2': hilora has adapters of rank 8 at most"):
+        method.check(TrainingSettings(rank=ranks, rank_budgets="1/2:9,1/2:2"))
+    with pytest.raises(InvalidValueError, match="flexlora has adapters of rank 4 at most"):
+        STRATEGIES["flexlora"]().check(TrainingSettings(rank=ranks, rank_budgets="8"))
+
+
+@pytest.mark.parametrize("name", ["fed-hello", "fedra"])
+def test_a_budget_of_more_blocks_than_there_are_is_refused(simulate: Simulate, name: str) -> None:
+    with pytest.raises(InvalidValueError, match="layer_budgets='1/2:3,1/2:1': the model has 2 blocks with adapters"):
+        simulate(name, layer_budgets="1/2:3,1/2:1")
 
 
 def test_what_cannot_be_is_said() -> None:

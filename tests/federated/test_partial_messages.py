@@ -18,6 +18,8 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "flexlora": {"rank_budgets": "1/2:2,1/2:1"},
     "hetlora": {"rank_budgets": "1/2:2,1/2:1", "prune_decay": 0.5},
     "fslora": {"rank_budgets": "1/2:2,1/2:1"},
+    "flora": {"rank_budgets": "1/2:2,1/2:1"},
+    "sdflora": {"rank_budgets": "1/2:2,1/2:1"},
     "fed-hello": {"layer_budgets": "1/2:2,1/2:1", "allocation": "fisher"},
     "fedra": {"layer_budgets": "1/2:2,1/2:1"},
 }
@@ -37,15 +39,17 @@ def test_they_pass_vetting_and_say_what_was_changed_alone(simulate: Simulate, na
     simulation, download, upload = message(simulate, name)
     expected = simulation.server.expected(download.stage)
     assert vet(upload, expected, download, bound=1e3) == [None] * 5
-    table, changed = upload.tiers["root"], changes(upload, download)
+    ((tier, table),) = upload.tiers.items()
+    changed = changes(upload, download)
     ranks = torch.arange(2) < table.rank[:, None]  # [n, r]
-    lacking = ~ranks[:, None, None, :].expand_as(changed["root.0.lora_B"])
+    lacking = ~ranks[:, None, None, :].expand_as(changed[f"{tier}.0.lora_B"])
     if table.has:
         lacking = lacking | ~table.has[0][..., None, None]
     assert lacking.any()
-    assert not changed["root.0.lora_B"][lacking].any()
-    assert not changed["root.0.lora_A"].mT[~(~lacking[:, :, :1]).expand(-1, -1, 24, -1)].any()
-    assert changed["head.weight"].any()
+    assert not changed[f"{tier}.0.lora_B"][lacking].any()
+    assert not changed[f"{tier}.0.lora_A"].mT[~(~lacking[:, :, :1]).expand(-1, -1, 24, -1)].any()
+    assert ("head.weight" in changed) == (name != "sdflora")  # whose heads are private
+    assert changed.get("head.weight", table.B[0]).any()
 
 
 @pytest.mark.parametrize("name", sorted(set(STRATEGIES) & {"fedit", "flexlora", "hetlora"}))

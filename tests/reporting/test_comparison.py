@@ -44,6 +44,42 @@ def test_table_shows_every_figure_in_its_column():
         assert word in "\n".join(lines)
 
 
+GROUPS = [
+    {
+        "ranks": 8,
+        "layers": None,
+        "clients": [0, 3, 4],
+        "accuracy": {"mean": 0.9, "tail": 0.7, "std": 0.1},
+        "unseen": {"zero_leaf": 0.5, "leaf": None},
+        "parameters": 12345,
+        "up": 81234.0,
+        "down": 1.5e6,
+        "flops": 3.21e9,
+    },
+    {
+        "ranks": 2,
+        "layers": 6,
+        "clients": [1],
+        "accuracy": {"mean": None, "tail": None, "std": None},
+        "up": 99.0,
+        "down": 0.0,
+        "flops": None,
+    },
+]
+
+
+def test_clients_of_each_budget_have_a_row_where_a_run_has_budgets():
+    runs = [make_summary(), make_summary(strategy="flexlora", budgets=GROUPS)]
+    lines = comparison_text(runs).splitlines()
+    rows = [line.split() for line in lines if line.startswith("flexlora")][1:]
+    assert rows == [
+        "flexlora 8 ranks 3 90.0 50.0 – 81.2 kB 1.5 MB 3.21 12,345".split(),  # noqa: SIM905
+        "flexlora 2 ranks/6 layers 1 – – – 99 B 0 B – –".split(),  # noqa: SIM905
+    ]
+    assert "| flexlora | sc-dir | 0 | 8 ranks | 3 | 90.0 |" in comparison_markdown(runs)
+    assert "budget" not in comparison_text(runs[:1])
+
+
 def test_table_is_aligned_and_narrow():
     many = [make_summary(), FEDIT, make_summary(strategy="hilora-true-groups", seconds=1234567.0)]
     lines = comparison_text(many).splitlines()

@@ -12,7 +12,7 @@ import pytest
 
 from hilora.reporting.run_page.charts import MOST, axis, numbered, spaced
 from tests.reporting.pages import HOSTILE, make_page, make_rounds, make_run
-from tests.reporting.test_comparison import FEDIT, make_summary
+from tests.reporting.test_comparison import FEDIT, GROUPS, make_summary
 
 MISSING = {"mean": None, "tail": None, "std": None}
 
@@ -212,3 +212,14 @@ def test_axes_have_round_numbers_and_hold_what_they_show() -> None:
     assert [text for _, text in numbered(1, 14)] == ["2", "4", "6", "8", "10", "12", "14"]
     assert numbered(1, 1) == [(0.5, "1")]
     assert len(numbered(1, 1000)) <= 7
+
+
+def test_clients_of_each_budget_have_a_row_where_there_are_budgets() -> None:
+    page = make_page(make_run(budgets=GROUPS))
+    assert "<h2>Budgets</h2>" in page
+    assert "<th scope=row class=left>2 ranks/6 layers</th>" in page
+    for cell in ("90.0", "81.2 kB", "3.21", "12,345"):
+        assert f"<td>{cell}</td>" in page
+    assert "parameters that a client trains, at most" in page
+    assert "Budgets" not in make_page()
+    assert "at most" not in make_page()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hilora.federated.callbacks.base import Callback, Round
 from hilora.federated.callbacks.metrics import Metrics
+from hilora.federated.callbacks.unseen import UnseenClients
 from hilora.federated.engine.flops import Flops
 from hilora.reporting.statistics import summarise
 
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
 
 
 class BudgetGroups(Callback):
-    """Figures of the seen clients of each budget, where the settings give some.
+    """Figures of the clients of each budget, where the settings give some; but for `unseen`, of the seen ones.
 
     Bytes are those of all messages over the number of rounds. FLOPs are of training on one image, on the mean of all
-    images that the group trained on (`engine.flops`).
+    images that the group trained on (`engine.flops`). `held` are the ranks of each tier in the last training of each
+    client, on the mean, and `parameters` how many numbers one trained at most.
     """
 
     name = "budgets"
@@ -33,6 +35,8 @@ class BudgetGroups(Callback):
     def __init__(self) -> None:
         self.flops = torch.empty(0, dtype=torch.float64)  # of all training so far, of each client
         self.images = torch.empty(0, dtype=torch.long)
+        self.parameters = torch.empty(0, dtype=torch.long)  # the most that each client trained
+        self.held: dict[str, Tensor] = {}  # for each tier the ranks that each client had last; -1: it never trained
 
     @cached_property
     def _counter(self) -> Flops:
@@ -44,8 +48,14 @@ class BudgetGroups(Callback):
             return
         if not len(self.images):
             count = len(simulation.population.clients)
-            self.flops, self.images = self.flops.new_zeros(count), self.images.new_zeros(count)
+            self.flops, self.images, self.parameters = (
+                value.new_zeros(count) for value in (self.flops, self.images, self.parameters)
+            )
         for effort in round.efforts:
+            who = effort.clients
+            self.parameters[who] = torch.maximum(self.parameters[who], effort.numbers)
+            for tier, ranks in effort.ranks.items():
+                self.held.setdefault(tier, torch.full_like(self.parameters, -1))[who] = ranks
             self.flops[effort.clients] += self._counter.image(effort) * effort.images
             self.images[effort.clients] += effort.images
 
@@ -53,29 +63,46 @@ class BudgetGroups(Callback):
         budgets, seen = simulation.budgets, simulation.population.seen
         if not budgets.unequal:
             return {}
-        (metrics,) = (one for one in simulation.callbacks if isinstance(one, Metrics))
-        correct = torch.full((len(budgets.group),), torch.nan)
-        if metrics.per_client:
-            correct[metrics.per_client["ids"]] = torch.tensor(metrics.per_client["test"])
+        each: dict[str, Any] = {}
+        for one in simulation.callbacks:
+            if isinstance(one, Metrics | UnseenClients):
+                each |= one.per_client
         groups = [seen[budgets.group[seen] == group] for group in budgets.group.unique()]
-        return {"budgets": [self._group(simulation, clients, correct) for clients in groups if len(clients)]}
+        return {"budgets": [self._group(simulation, clients, each) for clients in groups if len(clients)]}
 
-    def _group(self, simulation: Simulation, clients: Tensor, correct: Tensor) -> dict[str, Any]:
+    def _group(self, simulation: Simulation, clients: Tensor, each: Mapping[str, Any]) -> dict[str, Any]:
         budgets, post, rounds = simulation.budgets, simulation.post, max(simulation.round, 1)
+        unseen = simulation.unseen[budgets.group[simulation.unseen] == budgets.group[clients[0]]]
         images = int(self.images[clients].sum()) if len(self.images) else 0
+        held = {tier: ranks[clients] for tier, ranks in self.held.items()}
         return {
             "ranks": None if budgets.ranks is None else int(budgets.ranks[clients[0]]),
             "layers": None if budgets.layers is None else int(budgets.layers[clients[0]]),
             "clients": clients.tolist(),
-            "accuracy": summarise(correct[clients]),
+            "accuracy": summarise(_of(each, "ids", "test", clients)),
+            "unseen": {
+                name: summarise(_of(each, "unseen_ids", f"unseen_{name}", unseen))["mean"]
+                for name in ("zero_leaf", "leaf")
+            },
+            "held": {
+                tier: float(ranks[ranks >= 0].double().mean()) for tier, ranks in held.items() if (ranks >= 0).any()
+            },
+            "parameters": int(self.parameters[clients].max()) if len(self.parameters) else 0,
             "up": float(post.up[clients].double().mean()) / rounds,
             "down": float(post.down[clients].double().mean()) / rounds,
             "flops": float(self.flops[clients].sum()) / images if images else None,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"flops": self.flops, "images": self.images}
+        return {"flops": self.flops, "images": self.images, "parameters": self.parameters, "held": self.held}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state:
             self.flops, self.images = state["flops"], state["images"]
+            self.parameters, self.held = state["parameters"], state["held"]
+
+
+def _of(each: Mapping[str, Any], ids: str, figure: str, clients: Tensor) -> Tensor:
+    """A figure of some clients `[n]`, NaN where it was not measured."""
+    known = dict(zip(each.get(ids, ()), each.get(figure, ()), strict=False))
+    return torch.tensor([known.get(client, torch.nan) for client in clients.tolist()])

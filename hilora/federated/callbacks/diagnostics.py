@@ -80,7 +80,8 @@ def diagnose(loss: Tensor, models: Models, counts: Tensor, member: Tensor | None
 
 
 def overlaps(models: Models) -> dict[str, float]:
-    """Overlap of the last tier with each of the others, a mean over clients and projections."""
+    """Overlap of the last tier with each of the others, a mean over clients and projections. Of subspaces of different
+    ranks the smaller one has to lie in the other."""
     *earlier, last = models.tiers
     found = {}
     for tier in earlier:
@@ -89,7 +90,7 @@ def overlaps(models: Models) -> dict[str, float]:
         for frozen, B in zip(one.B, other.B, strict=True):
             U, V = kernels.orthonormal_basis(frozen), kernels.orthonormal_basis(B)
             used = U.any(-1).any(-1) & V.any(-1).any(-1)  # [n, P]
-            rank = min(U.shape[-1], V.shape[-1])
+            rank = torch.minimum(*(basis.any(-2).sum(-1) for basis in (U, V))).clamp_min(1)  # [n, P]
             pairs.append(((U.mT @ V).square().sum((-2, -1)) / rank)[used])
         value = _mean(torch.cat(pairs))
         if value is not None:

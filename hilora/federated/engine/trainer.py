@@ -16,7 +16,7 @@ from hilora.federated.data.images import ImageSet
 from hilora.federated.data.partitions import Population
 from hilora.federated.engine.batched import BatchedEngine
 from hilora.federated.engine.bench import LocalAlgorithm
-from hilora.federated.engine.blocks import Parts
+from hilora.federated.engine.blocks import Blocks, Parts
 from hilora.federated.engine.predictor import Scores
 from hilora.federated.engine.shared_pass import Task
 from hilora.federated.local.gradient import OneGradient
@@ -41,6 +41,7 @@ class Effort(NamedTuple):
         trained: the tiers in training.
         factors: which of their factors are trained.
         parts: which blocks the clients train, and have; None: all.
+        numbers: int64 `[n]`, how many numbers each trained: of the ranks that it holds, in the blocks that it trains.
     """
 
     clients: Tensor
@@ -49,6 +50,7 @@ class Effort(NamedTuple):
     trained: tuple[str, ...]
     factors: str
     parts: Parts | None
+    numbers: Tensor
 
 
 class Trainer:
@@ -131,7 +133,8 @@ class Trainer:
         images, round = self.training_images, self.round
         trained = self.engine.train(images, shares, models, task, clients, purpose, round, parts)
         ranks = {tier: _ranks(rows) for tier, rows in models.tiers.items()}
-        self.efforts.append(Effort(clients, trained.images, ranks, task.tiers, factors, parts))
+        numbers = _trained_numbers(trained, task, ranks, self.engine.blocks, parts)
+        self.efforts.append(Effort(clients, trained.images, ranks, task.tiers, factors, parts, numbers))
         finite = trained.finite()
         if not finite.all():
             broken = clients[~finite.cpu()].tolist()
@@ -142,7 +145,7 @@ class Trainer:
             trained = trained.where(finite, models)
         self.images += int(trained.images.sum())
         self.losses.append(trained.loss)
-        self.parameters = max(self.parameters, _trained_numbers(trained, task))
+        self.parameters = max(self.parameters, int(numbers.max()))
         return trained
 
     def fisher(self, models: Models, tier: str, count: int) -> Tensor:
@@ -197,12 +200,20 @@ def _ranks(rows: Rows[AdapterTable]) -> Tensor:
     return torch.where(rows.slot >= 0, rows.table.rank[rows.slot.clamp_min(0)], 0)
 
 
-def _trained_numbers(trained: Trained, task: Task) -> int:
-    """How many numbers each client trained."""
-    tiers = [
-        table if tier != task.tier else table.only(task.factors)
-        for tier, table in trained.tiers.items()
-        if tier != task.tier or task.factors
+def _trained_numbers(
+    trained: Trained, task: Task, ranks: Mapping[str, Tensor], blocks: Blocks, parts: Parts | None
+) -> Tensor:
+    """How many numbers each of n clients trained, int64 `[n]`."""
+    shared = [
+        *([trained.head] if task.head else []),
+        *([trained.composition] if trained.composition is not None else []),
     ]
-    stacks = [*tiers, trained.head, *([trained.composition] if trained.composition is not None else [])]
-    return sum(value[0].numel() for stack in stacks for name, value in stack.tensors().items() if name != "rank")
+    whole = sum(value[0].numel() for one in shared for value in one.tensors().values())
+    found = torch.full((len(trained.clients),), whole)
+    for tier, table in trained.tiers.items():
+        factors = task.factors if tier == task.tier else "AB"
+        for (A, B), of in zip(table.factors, blocks.of, strict=True):
+            projections = len(of) if parts is None else parts.trained[:, of].sum(1)
+            each = A.shape[-1] * ("A" in factors) + B.shape[-2] * ("B" in factors)
+            found += ranks[tier] * projections * each
+    return found

@@ -18,7 +18,7 @@ from hilora.federated.budgets import Budgets
 from hilora.federated.client import ClientState, Models
 from hilora.federated.engine.trainer import Trainer
 from hilora.federated.protocol import Download, Head, Rows, Sends, Stage, Upload, fitted
-from hilora.federated.settings import Settings, TrainingSettings
+from hilora.federated.settings import Settings, TrainingSettings, shares
 
 
 class Fresh(Protocol):
@@ -103,15 +103,38 @@ class Strategy(ABC):
         """
         self.settings = self.Settings(**settings)
 
+    def check(self, training: TrainingSettings) -> None:
+        """Whether it can be trained so, as far as that is known before there are a model and clients.
+
+        Raises:
+            InvalidValueError: clients have budgets that the method does not keep, or of more ranks than any of its
+                tiers has.
+        """
+        name = self.name or type(self).__name__
+        for kind, given in (("rank", training.rank_budgets), ("layer", training.layer_budgets)):
+            if given is not None and f"{kind}s" not in self.unequal:
+                raise InvalidValueError(f"{name} has no use for budgets of {kind}s: leave {kind}_budgets out")
+        if training.rank_budgets is not None:
+            room = max(training.rank[tier] for tier in self.tiers)
+            if max(most for _, most in shares(training.rank_budgets)) > room:
+                raise InvalidValueError(
+                    f"rank_budgets={training.rank_budgets!r}: {name} has adapters of rank {room} at most: give no "
+                    "budget above that, or a higher rank"
+                )
+
     def join(self, problem: Problem) -> Self:
         """Take up a problem; both halves do.
 
         Raises:
-            InvalidValueError: clients have budgets that the method does not keep.
+            InvalidValueError: as `check` does; or clients have budgets of more blocks than there are.
         """
-        for kind, budget in (("ranks", problem.budgets.ranks), ("layers", problem.budgets.layers)):
-            if budget is not None and kind not in self.unequal:
-                raise InvalidValueError(f"{self.name} has no use for budgets of {kind}: leave {kind[:-1]}_budgets out")
+        self.check(problem.training)
+        layers = problem.budgets.layers
+        if layers is not None and int(layers.max()) > problem.depth:
+            raise InvalidValueError(
+                f"layer_budgets={problem.training.layer_budgets!r}: the model has {problem.depth} blocks with "
+                "adapters: give no budget above that"
+            )
         self.problem, self.training = problem, problem.training
         return self
 

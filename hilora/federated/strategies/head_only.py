@@ -31,6 +31,7 @@ class HeadOnly(HiLoRA):
     own_tier = "root"
     factors = ""
     energy = None
+    unequal = frozenset()
 
     def configure(self, stage: Stage, clients: Tensor) -> Download:
         found = super().configure(stage, clients)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from hilora.reporting.budgets import budget_table
 from hilora.reporting.document import Block, Heading, Html, Paragraph, page
 from hilora.reporting.run_page.charts import Cell, shaded
 from hilora.reporting.run_page.clients import ClientResult, client_results, clients_section
@@ -52,7 +53,7 @@ def run_page(
     if summary.get("interrupted"):
         blocks.append(Paragraph("This run was interrupted: what follows is what it had reached."))
     blocks += [Html(_tiles(summary)), *_setup(summary, settings, clients), *_final(summary)]
-    blocks += [Heading(2, "Accuracy over the rounds"), *rounds]
+    blocks += [*_budgets(summary), Heading(2, "Accuracy over the rounds"), *rounds]
     blocks += [Heading(2, "Clients"), *each]
     blocks += [Heading(2, "Clusters"), *_clusters(summary, clients)]
     blocks += [Heading(2, "Traffic"), *_traffic(summary, records, clients), Heading(2, "Time"), *_time(summary)]
@@ -76,7 +77,8 @@ def _setup(summary: Mapped, settings: Mapped, clients: Sequence[ClientResult]) -
     seen = sum(client.seen for client in clients)
     said = {name: summary.get(name) for name in ("strategy", "data", "backbone", "dtype", "partition", "seed")}
     said["clients"] = f"{seen}, and {len(clients) - seen} unseen" if clients else None
-    said["parameters that a client trains"] = whole(summary.get("trained_parameters"))
+    most = "parameters that a client trains" + (", at most" if summary.get("budgets") else "")
+    said[most] = whole(summary.get("trained_parameters"))
     facts = {name: str(value) for name, value in said.items() if value is not None}
     changed = {name.replace("_", " "): setting(value) for name, value in settings.items() if name != "seed"}
     found: list[Block] = [Heading(2, "What was run"), Html(_described("facts", facts))]
@@ -106,6 +108,12 @@ def _final(summary: Mapped) -> list[Block]:
     ]
     caption = "Test accuracy in %, over clients: mean, mean of the worst tenth, standard deviation"
     return [Heading(2, "Final figures"), Table(("", "mean", "tail", "std"), tuple(rows), caption)]
+
+
+def _budgets(summary: Mapped) -> list[Block]:
+    caption = "Clients of each budget: test accuracy in %, bytes a client and round, FLOPs of training on one image"
+    table = budget_table([((), summary)], caption=caption)
+    return [] if table is None else [Heading(2, "Budgets"), table]
 
 
 def _clusters(summary: Mapped, clients: Sequence[ClientResult]) -> list[Block]:

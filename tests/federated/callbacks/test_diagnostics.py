@@ -30,6 +30,14 @@ def test_overlap_is_one_inside_and_zero_across() -> None:
     assert found == {"root": pytest.approx(0.5, abs=1e-6), "cluster": pytest.approx(0, abs=1e-6)}
 
 
+def test_ranks_are_those_that_are_used_and_not_the_room_for_them() -> None:
+    eye = torch.eye(6)
+    one, three = eye[:, :1] @ torch.eye(1, 4), eye[:, :3] @ torch.eye(3, 4)
+    assert overlaps(models(root=one, leaf=one)) == {"root": pytest.approx(1, abs=1e-6)}
+    assert overlaps(models(root=one, leaf=three)) == {"root": pytest.approx(1, abs=1e-6)}
+    assert overlaps(models(root=eye[:, 2:6], leaf=three)) == {"root": pytest.approx(1 / 3, abs=1e-6)}
+
+
 def test_a_tier_that_is_zero_overlaps_with_nothing() -> None:
     assert overlaps(models(root=torch.zeros(6, 2), cluster=torch.eye(6)[:, :2])) == {}
 

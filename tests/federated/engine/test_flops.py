@@ -23,7 +23,8 @@ RANK = 2 * TOKENS * 2 * WIDTH  # one rank of one projection, forward
 
 def work(ranks: list[int], trained: tuple[str, ...] = ("root",), factors: str = "AB", parts: Any = None) -> Effort:
     count = len(ranks)
-    return Effort(torch.arange(count), torch.ones(count), {"root": torch.tensor(ranks)}, trained, factors, parts)
+    clients, images, held = torch.arange(count), torch.ones(count), {"root": torch.tensor(ranks)}
+    return Effort(clients, images, held, trained, factors, parts, torch.zeros(count))
 
 
 def count(backbone: Backbone, found: Effort) -> list[float]:
