@@ -109,6 +109,11 @@ class Held:
         self._parts: dict[str, tuple[int, list[Tensor | None]]] = {}
         self._views: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}  # by their place and both addresses
 
+    @property
+    def scaled_B(self) -> Tensor:
+        """B, with the scales in it."""
+        return self.B if self.scales is None else (self.B * self.scales[:, None, None]).to(self.B.dtype)
+
     def parts(self, first: int, widths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """The adapters of projections from the `first` on: A `[S, r, in]`, B `[S, width, r]`, cut to their widths."""
         A, B = self.A, self.B

@@ -282,6 +282,30 @@ def test_what_is_read_of_held_adapters_has_their_scales() -> None:
             bank.hold("leaf", A, B, scales=wrong)
 
 
+def test_growing_keeps_the_scales_of_what_was_held() -> None:
+    bank, x = make(torch.float64), random(4, 7, dtype=torch.float64)
+    A, B = random(3, 2, 2, 7, seed=5, dtype=torch.float64), random(3, 2, 5, 2, seed=6, dtype=torch.float64)
+    slot = torch.tensor([1, 0], dtype=torch.int32)
+    bank.hold("leaf", A, B, slot, scales=torch.tensor([0.25, -3.0]))
+    want = outputs(bank, x)
+    bank.grow("leaf", 3)
+    assert not bank.held
+    bank.slots["leaf"] = slot
+    torch.testing.assert_close(outputs(bank, x), want)
+
+
+def test_what_lies_beyond_a_rank_is_not_in_a_table() -> None:
+    bank = make()
+    A, B = random(3, 2, 2, 7, seed=5), random(3, 2, 5, 2, seed=6)
+    for use in (bank.assign, lambda *given: bank.hold(*given[:3], None, given[3])):
+        use("leaf", A, B, torch.tensor([1, 2]))
+        table = bank.table("leaf")
+        assert table.rank.tolist() == [1, 2]
+        assert not table.A[0][0, :, 1:].any()
+        assert not table.B[0][0, ..., 1:].any()
+        assert torch.equal(table.A[0][1], A[:, 1])
+
+
 def test_nothing_of_a_step_or_of_former_tables_is_kept() -> None:
     bank, x = make(), random(4, 7)
     bank.slots["leaf"] = torch.tensor([0], dtype=torch.int32)
