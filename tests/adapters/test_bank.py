@@ -297,8 +297,11 @@ def test_growing_keeps_the_scales_of_what_was_held() -> None:
 def test_what_lies_beyond_a_rank_is_not_in_a_table() -> None:
     bank = make()
     A, B = random(3, 2, 2, 7, seed=5), random(3, 2, 5, 2, seed=6)
-    for use in (bank.assign, lambda *given: bank.hold(*given[:3], None, given[3])):
-        use("leaf", A, B, torch.tensor([1, 2]))
+    for held in (False, True):
+        if held:
+            bank.hold("leaf", A, B, None, torch.tensor([1, 2], dtype=torch.int32))
+        else:
+            bank.assign("leaf", A, B, torch.tensor([1, 2]))
         table = bank.table("leaf")
         assert table.rank.tolist() == [1, 2]
         assert not table.A[0][0, :, 1:].any()

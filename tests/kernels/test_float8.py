@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hilora.kernels import Tier, dequantized, explain, float8_lora_linear, quantized, twice_differentiable, use_backend
 from hilora.kernels.stacked_linear.rounding import FLOAT8
@@ -171,6 +172,50 @@ def test_gradients_of_gradients_and_torch_func() -> None:
     torch.testing.assert_close(
         torch.func.grad(lambda x: loss(x, ours))(plain), torch.autograd.grad(loss(x, ours), x)[0]
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_forward_mode(dtype: torch.dtype) -> None:
+    x, weight, bias, tiers = make(CASES["one tier"], dtype)
+    assert bias is not None
+    values, scale, wide = narrow(weight)
+    x, bias, dx, dbias = (
+        x.detach(),
+        bias.detach(),
+        random(*x.shape, seed=8, dtype=dtype),
+        random(5, seed=9, dtype=dtype),
+    )
+    without_gradients = [tier._replace(A=tier.A.detach(), B=tier.B.detach()) for tier in tiers]
+
+    def ours(x: Tensor, bias: Tensor) -> Tensor:
+        return float8_lora_linear(x, values, scale, bias, without_gradients)
+
+    want = dense(dx, wide, None, without_gradients)
+    for inputs, directions, expected in (
+        ((x,), (dx,), want),
+        ((x, bias), (dx, dbias), want + dbias.double()),
+    ):
+        product = ours if len(inputs) == 2 else lambda x: ours(x, bias)
+        y, dy = torch.func.jvp(product, inputs, directions)
+        assert dy.dtype == dtype
+        assert torch.equal(y, ours(x, bias))
+        assert error(dy, expected) < EPSILON[dtype]
+        with forward_ad.dual_level():
+            dual = product(*map(forward_ad.make_dual, inputs, directions))
+            assert torch.equal(forward_ad.unpack_dual(dual).tangent, dy)
+    of_x, of_bias = torch.func.jacfwd(ours, (0, 1))(x, bias)
+    for got, reverse in zip((of_x, of_bias), torch.func.jacrev(ours, (0, 1))(x, bias), strict=True):
+        assert error(got, reverse.double()) < EPSILON[dtype]
+
+
+def test_a_bias_in_training_has_its_gradient() -> None:
+    x, weight, bias, tiers = make(CASES["one tier"])
+    assert bias is not None
+    values, scale, _ = narrow(weight)
+    bias.requires_grad_()
+    (got,) = torch.autograd.grad(float8_lora_linear(x, values, scale, bias, tiers).sin().sum(), bias)
+    y = float8_lora_linear(x, values, scale, bias, tiers).detach()
+    torch.testing.assert_close(got, y.cos().flatten(0, -2).sum(0))
 
 
 def test_it_compiles_in_one_graph() -> None:
