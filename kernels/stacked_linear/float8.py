@@ -138,11 +138,11 @@ def _fused(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, tiers:
     return operator.apply(x, weight, bias, tiers, "fused", scale)
 
 
-def _row(*call: Any) -> str:
-    """What says how it is launched: what says it beside a weight of more bits."""
-    from . import OPERATIONS  # which imports this module
+def _row(*_: object) -> str:
+    from .devices import PATH, device
 
-    return OPERATIONS[0].implementations["fused"].because(*call)
+    row = device()
+    return f"by the row {row.name} of {PATH.name}, {row.source}"
 
 
 OPERATION = Operation(

@@ -4,7 +4,9 @@ import copy
 import gc
 import math
 import pickle
+import sys
 import weakref
+from types import FrameType
 from typing import Any, cast
 
 import pytest
@@ -360,6 +362,26 @@ def test_a_forward_pass_takes_held_tables_apart_once() -> None:
     again = {part(held, index)[0].grad_fn for index in range(8)}
     assert len(again) == 1
     assert not again & nodes, "forward passes share no node"
+
+
+def test_another_thread_may_take_the_same_part_at_any_time() -> None:
+    A, B = random(3, 1, 3, 7).requires_grad_(), random(3, 1, 5, 3)
+    held, taken, before = Held(A, B), [], sys.gettrace()
+
+    def in_between(frame: FrameType, event: str, argument: object) -> Any:
+        if event == "line" and frame.f_code is Held._part.__code__:
+            taken.append(part(held, 1)[0])  # which is not traced
+        return in_between
+
+    try:
+        sys.settrace(in_between)
+        taken += [part(held, 1)[0] for _ in range(3)]
+    finally:
+        sys.settrace(before)
+    assert len({id(view) for view in taken}) == len(taken) > 6, "each is handed out once"
+    (found,) = torch.autograd.grad(torch.stack([view.sum() for view in taken]).sum(), A)
+    assert found[1].eq(len(taken)).all()
+    assert not found[[0, 2]].any()
 
 
 def gradient(bank: AdapterBank, used: tuple[int, ...]) -> Tensor:
