@@ -81,6 +81,11 @@ class AdapterBank:
         held = self.shared.held.get(tier)
         return held.B if held is not None else self._joined("lora_B", tier)
 
+    def scaled_B(self, tier: str) -> Tensor:
+        """`B` with the scales of what is held in it, likewise."""
+        held = self.shared.held.get(tier)
+        return self.B(tier) if held is None else held.scaled_B
+
     def _joined(self, factor: str, tier: str) -> Tensor:
         return joined(self._parameters(factor, tier), self._counts)
 
@@ -106,10 +111,12 @@ class AdapterBank:
         return ranks.cpu().long()
 
     def table(self, tier: str) -> AdapterTable:
-        """The tier's adapters: `[S, P, r, in]`, `[S, P, out, r]`, views of `A` and `B`."""
+        """The tier's adapters: `[S, P, r, in]`, `[S, P, out, r]`, views of `A` and `B` where all have all ranks; with
+        the scales of what is held."""
         A, B = (factor(tier).detach().transpose(0, 1) for factor in (self.A, self.B))
         scales = self.shared.held[tier].scales if tier in self.shared.held else None
-        return AdapterTable([A], [B], self.rank_of(tier), scale=None if scales is None else scales.cpu())
+        table = AdapterTable([A], [B], self.rank_of(tier), scale=None if scales is None else scales.cpu())
+        return table if self.shared.ranks[tier] is None else table.leading(table.rank)
 
     @property
     def active(self) -> str | None:
@@ -160,7 +167,7 @@ class AdapterBank:
         """Add fresh adapters until the tier has at least `slots`; those that are there keep their values."""
         missing = slots - self.slot_count(tier)
         if missing > 0:
-            A, B, rank = self.A(tier).detach(), self.B(tier).detach(), self.rank_of(tier)
+            A, B, rank = self.A(tier).detach(), self.scaled_B(tier).detach(), self.rank_of(tier)
             new_A, new_B = self.fresh(tier, missing)
             rank = torch.cat([rank, rank.new_full((missing,), self.config.rank(tier))])
             self.assign(tier, torch.cat([A, new_A.to(A)], 1), torch.cat([B, new_B.to(B)], 1), rank)

@@ -106,8 +106,13 @@ class Held:
 
     def __init__(self, A: Tensor, B: Tensor, scales: Tensor | None = None) -> None:
         self.A, self.B, self.scales = A, B, scales
-        self._parts: dict[str, tuple[int, list[Tensor | None]]] = {}
+        self._parts: dict[str, tuple[int, dict[int, Tensor]]] = {}
         self._views: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}  # by their place and both addresses
+
+    @property
+    def scaled_B(self) -> Tensor:
+        """B, with the scales in it."""
+        return self.B if self.scales is None else (self.B * self.scales[:, None, None]).to(self.B.dtype)
 
     def parts(self, first: int, widths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """The adapters of projections from the `first` on: A `[S, r, in]`, B `[S, width, r]`, cut to their widths."""
@@ -128,9 +133,10 @@ class Held:
         return self._views[key]
 
     def _part(self, factor: str, table: Tensor, index: int) -> Tensor:
-        written, parts = self._parts.get(factor, (-1, []))
-        if written != version(table) or parts[index] is None:
-            written, parts = self._parts[factor] = version(table), list(table.unbind(0))
-        view, parts[index] = parts[index], None
-        assert view is not None
+        written, parts = self._parts.get(factor, (-1, {}))
+        view = parts.pop(index, None) if written == version(table) else None  # threads never get the same one
+        if view is None:
+            written, parts = version(table), dict(enumerate(table.unbind(0)))
+            view = parts.pop(index)
+            self._parts[factor] = written, parts
         return view

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hilora import kernels
 from hilora.errors import InvalidTypeError
 
+_E4M3, _NAME = torch.float8_e4m3fn, "float8_e4m3fn"
 _WIDE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # dtypes that 8 bits can stand for
 
 
@@ -59,14 +60,14 @@ class FrozenLinear(nn.Linear):
         return kernels.float8_lora_linear(x, self.weight, scale, self.bias, tiers, dropout)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """To another device or dtype; 8 bits and their scales keep theirs."""
+        """To another device or dtype; 8 bits and their scales keep their dtypes."""
 
         def apply(tensor: Tensor) -> Tensor:
-            if tensor.dtype == torch.float8_e4m3fn:
-                return fn(tensor.view(torch.uint8)).view(tensor.dtype)
-            if tensor is self.weight_scale:
-                return fn(tensor.view(torch.int32)).view(tensor.dtype)
-            return fn(tensor)
+            if tensor.dtype != _E4M3 and tensor is not self.weight_scale:
+                return fn(tensor)
+            bits = tensor.view(torch.uint8)  # which a cast of floating-point numbers leaves alone
+            moved = fn(bits)
+            return (moved if moved.dtype == bits.dtype else bits.to(moved.device)).view(tensor.dtype)
 
         if self.weight_scale is not None:
             self.base_dtype = fn(torch.empty(0, dtype=self.base_dtype)).dtype
@@ -74,9 +75,17 @@ class FrozenLinear(nn.Linear):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A weight of more bits, as of a plain model, is rounded to 8."""
+        """A weight of more bits, as of a plain model, is rounded to 8; one of 8 bits is for a narrowed layer alone."""
         weight = state_dict.get(f"{prefix}weight")
-        if self.weight_scale is not None and weight is not None and weight.dtype in _WIDE:
+        narrowed, in_8_bits = self.weight_scale is not None, weight is not None and weight.dtype == _E4M3
+        if in_8_bits and not (narrowed and f"{prefix}weight_scale" in state_dict):
+            errors: list[str] = args[-1]
+            errors.append(
+                f"{prefix}weight is in 8 bits, which mean nothing without their scales: "
+                + ("load its weight_scale as well" if narrowed else f"make the model with base_dtype={_NAME!r}")
+            )
+            return
+        if narrowed and weight is not None and weight.dtype in _WIDE:
             state_dict[f"{prefix}weight"], state_dict[f"{prefix}weight_scale"] = _quantized(weight)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -19,6 +19,7 @@ from hilora.adapters.offload import check_brought, device_of, own_forward, take_
 from hilora.adapters.shared import Shared
 from hilora.adapters.torch_internals import in_transform, owns_weight, take_over_hooks
 from hilora.errors import InvalidTypeError, InvalidValueError, SlotError
+from hilora.kernels.stacked_linear.reference import choose
 from hilora.models.pointwise import widths
 
 Columns = tuple[int, int]
@@ -179,9 +180,7 @@ class TieredLoRALinear(FrozenLinear):
             slot, count = shared.slots[name], own[0][0].shape[0]
             if slot is None and count > 1:
                 raise InvalidValueError(f"tier {name!r} has {count} adapters: say which to use by hilora.set_slots")
-            held = shared.held.get(name)
-            of_slots = {"ranks": shared.ranks[name], "slot_scales": None if held is None else held.scales}
-            found.append((name, own, scale, slot, of_slots))
+            found.append((name, own, scale, slot, shared.of_slots(name)))
         for index, columns in enumerate(self.columns):
             gains = {} if shared.composition is None else shared.composition(self.position + index, x)
             for name, own, scale, slot, of_slots in found:
@@ -195,12 +194,14 @@ class TieredLoRALinear(FrozenLinear):
         """B of a projection `[S, width, r]` as one of the whole layer, `[S, out, r]`."""
         return B.new_zeros(len(B), self.out_features, B.shape[2]).index_copy(1, rows, B)
 
-    def factors(self, tier: str) -> list[tuple[Tensor, Tensor]]:
-        """What is used of a tier: A `[S, r, in]` and B `[S, width, r]` for each of the layer's projections; B with the
-        scales of what is held."""
-        held, found = self.shared.held.get(tier), self._used(tier, dict(self.lora_A), dict(self.lora_B))
-        scales = None if held is None else held.scales
-        return found if scales is None else [(A, (B * scales[:, None, None]).to(B.dtype)) for A, B in found]
+    def factors(self, tier: str, slot: int) -> list[tuple[Tensor, Tensor]]:
+        """An adapter as a forward pass takes it: A `[r, in]` and B `[width, r]` for each of the layer's projections,
+        zero beyond its rank; B with the scale that it is held with."""
+        one = slice(slot, slot + 1)
+        own = {name: None if each is None else each[one] for name, each in self.shared.of_slots(tier).items()}
+        tables = self._used(tier, dict(self.lora_A), dict(self.lora_B))
+        found = [choose(kernels.Tier(A[one], B[one], 1.0, **own)) for A, B in tables]
+        return [(A[0], B[0]) for A, B in found]
 
     def _used(self, tier: str, A_of: Mapping[str, Any], B_of: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
         held, widths = self.shared.held.get(tier), self.widths
@@ -229,8 +230,8 @@ class TieredLoRALinear(FrozenLinear):
             slot = self.slot(tier, slots.get(tier))
             if slot == -1:
                 continue
-            for rows, (A, B) in zip(self.rows, self.factors(tier), strict=True):
-                delta[rows] += self.config.scale(tier) * B[slot].to(wide) @ A[slot].to(wide)
+            for rows, (A, B) in zip(self.rows, self.factors(tier, slot), strict=True):
+                delta[rows] += self.config.scale(tier) * B.to(wide) @ A.to(wide)
         return delta
 
     def slot(self, tier: str, given: int | None) -> int:
@@ -240,7 +241,7 @@ class TieredLoRALinear(FrozenLinear):
             ValueError: if there are several, and none is given.
             IndexError: for a slot that the tier does not have.
         """
-        count = len(self.factors(tier)[0][0])
+        count = len(self._used(tier, dict(self.lora_A), dict(self.lora_B))[0][0])
         slot = (count - 1 if count < 2 else None) if given is None else given
         if slot is None:
             raise InvalidValueError(f"tier {tier!r} has {count} adapters: say which, {tier}=0")

@@ -48,7 +48,7 @@ def _penalties(bank: AdapterBank, gammas: dict[str, float]) -> Tensor:
     used = [tier for tier in before if bank.slot_count(tier)]
     B = _chosen(bank, active or bank.tiers[0])
     apart = active is not None and bank.slots[active] is not None
-    frozen = [bank.B(tier) if apart and _shared(bank, tier) else _chosen(bank, tier) for tier in used]
+    frozen = [bank.scaled_B(tier) if apart and _shared(bank, tier) else _chosen(bank, tier) for tier in used]
     return kernels.gram_penalty(B, frozen, [gammas.get(f"gamma_{tier}", DEFAULT_GAMMA) for tier in used], per_slot=True)
 
 
@@ -65,7 +65,7 @@ def _shared(bank: AdapterBank, tier: str) -> bool:
 
 def _chosen(bank: AdapterBank, tier: str) -> Tensor:
     """B of the adapters that the clients of a batch use: `[P, G or 1, out, r]`; zero for those that use none."""
-    B = bank.B(tier)
+    B = bank.scaled_B(tier)
     slot = bank.slots[tier]
     if slot is None:
         return B

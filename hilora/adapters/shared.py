@@ -52,6 +52,11 @@ class Shared:
         self.before.setdefault(tier, (self.slots[tier], self.ranks[tier]))
         self.held[tier], self.slots[tier], self.ranks[tier] = held, slot, ranks
 
+    def of_slots(self, tier: str) -> dict[str, Any]:
+        """What each adapter of a tier has of its own, int32 and fp32 `[S]` or None, by its name in `kernels.Tier`."""
+        held = self.held.get(tier)
+        return {"ranks": self.ranks[tier], "slot_scales": None if held is None else held.scales}
+
     def lasting(
         self,
         position: int,

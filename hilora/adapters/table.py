@@ -259,7 +259,8 @@ class AdapterTable(Stack):
         return self.with_factors([change(a) for a in self.A], [change(b) for b in self.B])
 
     def mean(self, weights: Tensor) -> AdapterTable:
-        A, B = ([weighted_mean(tensor, weights) for tensor in factor] for factor in (self.A, self.B))
+        rows = self.with_scale_in_B()
+        A, B = ([weighted_mean(tensor, weights) for tensor in factor] for factor in (rows.A, rows.B))
         return AdapterTable(A, B, self.rank.max()[None])
 
     def finite(self) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..backends import Implementation, Operation
 from ..errors import InvalidValueError
-from ..torch_internals import autocast_dtype, float8_product, observed, without_autocast
+from ..torch_internals import autocast_dtype, float8_product, in_transform, observed, without_autocast
 from . import reference
 from .rounding import E4M3, FLOAT8, dequantized, quantized
 from .tier import Tier, check
@@ -63,20 +63,34 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, scale, _, _ = inputs
+        x, weight, scale, bias, ctx.dtype = inputs
         ctx.save_for_backward(weight, scale)
-        ctx.dtype = x.dtype
+        ctx.save_for_forward(weight, scale)
+        ctx.of_x, ctx.of_bias = x.dtype, None if bias is None else bias.dtype
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale = ctx.saved_tensors
-        return (dy @ dequantized(weight, scale, dy.dtype)).to(ctx.dtype), None, None, None, None
+        dx = (dy @ dequantized(weight, scale, dy.dtype)).to(ctx.of_x)
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.of_bias) if ctx.needs_input_grad[3] else None
+        return dx, None, None, dbias, None
+
+
+class _BothModes(_Product):
+    """The same with forward mode, which torch.compile does not trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, _weight: None, _scale: None, dbias: Tensor | None, _dtype: None) -> Tensor:
+        weight, scale = ctx.saved_tensors
+        dy = dx.to(ctx.dtype) @ dequantized(weight, scale, ctx.dtype).mT
+        return dy if dbias is None else dy + dbias.to(ctx.dtype)
 
 
 def _reference(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, tiers: Sequence[Tier], dropout: float
 ) -> Tensor:
-    y: Tensor = _Product.apply(x, weight, scale, bias, _dtype(x))
+    product = _BothModes if in_transform() and not torch.compiler.is_compiling() else _Product
+    y: Tensor = product.apply(x, weight, scale, bias, _dtype(x))
     return reference.plus_tiers(y, x, tiers, dropout)
 
 
@@ -124,4 +138,13 @@ def _fused(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, tiers:
     return operator.apply(x, weight, bias, tiers, "fused", scale)
 
 
-OPERATION = Operation(float8_lora_linear, _reference, {"fused": Implementation(_fused, _cannot)}, _prepare, _dtype)
+def _row(*_: object) -> str:
+    from .devices import PATH, device
+
+    row = device()
+    return f"by the row {row.name} of {PATH.name}, {row.source}"
+
+
+OPERATION = Operation(
+    float8_lora_linear, _reference, {"fused": Implementation(_fused, _cannot, because=_row)}, _prepare, _dtype
+)

@@ -4,7 +4,9 @@ import copy
 import gc
 import math
 import pickle
+import sys
 import weakref
+from types import FrameType
 from typing import Any, cast
 
 import pytest
@@ -282,6 +284,33 @@ def test_what_is_read_of_held_adapters_has_their_scales() -> None:
             bank.hold("leaf", A, B, scales=wrong)
 
 
+def test_growing_keeps_the_scales_of_what_was_held() -> None:
+    bank, x = make(torch.float64), random(4, 7, dtype=torch.float64)
+    A, B = random(3, 2, 2, 7, seed=5, dtype=torch.float64), random(3, 2, 5, 2, seed=6, dtype=torch.float64)
+    slot = torch.tensor([1, 0], dtype=torch.int32)
+    bank.hold("leaf", A, B, slot, scales=torch.tensor([0.25, -3.0]))
+    want = outputs(bank, x)
+    bank.grow("leaf", 3)
+    assert not bank.held
+    bank.slots["leaf"] = slot
+    torch.testing.assert_close(outputs(bank, x), want)
+
+
+def test_what_lies_beyond_a_rank_is_not_in_a_table() -> None:
+    bank = make()
+    A, B = random(3, 2, 2, 7, seed=5), random(3, 2, 5, 2, seed=6)
+    for held in (False, True):
+        if held:
+            bank.hold("leaf", A, B, None, torch.tensor([1, 2], dtype=torch.int32))
+        else:
+            bank.assign("leaf", A, B, torch.tensor([1, 2]))
+        table = bank.table("leaf")
+        assert table.rank.tolist() == [1, 2]
+        assert not table.A[0][0, :, 1:].any()
+        assert not table.B[0][0, ..., 1:].any()
+        assert torch.equal(table.A[0][1], A[:, 1])
+
+
 def test_nothing_of_a_step_or_of_former_tables_is_kept() -> None:
     bank, x = make(), random(4, 7)
     bank.slots["leaf"] = torch.tensor([0], dtype=torch.int32)
@@ -333,6 +362,26 @@ def test_a_forward_pass_takes_held_tables_apart_once() -> None:
     again = {part(held, index)[0].grad_fn for index in range(8)}
     assert len(again) == 1
     assert not again & nodes, "forward passes share no node"
+
+
+def test_another_thread_may_take_the_same_part_at_any_time() -> None:
+    A, B = random(3, 1, 3, 7).requires_grad_(), random(3, 1, 5, 3)
+    held, taken, before = Held(A, B), [], sys.gettrace()
+
+    def in_between(frame: FrameType, event: str, argument: object) -> Any:
+        if event == "line" and frame.f_code is Held._part.__code__:
+            taken.append(part(held, 1)[0])  # which is not traced
+        return in_between
+
+    try:
+        sys.settrace(in_between)
+        taken += [part(held, 1)[0] for _ in range(3)]
+    finally:
+        sys.settrace(before)
+    assert len({id(view) for view in taken}) == len(taken) > 6, "each is handed out once"
+    (found,) = torch.autograd.grad(torch.stack([view.sum() for view in taken]).sum(), A)
+    assert found[1].eq(len(taken)).all()
+    assert not found[[0, 2]].any()
 
 
 def gradient(bank: AdapterBank, used: tuple[int, ...]) -> Tensor:

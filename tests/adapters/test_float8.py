@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -93,9 +94,12 @@ def test_a_cast_leaves_the_8_bits_and_their_scales_as_they_are() -> None:
     model = injected(NARROW)
     for layer in adapted_layers(model).values():
         weight, scale = layer.weight.clone(), layer.weight_scale
-        for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.float32):
-            layer.to(dtype)
+        casts = (torch.bfloat16, torch.float16, torch.float64, torch.float32)
+        for dtype, by_type in product(casts, (False, True)):
+            layer.type(dtype) if by_type else layer.to(dtype)
             assert same([layer.weight.float(), layer.weight_scale], [weight.float(), scale])
+            assert layer.weight_scale is not None
+            assert layer.weight_scale.dtype == torch.float32
             assert layer.weight.dtype == E4M3
             assert layer.frozen_weight.dtype == layer.lora_A["root"].dtype == dtype
             assert layer(random(3, 24, dtype=dtype)).dtype == dtype
@@ -113,6 +117,22 @@ def test_copies_state_dicts_and_plain_weights() -> None:
     third.load_state_dict(vit().state_dict(), strict=False)  # full weights, which are rounded as they come
     for path, layer in adapted_layers(third).items():
         assert torch.equal(layer.frozen_weight, adapted_layers(model)[path].frozen_weight)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("assign", [True, False])
+def test_8_bits_are_not_taken_for_numbers(strict: bool, assign: bool) -> None:
+    narrow, wide = injected(NARROW), injected(seed=1)
+    before = {path: layer.weight.clone() for path, layer in adapted_layers(wide).items()}
+    with pytest.raises(RuntimeError, match=r"qkv.weight is in 8 bits.*make the model with base_dtype='float8_e4m3fn'"):
+        wide.load_state_dict(narrow.state_dict(), strict=strict, assign=assign)
+    assert same({path: layer.weight for path, layer in adapted_layers(wide).items()}, before)
+    other = injected(NARROW, seed=1)
+    before = {path: layer.frozen_weight for path, layer in adapted_layers(other).items()}
+    state = {name: value for name, value in narrow.state_dict().items() if not name.endswith("weight_scale")}
+    with pytest.raises(RuntimeError, match=r"qkv.weight is in 8 bits.*load its weight_scale as well"):
+        other.load_state_dict(state, strict=strict, assign=assign)
+    assert same({path: layer.frozen_weight for path, layer in adapted_layers(other).items()}, before)
 
 
 def test_files_of_adapters_say_it_and_have_no_base(tmp_path: Path) -> None:

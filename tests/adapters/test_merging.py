@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import hilora
 from hilora import HiLoRAConfig
 from hilora.adapters.injection import banks
-from tests.helpers import CONFIG, images, injected, random, randomise, same, snapshot, vit
+from tests.helpers import CONFIG, images, injected, output, random, randomise, same, snapshot, vit
 
 EVERYTHING = HiLoRAConfig(r=3, target_modules=("q", "v", "proj", "fc1", "fc2"), lora_dropout=0.5)
 
@@ -40,6 +40,20 @@ def test_a_merged_model_predicts_the_same(config: HiLoRAConfig, slots: dict[str,
         expected = predictions(model, slots, x)
         assert hilora.merge(model, **slots) is model
         torch.testing.assert_close(model(x).detach(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_what_lies_beyond_a_rank_is_not_merged(held: bool) -> None:
+    model, x = injected(EVERYTHING), images(4)
+    for bank in banks(model):
+        A, B, rank = bank.A("leaf").detach(), bank.B("leaf").detach(), torch.tensor([2])
+        if held:
+            bank.hold("leaf", A, B, None, rank.int(), torch.tensor([1.5]))
+        else:
+            bank.assign("leaf", A, B, rank)
+    expected = output(model, x)
+    hilora.merge(model)
+    torch.testing.assert_close(output(model, x), expected, rtol=2e-5, atol=2e-5)
 
 
 def test_a_merged_model_is_a_plain_one() -> None:

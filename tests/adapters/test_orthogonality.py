@@ -126,6 +126,23 @@ def test_a_client_without_an_adapter_of_the_active_tier_pays_nothing() -> None:
     assert second > 0
 
 
+def test_scales_of_what_is_held_count_as_if_they_were_in_b() -> None:
+    model, scales = injected(), torch.tensor([2.0, -3.0])
+    (bank,) = banks(model)
+    slots = {"root": torch.tensor([0, 0]), "cluster": torch.tensor([1, 0]), "leaf": torch.tensor([0, 1])}
+    hilora.set_slots(model, **slots)
+    randomise(model)
+    penalties = []
+    for apart in (True, False):
+        for tier in bank.tiers:
+            own, A, B = scales[: bank.slot_count(tier)], bank.A(tier).detach(), bank.B(tier).detach()
+            B, own = (B, own) if apart else (B * own[:, None, None], torch.ones_like(own))
+            bank.hold(tier, A, B.requires_grad_(tier == "leaf"), bank.slots[tier], None, own)
+        penalties.append(tier_penalties(model))
+        bank.release()
+    torch.testing.assert_close(*penalties)
+
+
 def test_tiers_without_adapters_are_left_out() -> None:
     model = injected(hilora.HiLoRAConfig(r=2, slots={"root": 0, "cluster": 1, "leaf": 1}))
     hilora.set_active_tier(model, "leaf")

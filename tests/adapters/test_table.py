@@ -117,6 +117,16 @@ def test_tensors_name_what_there_is_and_make_it_again() -> None:
     assert same(AdapterTable.of(tensors).tensors(), tensors)
 
 
+def test_a_mean_counts_each_adapter_with_its_scale() -> None:
+    table = make(slots=2).scaled(torch.tensor([2.0, -3.0]))
+    mean = table.mean(torch.tensor([1.0, 3.0]))
+    assert mean.scale is None
+    torch.testing.assert_close(mean.B[1][0], 0.5 * table.B[1][0] - 2.25 * table.B[1][1])
+    torch.testing.assert_close(mean.A[1][0], 0.25 * table.A[1][0] + 0.75 * table.A[1][1])
+    with pytest.raises(InvalidValueError, match="need their B"):
+        table.only("A").mean(torch.ones(2))
+
+
 def test_a_table_can_have_more_room_or_less_and_means_the_same() -> None:
     table = make(rank=[2, 1, 2])
     for r in (2, 4, 7):

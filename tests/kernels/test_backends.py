@@ -17,6 +17,7 @@ from hilora.kernels import (
     Tier,
     backends,
     explain,
+    float8_lora_linear,
     gram_penalty,
     orthonormal_basis,
     stacked_lora_linear,
@@ -138,6 +139,19 @@ def test_who_serves_is_explained() -> None:
         explain(torch.add, x, x)
     with pytest.raises(ValueError, match="do not fit"):
         explain(stacked_lora_linear, x, weight.T[:5], None, tiers)
+
+
+def test_beside_8_bits_tiles_are_explained_likewise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_kernels_cannot", lambda x, dtype, chosen: "")
+    monkeypatch.setattr(devices, "architecture", lambda: 90)
+    x, weight = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((2, 50, 64), (64, 64)))
+    tiers = [Tier(torch.empty(1, 2, 64), torch.empty(1, 64, 2), 1.0)]
+    narrow = weight.to(torch.float8_e4m3fn), torch.empty(64, device="meta")
+    with use_backend("fused"):
+        found = explain(float8_lora_linear, x, *narrow, None, tiers)
+        assert found.backend == "fused"
+        row = devices.device()
+        assert found.because == f"by the row {row.name} of devices.json, {row.source}"
 
 
 def test_every_operation_explains_itself_as_it_serves() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hilora.kernels import Tier, dequantized, explain, float8_lora_linear, quantized, twice_differentiable, use_backend
 from hilora.kernels.stacked_linear.rounding import FLOAT8
@@ -171,6 +172,44 @@ def test_gradients_of_gradients_and_torch_func() -> None:
     torch.testing.assert_close(
         torch.func.grad(lambda x: loss(x, ours))(plain), torch.autograd.grad(loss(x, ours), x)[0]
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_forward_mode(dtype: torch.dtype) -> None:
+    x, weight, bias, tiers = make(CASES["one tier"], dtype)
+    assert bias is not None
+    values, scale, wide = narrow(weight)
+    x, bias = x.detach(), bias.detach()
+    dx, dbias = random(*x.shape, seed=8, dtype=dtype), random(5, seed=9, dtype=dtype)
+    frozen = [tier._replace(A=tier.A.detach(), B=tier.B.detach()) for tier in tiers]
+
+    def ours(x: Tensor, bias: Tensor) -> Tensor:
+        return float8_lora_linear(x, values, scale, bias, frozen)
+
+    of_x = dense(dx, wide, None, frozen)
+    for of_bias, expected in ((dbias, of_x + dbias.double()), (torch.zeros_like(bias), of_x)):
+        y, dy = torch.func.jvp(ours, (x, bias), (dx, of_bias))[:2]
+        assert dy.dtype == dtype
+        assert torch.equal(y, ours(x, bias))
+        assert error(dy, expected) < EPSILON[dtype]
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(ours(forward_ad.make_dual(x, dx), bias)).tangent
+        assert tangent is not None
+        assert error(tangent, of_x) < EPSILON[dtype]
+    for got, reverse in zip(
+        torch.func.jacfwd(ours, (0, 1))(x, bias), torch.func.jacrev(ours, (0, 1))(x, bias), strict=True
+    ):
+        assert error(got, reverse.double()) < EPSILON[dtype]
+
+
+def test_a_bias_in_training_has_its_gradient() -> None:
+    x, weight, bias, tiers = make(CASES["one tier"])
+    assert bias is not None
+    values, scale, _ = narrow(weight)
+    bias.requires_grad_()
+    (got,) = torch.autograd.grad(float8_lora_linear(x, values, scale, bias, tiers).sin().sum(), bias)
+    y = float8_lora_linear(x, values, scale, bias, tiers).detach()
+    torch.testing.assert_close(got, y.cos().flatten(0, -2).sum(0))
 
 
 def test_it_compiles_in_one_graph() -> None:

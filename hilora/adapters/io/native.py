@@ -39,7 +39,7 @@ def save_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for index, bank in enumerate(found):
         for tier in bank.tiers:
             tensors[f"{index}.{tier}.lora_A"] = bank.A(tier)
-            tensors[f"{index}.{tier}.lora_B"] = bank.B(tier)
+            tensors[f"{index}.{tier}.lora_B"] = bank.scaled_B(tier)
     tensors |= {f"head.{name}": value for name, value in trained_head(model).items()}
     configs = [_counted(bank).to_dict() for bank in found]
     described: dict[str, Any] = {"config": configs[0], "projections": [bank.names for bank in found]}

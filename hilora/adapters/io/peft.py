@@ -112,10 +112,10 @@ def _stacked(layer: TieredLoRALinear, bank: AdapterBank, slots: Mapping[str, int
         if slot == -1:  # of a tier without adapters
             continue
         rank = int(bank.rank_of(tier)[slot])
-        for rows, (A, B) in zip(layer.rows, layer.factors(tier), strict=True):
+        for rows, (A, B) in zip(layer.rows, layer.factors(tier, slot), strict=True):
             columns = torch.zeros(layer.out_features, rank, dtype=wide, device=B.device)
-            columns[rows] = layer.config.scale(tier) * B[slot, :, :rank].detach()
-            As.append(A[slot, :rank].detach().to(wide))
+            columns[rows] = layer.config.scale(tier) * B[:, :rank].detach()
+            As.append(A[:rank].detach().to(wide))
             Bs.append(columns)
     if not As:
         raise InvalidValueError(f"there is nothing to export: {', '.join(slots)} has no adapters")

@@ -27,7 +27,11 @@ def get_adapters(model: nn.Module, tier: str, slot: int | None = None) -> Adapte
     for bank in found:
         bank.config.rank(tier)
     tables = [bank.table(tier) for bank in found]
-    table = AdapterTable([t.A[0] for t in tables], [t.B[0] for t in tables], tables[0].rank)
+    scales = {None if t.scale is None else tuple(t.scale.tolist()) for t in tables}
+    if len(scales) > 1:  # a table has one for all shapes
+        tables = [t.with_scale_in_B() for t in tables]
+    A, B = [t.A[0] for t in tables], [t.B[0] for t in tables]
+    table = AdapterTable(A, B, tables[0].rank, scale=tables[0].scale)
     index = torch.arange(len(table)) if slot is None else torch.tensor([_checked(found[0], tier, slot)])
     return table.rows(index)
 
@@ -68,7 +72,7 @@ def _change(
     bank: AdapterBank, tier: str, table: AdapterTable, number: int, slot: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A bank's tables with others' adapters in them: A `[P, S, r, in]`, B `[P, S, out, r]`, ranks `[S]`."""
-    widest, own = bank.config.rank(tier), bank.table(tier)
+    widest, own = bank.config.rank(tier), bank.table(tier).with_scale_in_B()
     if len(table) and int(table.rank.max()) > widest:
         raise InvalidValueError(
             f"adapters of rank {int(table.rank.max())} do not fit tier {tier!r}, whose rank is {widest}: inject with a "

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import hilora
 from hilora import AdapterTable, HiLoRAConfig
 from hilora.adapters.injection import banks
-from tests.helpers import CONFIG, images, injected, output, randomise, same, snapshot, values, vit
+from tests.helpers import CONFIG, images, injected, output, random, randomise, same, snapshot, values, vit
 
 TWO = HiLoRAConfig(r=3, target_modules=("q", "v", "fc1"), slots={"root": 1, "cluster": 2, "leaf": 3})
 
@@ -79,6 +80,35 @@ def test_scales_of_adapters_are_put_into_the_model() -> None:
     again = hilora.get_adapters(model, "leaf")
     for new, old in zip(again.B, table.B, strict=True):
         torch.testing.assert_close(new, 3 * old)
+
+
+def hold_scaled(model: nn.Module, scales: list[Tensor | None]) -> None:
+    """Hold two leaf adapters in each bank, with scales of their own."""
+    for seed, (bank, own) in enumerate(zip(banks(model), scales, strict=True)):
+        A, B = (random(t.shape[0], 2, *t.shape[2:], seed=9 + seed) for t in (bank.A("leaf"), bank.B("leaf")))
+        bank.hold("leaf", A, B, torch.tensor([0, 1], dtype=torch.int32), None, own)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_scales_of_what_is_held_go_from_model_to_model_and_into_files(alike: bool, tmp_path: Path) -> None:
+    config, x = HiLoRAConfig(r=3, target_modules=("q", "v", "fc1")), images(2)
+    model, other, scale = injected(config), injected(config), torch.tensor([2.0, 5.0])
+    hold_scaled(model, [scale, scale if alike else None])
+    want = output(model, x)
+    table = hilora.get_adapters(model, "leaf")
+    if alike:
+        assert table.scale is not None
+        assert torch.equal(table.scale, scale)
+    hilora.set_adapters(other, "leaf", table)
+    hilora.set_slots(other, leaf=torch.tensor([0, 1]))
+    torch.testing.assert_close(output(other, x), want)
+    hilora.save_adapters(model, tmp_path / "a.safetensors")
+    loaded = hilora.load_adapters(vit(), tmp_path / "a.safetensors")
+    hilora.set_slots(loaded, leaf=torch.tensor([0, 1]))
+    torch.testing.assert_close(output(loaded, x), want)
+    hilora.set_adapters(model, "leaf", hilora.get_adapters(other, "leaf", 1), slot=1)
+    hilora.set_slots(model, leaf=torch.tensor([0, 1]))
+    torch.testing.assert_close(output(model, x), want)
 
 
 def test_training_keeps_what_was_filled_up_zero() -> None:
