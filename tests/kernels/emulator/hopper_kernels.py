@@ -108,6 +108,7 @@ def test_gradients_that_lie_apart(launched: list[str]) -> None:
         return torch.autograd.grad(y, x, dy)[0]
 
     dy = random(1, 200, 576, seed=3).to(torch.bfloat16)
-    expanded = dy[:, :1].expand_as(dy)
-    assert error(gradient(expanded), gradient(expanded.contiguous())) == 0
+    expanded = dy[:, :1].expand_as(dy)  # the same row again and again, which copies of tiles do not take
+    assert error(gradient(expanded), gradient(expanded.contiguous())) <= TOLERANCE[torch.bfloat16]
+    assert {"backward_rows", "backward_tiles"} <= set(launched)
     assert error(gradient(dy.mT.contiguous().mT), gradient(dy)) <= TOLERANCE[torch.bfloat16]
