@@ -2,7 +2,7 @@
 
 Tiles of the kernels that own rows and of the product, one after another at the shape of a ViT-B; then from how many
 rows on one kernel a direction is ahead, and up to which width the fused plan is. A tile that does not fit is passed
-over. Nothing is written but the row of this device.
+over. Nothing is written but the row of this device, after each of these, with what was measured in its source.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from triton.runtime.errors import OutOfResources
@@ -19,6 +20,7 @@ from triton.runtime.errors import OutOfResources
 from benchmarks.kernels import SHAPES
 from benchmarks.layer_calls import again, launches, passes
 from benchmarks.timing import DEVICE, SCALES, SECONDS, Turn, ready, take_turns
+from hilora.files import write_text
 from hilora.kernels.launch import Tile
 from hilora.kernels.stacked_linear import devices, hopper, plan
 from hilora.reporting.machine import device_name, today, versions
@@ -38,34 +40,51 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", type=Path, default=devices.PATH, help="to write to (default: the package's)")
     given = parser.parse_args(arguments)
     rows, width = SHAPES[given.scale]
-    row = devices.device()._replace(source=f"measured {today()}, {_toolchain()}")
+    widths = WIDTHS if given.scale == "cuda" else (64,)
+    row, name, measured = devices.device(), device_name(torch.device(DEVICE)), list[str]()
+
+    def found(what: str, **fields: Any) -> devices.Device:
+        measured.append(what)
+        tried = row._replace(source=f"measured {today()}, {_toolchain()}: {', '.join(measured)}", **fields)
+        write(given.table, name, tried)
+        return tried
+
     for case, candidates in CANDIDATES.items():
         if case in row.tiles:
             few = candidates[:1] if given.scale == "toy" else candidates
-            row = row._replace(tiles=row.tiles | {case: _best_tile(row, case, few, rows, width, given.scale)})
+            best = _best_tile(row, case, few, rows, width, given.scale)
+            row = found(f"tiles of {case}", tiles=row.tiles | {case: best})
     tuned = row
     if row.one_kernel_from is not None:
         ahead = _least(ROWS, lambda many: _one_kernel_is_ahead(tuned, many, width, given.scale))
-        row = row._replace(one_kernel_from=ahead)
-    widths = WIDTHS if given.scale == "cuda" else (64,)
+        row = found("one kernel", one_kernel_from=ahead)
     lost = _least(widths, lambda wide: not _fused_is_ahead(tuned, rows, wide, given.scale))
-    if lost is not None:
-        row = row._replace(fused_below=round(2 * 3 * lost * lost / (4 * lost)))
-    write(given.table, device_name(torch.device(DEVICE)), row)
+    row = found("plans", fused_below=_operations(lost) if lost is not None else _operations(max(widths)) + 1)
 
 
 def write(table: Path, name: str, row: devices.Device) -> None:
-    """Put a row into a table, in the place of the device's own if there is one."""
+    """Put a row into a table, which need not be there, in the place of the device's own if there is one."""
     fields = {key: value for key, value in row._asdict().items() if key != "name" and value is not None}
-    found = json.loads(table.read_text()) | {name: fields}
-    table.write_text(json.dumps(found, indent=2) + "\n")
+    found = json.loads(table.read_text()) if table.exists() else {}
+    write_text(table, json.dumps(found | {name: fields}, indent=2) + "\n")
     print(f"{table}: {name}: {fields}", flush=True)
+
+
+def _operations(width: int) -> int:
+    """FLOP of a qkv of a width per element of x and y."""
+    return 2 * 3 * width * width // (4 * width)
+
+
+def with_tile(row: devices.Device, case: str, tile: Tile) -> devices.Device:
+    """A row by which a tile serves its case: where wide tiles could serve as well, they must not."""
+    others = {name: own for name, own in row.tiles.items() if not (case == "gemm" and name == "gemm of wide tiles")}
+    return row._replace(tiles=others | {case: tile}, one_kernel_from=None)
 
 
 def _best_tile(row: devices.Device, case: str, candidates: list[Tile], rows: int, width: int, scale: str) -> Tile:
     times = {}
     for tile in candidates:
-        tried = row._replace(tiles=row.tiles | {case: tile}, one_kernel_from=None)
+        tried = with_tile(row, case, tile)
         name = "split" if case == "rows" else "fused"
         try:
             with _as(tried), launches() as found:
@@ -115,7 +134,7 @@ def _as(row: devices.Device) -> Iterator[None]:
     """Let a row be this device's."""
     modules = (plan, hopper)
     for module in modules:
-        module.device = lambda: row  # type: ignore[attr-defined]
+        module.device = lambda *of: row  # type: ignore[attr-defined]
     try:
         yield
     finally:
