@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def found(what: str, **fields: Any) -> devices.Device:
         measured.append(what)
-        tried = row._replace(source=f"measured {today()}, {_toolchain()}: {', '.join(measured)}", **fields)
+        tried: devices.Device = row._replace(
+            source=f"measured {today()}, {_toolchain()}: {', '.join(measured)}", **fields
+        )
         write(given.table, name, tried)
         return tried
 
