@@ -39,6 +39,7 @@ from hilora.reporting.machine import device_name, today
 ROOT = Path(__file__).parents[1]
 TIMED_OUT = 124  # as the command `timeout` has it
 LAST_REPORT = 20.0  # seconds for the report, and for the targets
+GRACE = 3.0  # seconds to read on for, where something that left the group still has the pipe
 BEGUN = 0.8  # of a part's time, after which it begins no further benchmark
 SHOWN = 20_000  # characters of what a part printed, of its beginning and of its end, that are carried home
 INTERPRETED, COMPILED = ({"TRITON_INTERPRET": on} for on in "10")
@@ -89,14 +90,14 @@ def parts(given: argparse.Namespace) -> list[Part]:
     sanitizer = shutil.which("compute-sanitizer")
     checked = [sanitizer, "--error-exitcode", "1", "--report-api-errors", "no"] if sanitizer else []
     found = [
-        Part("all kernels compiled", 0.08, compiled, COMPILED),
-        Part("the tests of sm_90's own kernels", 0.06, [*PYTEST, *OF_SM_90, *workers]),
+        Part("all kernels compiled", 0.07, compiled, COMPILED),
+        Part("the tests of sm_90's own kernels", 0.05, [*PYTEST, *OF_SM_90, *workers]),
         Part("the kernels' tests", 0.1, [*PYTEST, *tests, *workers]),
-        Part("each kernel by itself", 0.07, ["benchmarks.kernels", *scale], by_hand),
-        Part("tiles and plans", 0.16, ["benchmarks.tune", *scale, "--table", given.table], by_hand),
-        Part("the benchmarks that tell most", 0.2, [*bench, "--cases", "first"], budgeted=True),
+        Part("each kernel by itself", 0.06, ["benchmarks.kernels", *scale], by_hand),
+        Part("tiles and plans", 0.2, ["benchmarks.tune", *scale, "--table", given.table], by_hand),
+        Part("the benchmarks that tell most", 0.18, [*bench, "--cases", "first"], budgeted=True),
         Part("a step of a ViT", 0.08, ["benchmarks.vit_step", *scale]),
-        Part("compute-sanitizer", 0.08, small, {}, checked),
+        Part("compute-sanitizer", 0.07, small, {}, checked),
         targets(given)._replace(share=0.02),
         Part("the other benchmarks", None, [*bench, "--cases", "rest"], budgeted=True),
     ]
@@ -150,20 +151,21 @@ def run(part: Part, seconds: float) -> Ran:
     command += ["--budget", str(BEGUN * seconds)] if part.budgeted else []
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **part.environment}
     started, lines = monotonic(), list[str]()
-    with subprocess.Popen(
+    process = subprocess.Popen(
         command, cwd=ROOT, start_new_session=True, env=environment, text=True, errors="replace",
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    ) as process:  # fmt: skip
-        reader = Thread(target=_pass_on, args=(process.stdout, lines))
-        reader.start()
-        try:
-            status = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            status = TIMED_OUT
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # what it started, too, which would keep the reader waiting
-            reader.join()
+    )  # fmt: skip
+    reader = Thread(target=_pass_on, args=(process.stdout, lines), daemon=True)
+    reader.start()
+    try:
+        status = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        status = TIMED_OUT
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and what it started
+        process.wait()
+        reader.join(GRACE)
     said = {0: "done", TIMED_OUT: "stopped: its time was over"}.get(status, f"FAILED, exit status {status}")
     said += f", {monotonic() - started:.0f} s"
     print(f"==== {part.name}: {said}", flush=True)
@@ -171,9 +173,10 @@ def run(part: Part, seconds: float) -> Ran:
 
 
 def _pass_on(source: IO[str], lines: list[str]) -> None:
-    for line in source:
-        print(line, end="", flush=True)
-        lines.append(line)
+    with source:
+        for line in source:
+            print(line, end="", flush=True)
+            lines.append(line)
 
 
 def gather(out: Path, table: Path, ran: Sequence[Ran]) -> None:

@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--figures", type=Path, default=RESULTS, help="the ledger")
     given = parser.parse_args(arguments)
     name = device_name(torch.device(DEVICE))
-    found = next((d for d in by_device(read(given.figures)) if d.conditions["device"] == name), None)
+    figures = read(given.figures) if given.figures.exists() else []
+    found = next((d for d in by_device(figures) if d.conditions["device"] == name), None)
     print(f"{'target':44} {'at most':>8} {'measured':>16}")
     for target in TARGETS[given.scale]:
         operation = operations().get(target.operation)

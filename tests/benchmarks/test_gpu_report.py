@@ -16,7 +16,7 @@ from time import monotonic
 import pytest
 import torch
 
-from benchmarks import gpu_report
+from benchmarks import gpu_report, targets
 from benchmarks.ledger import read
 from benchmarks.operations import operations
 from benchmarks.operations.layer import WIDTHS, shapes
@@ -194,6 +194,14 @@ def test_a_part_whose_time_is_over_is_ended_with_its_children(capsys: pytest.Cap
     assert "its time was over" in capsys.readouterr().out
 
 
+def test_what_leaves_the_group_of_a_part_is_not_waited_for() -> None:
+    code = "import os, time; print('begun'); os.fork() or (os.setsid(), time.sleep(40))"
+    started = monotonic()
+    ran = gpu_report.run(once("one with a stray", code), 20)
+    assert monotonic() - started < 35
+    assert "begun\n" in ran.printed
+
+
 def test_a_part_that_fails(capsys: pytest.CaptureFixture[str]) -> None:
     ran = gpu_report.run(once("a failure", "raise ValueError"), 20)
     assert ran.status == 1
@@ -205,6 +213,11 @@ def test_a_part_without_time_is_left_out() -> None:
     ran = gpu_report.run(once("too late", "print('begun')"), -3)
     assert (ran.status, ran.printed) == (gpu_report.TIMED_OUT, "")
     assert "no time is left" in ran.said
+
+
+def test_targets_of_which_nothing_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    targets.main(["--scale", "toy", "--figures", str(tmp_path / "none.jsonl")])
+    assert capsys.readouterr().out.count("not measured") == len(targets.TARGETS["toy"])
 
 
 def test_what_is_carried_home_is_short(tmp_path: Path) -> None:
