@@ -1,6 +1,7 @@
 """Measure on this GPU what `devices.json` says of it, and write its row: `python -m benchmarks.tune`.
 
-Tiles of the kernels that own rows and of the product, one after another at the shape of a ViT-B; then from how many
+Tiles of the kernels that own rows and of the product, at the shape of a ViT-B: compiled side by side on all cores, and
+then timed one after another; then from how many
 rows on one kernel a direction is ahead, and up to which width the fused plan is. A tile that does not fit is passed
 over. Nothing is written but the row of this device, after each of these, with what was measured in its source.
 """
@@ -9,19 +10,27 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from triton.runtime.errors import OutOfResources
 
 from benchmarks.kernels import SHAPES
 from benchmarks.layer_calls import again, launches, passes
 from benchmarks.timing import DEVICE, SCALES, SECONDS, Turn, ready, take_turns
 from hilora.files import write_text
+from hilora.kernels import launch
+from hilora.kernels.backends import TRITON
 from hilora.kernels.launch import Tile
+from hilora.kernels.precompile import Pretended
 from hilora.kernels.stacked_linear import devices, hopper, plan
 from hilora.reporting.machine import device_name, today, versions
 
@@ -31,6 +40,8 @@ CANDIDATES = {
     "gemm": [Tile(128, 128, 64, warps, stages) for warps in (4, 8) for stages in (3, 4)],
 }
 OF = {"rows": ("shrink_expand", "backward_rows"), "gemm": ("gemm",), "gemm of wide tiles": ("gemm",)}
+PLANS = {"rows": "split", "gemm": "fused", "gemm of wide tiles": "fused"}  # whose passes have those kernels
+Call = tuple[devices.Device, str, int, int]  # with the row, by the plan, of so many rows of a width
 ROWS, WIDTHS = (64, 128, 256, 512, 1024, 4096), (192, 384, 512, 768, 1024, 1280)
 
 
@@ -45,18 +56,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def found(what: str, **fields: Any) -> devices.Device:
         measured.append(what)
-        tried: devices.Device = row._replace(
-            source=f"measured {today()}, {_toolchain()}: {', '.join(measured)}", **fields
-        )
-        write(given.table, name, tried)
-        return tried
+        source = f"measured {today()}, {_toolchain()}: {', '.join(measured)}"
+        new: devices.Device = row._replace(source=source, **fields)
+        write(given.table, name, new)
+        return new
 
-    for case, candidates in CANDIDATES.items():
-        if case in row.tiles:
-            few = candidates[:1] if given.scale == "toy" else candidates
-            best = _best_tile(row, case, few, rows, width, given.scale)
-            row = found(f"tiles of {case}", tiles=row.tiles | {case: best})
+    tried = {case: tiles for case, tiles in CANDIDATES.items() if case in row.tiles}
+    if given.scale == "toy":
+        tried = {case: tiles[:1] for case, tiles in tried.items()}
+    arch = launch.architecture()
+    if arch:
+        of_tiles = ((case, tile) for case, tiles in tried.items() for tile in tiles)
+        compile_ahead([(with_tile(row, case, tile), PLANS[case], rows, width) for case, tile in of_tiles], arch)
+    for case, tiles in tried.items():
+        best = _best_tile(row, case, tiles, rows, width, given.scale)
+        row = found(f"tiles of {case}", tiles=row.tiles | {case: best})
     tuned = row
+    if arch:
+        alone = tuned._replace(one_kernel_from=None)
+        few = [(one, name, ROWS[0], width) for one in (tuned, alone) for name in TRITON]
+        compile_ahead([*few, *((alone, name, rows, wide) for wide in widths for name in TRITON)], arch)
     if row.one_kernel_from is not None:
         ahead = _least(ROWS, lambda many: _one_kernel_is_ahead(tuned, many, width, given.scale))
         row = found("one kernel", one_kernel_from=ahead)
@@ -83,14 +102,27 @@ def with_tile(row: devices.Device, case: str, tile: Tile) -> devices.Device:
     return row._replace(tiles=others | {case: tile}, one_kernel_from=None)
 
 
-def _best_tile(row: devices.Device, case: str, candidates: list[Tile], rows: int, width: int, scale: str) -> Tile:
+def compile_ahead(calls: Iterable[Call], arch: int) -> None:
+    """Into Triton's cache, by processes of their own. What does not compile is met again as it is timed."""
+    with suppress(BrokenProcessPool), ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for call in calls:
+            pool.submit(_compile, *call, arch)
+
+
+def _compile(row: devices.Device, plan: str, rows: int, width: int, arch: int) -> None:
+    triton.runtime.driver.set_active(Pretended(arch))
+    launch.launcher = lambda kernel, grid, args, constants: kernel.warmup(*args, grid=grid, **constants)
+    with _as(row):
+        passes(rows, width, plan, device="meta").step()
+
+
+def _best_tile(row: devices.Device, case: str, candidates: Sequence[Tile], rows: int, width: int, scale: str) -> Tile:
     times = {}
     for tile in candidates:
         tried = with_tile(row, case, tile)
-        name = "split" if case == "rows" else "fused"
         try:
             with _as(tried), launches() as found:
-                passes(rows, width, name).step()
+                passes(rows, width, PLANS[case]).step()
             turns = {str(i): ready(again(one), [()]) for i, one in enumerate(found) if one[0].__name__ in OF[case]}
         except OutOfResources as error:
             print(f"{case} {tile}: {error}", flush=True)

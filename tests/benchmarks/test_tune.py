@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ def row(monkeypatch: pytest.MonkeyPatch) -> devices.Device:
     monkeypatch.setattr(devices, "device", lambda *of: found)
     monkeypatch.setattr(tune, "device_name", lambda *of: "NVIDIA Unheard-of")
     monkeypatch.setattr(tune, "_best_tile", lambda *call: BEST)
+    monkeypatch.setattr(tune, "compile_ahead", lambda *call: None)
     for name in ("_one_kernel_is_ahead", "_fused_is_ahead"):
         monkeypatch.setattr(tune, name, lambda *call: True)
     return found
@@ -77,3 +81,40 @@ def test_each_tile_of_a_product_is_the_one_that_is_timed(case: str, row: devices
     for tile in tune.CANDIDATES[case]:
         tried = tune.with_tile(row, case, tile)
         assert [tried.gemm_tile(torch.bfloat16, 12_608, columns) for columns in (2304, 768)] == [tile, tile]
+
+
+@pytest.mark.slow
+def test_what_is_compiled_ahead_is_what_is_launched(tmp_path: Path) -> None:
+    (tmp_path / "tuning.py").write_text(AHEAD)
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache"), "TRITON_INTERPRET": "0"}
+    environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(tmp_path / "tuning.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ahead, then = map(int, done.stdout.split())
+    assert ahead == then > 5
+
+
+ROOT = Path(__file__).parents[2]
+AHEAD = """
+import os
+from pathlib import Path
+
+from benchmarks import tune
+from hilora.kernels.launch import Tile
+from hilora.kernels.stacked_linear import devices
+
+def kernels():
+    return len(list(Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin")))
+
+if __name__ == "__main__":
+    row, tile = devices._row("", 90), Tile(64, 64, 64, 4, 2)
+    calls = [(tune.with_tile(row, case, tile), tune.PLANS[case], 64, 64) for case in ("rows", "gemm")]
+    calls.append((row, "fused", 64, 64))
+    tune.compile_ahead(calls, 90)
+    ahead = kernels()
+    tune.passes = lambda *call, device, passes=tune.passes: passes(*call)  # on tensors that have memory
+    for call in calls:
+        tune._compile(*call, 90)
+    print(ahead, kernels())
+"""
