@@ -61,9 +61,8 @@ sweep: .venv/installed  # adapts 146 models, and writes docs/reference/models.md
 # With the environment of the machine where there is no .venv, since a machine with a GPU may have no network.
 GPU_PYTHON := $(if $(wildcard .venv/installed),$(BIN)/python,$(PYTHON))
 
-gpu-report:
-	$(GPU_PYTHON) -c "import hilora.kernels" || $(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
-	$(GPU_PYTHON) -m benchmarks.gpu_report
+gpu-report:  # OUT=folder gathers what is to be carried home there
+	$(GPU_PYTHON) -m benchmarks.gpu_report $(if $(OUT),--out "$(OUT)")
 
 install: .venv/installed
 

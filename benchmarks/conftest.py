@@ -8,6 +8,7 @@ from time import monotonic
 import pytest
 
 from benchmarks.ledger import RESULTS, Ledger
+from benchmarks.operations import left_out
 from benchmarks.timing import DEVICE, SCALES
 from hilora.models.backbone import tune_for_cpu
 
@@ -15,6 +16,9 @@ from hilora.models.backbone import tune_for_cpu
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("hilora")
     group.addoption("--scale", choices=SCALES, default=DEVICE, help="which shapes (default: as the device)")
+    group.addoption(
+        "--cases", choices=("all", "first", "rest"), default="all", help="those that tell most, or the rest"
+    )
     group.addoption("--figures", type=Path, default=RESULTS, help="the ledger to append to")
     group.addoption("--budget", type=float, help="seconds after which no further benchmark is begun")
 
@@ -50,3 +54,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(benchmark.name)
         for name, value in benchmark.extra_info.items():
             terminalreporter.write_line(f"    {name:24}{value}")
+    for operation, package in left_out().items():
+        terminalreporter.write_line(f"left out: {operation}, since {package} is not installed")

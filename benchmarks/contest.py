@@ -47,6 +47,7 @@ class Lineup(NamedTuple):
         dtype: in which the device's rate of arithmetic counts.
         capture: whether a GPU can capture the steps.
         close: to be called when all is done.
+        lacking: rivals that are left out, each with the package that it lacks.
     """
 
     rivals: Mapping[str, Contestant]
@@ -55,6 +56,7 @@ class Lineup(NamedTuple):
     dtype: torch.dtype = torch.float32
     capture: bool = True
     close: Callable[[], None] = lambda: None
+    lacking: Mapping[str, str] = {}
 
 
 def contest(benchmark: Any, ledger: Ledger, what: Mapping[str, Any], lineup: Lineup) -> None:
@@ -114,6 +116,8 @@ def contest(benchmark: Any, ledger: Ledger, what: Mapping[str, Any], lineup: Lin
             f"{1e3 * timing.seconds:9.3f} ms {ratio:7.2f} x ours   floor {1e3 * floor:8.3f} ms"
             f"   {peaks[name] / 1e6:9.2f} MB   error {errors[name]:.0e}"
         )
+    for name, package in lineup.lacking.items():
+        benchmark.extra_info[name] = f"left out: {package} is not installed"
     benchmark.pedantic(rivals[ours].step, args=inputs[0], rounds=1)
     if failures:
         raise ExceptionGroup("some rivals could not run; the figures of the others stand", failures)

@@ -18,7 +18,7 @@ from benchmarks.timing import DEVICE, SCALES, SECONDS, ready, take_turns
 from hilora.kernels import gram_penalty, use_backend
 from hilora.kernels.backends import TRITON
 
-SHAPES = {"toy": (20, 32), "cpu": (788, 192), "cuda": (12_608, 768)}  # rows and width
+SHAPES = {"toy": (64, 64), "cpu": (788, 192), "cuda": (12_608, 768)}  # rows and width, enough for all kernels
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -28,17 +28,17 @@ class Passes(NamedTuple):
         self.backward()
 
 
-def passes(rows: int, width: int, name: str, dtype: torch.dtype = torch.bfloat16) -> Passes:
+def passes(rows: int, width: int, name: str, dtype: torch.dtype = torch.bfloat16, device: str = DEVICE) -> Passes:
     """Of one group of rows, by the plan of a name."""
     torch.manual_seed(0)
-    like = {"device": DEVICE, "dtype": dtype}
+    like = {"device": device, "dtype": dtype}
     x = torch.randn(1, rows, width, **like)  # type: ignore[call-overload]
     weight = torch.randn(3 * width, width, **like) / width**0.5  # type: ignore[call-overload]
     bias = torch.randn(3 * width, **like)  # type: ignore[call-overload]
     dy = torch.randn(1, rows, 3 * width, **like)  # type: ignore[call-overload]
     factors = [(torch.randn(1, r, width) / width**0.5, torch.randn(1, width, r)) for r in RANKS]
     tiers = [
-        Tier(A.to(DEVICE), B.to(DEVICE), 2.0, None, columns)
+        Tier(A.to(device), B.to(device), 2.0, None, columns)
         for columns in ((0, width), (2 * width, width))
         for A, B in factors
     ]

@@ -2,6 +2,7 @@
 
 Writes between two pairs of markers of docs/benchmarks.md, `<!-- headline -->` and `<!-- /headline -->` (of each device
 the shape in the middle) and `<!-- benchmarks -->` and `<!-- /benchmarks -->` (all), and charts into docs/benchmarks/.
+Where there is no such page, it makes one.
 """
 
 from __future__ import annotations
@@ -10,24 +11,27 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from benchmarks.charts import Drawn
 from benchmarks.figures import OURS, Comparison, Device, by_device
 from benchmarks.ledger import RESULTS, read
-from benchmarks.operations import Operation, operations
+from benchmarks.operations import Operation, left_out, operations
 from hilora.files import write_text
 from hilora.reporting.document import between
 from hilora.reporting.tables import MISSING, Row, Table
 
 HEADLINE = "<!-- headline -->", "<!-- /headline -->"
 EVERYTHING = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+EMPTY = "\n".join(("# Benchmarks", *HEADLINE, *EVERYTHING, ""))
 PICTURES = (
     ("rivals", "Time of each rival over that of the frozen layer, at the shape in the middle"),
     ("curves", "Time of each rival over that of the frozen layer, along rows, ranks, tiers and clients"),
     ("memory", "Memory that a step of each rival allocates beyond weights and input"),
 )
+DRAWS = find_spec("matplotlib") is not None
 TO_COME = "**No figure has been measured on a GPU yet**: CUDA figures are to come, by `make gpu-report`."
 
 
@@ -44,13 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         devices = by_device(read(given.figures))
         if not devices:
             raise ValueError(f"{given.figures} holds no figures: run pytest benchmarks/ --benchmark-only")
+        if not page.exists():
+            write_text(page, EMPTY)
         for markers in (HEADLINE, EVERYTHING):  # fails before anything is written
             between(page, *markers, "")
     except (OSError, ValueError) as error:
         sys.exit(f"report: {error}")
     for device in devices:
         drawn = Drawn(device)
-        if drawn.whole:
+        if drawn.whole and DRAWS:
             drawn.rival_bars(given.docs / chart(device, "rivals"))
             drawn.curves(given.docs / chart(device, "curves"))
             drawn.memory_bars(given.docs / chart(device, "memory"))
@@ -83,7 +89,7 @@ def everything(devices: Sequence[Device]) -> str:
             + ", ".join(sorted({f"{f['tflops']:.3g} TFLOP/s in {dtype}" for dtype, f in rates(device).items()}))
             + f", {device.conditions['gb_per_s']:.3g} GB/s."
         )
-        if Drawn(device).whole:
+        if Drawn(device).whole and DRAWS:
             for name, text in PICTURES:
                 parts.append(f"![{text}]({chart(device, name)})")
         for name, operation in operations().items():
@@ -91,6 +97,9 @@ def everything(devices: Sequence[Device]) -> str:
                 found = device.of(name, phase)
                 if found:
                     parts += [f"### {operation.title}{title and f': {title}'}", comparisons(operation, found)]
+    if lacking := left_out():
+        each = (f"{operation} ({package})" for operation, package in lacking.items())
+        parts.append(f"Left out, each for want of a package: {', '.join(each)}.")
     return "\n\n".join(parts)
 
 

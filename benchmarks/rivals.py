@@ -19,19 +19,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 import hilora
 from benchmarks.timing import DEVICE
 from hilora.adapters.injection import banks
-from hilora.federated.settings import TIERS
 
 if TYPE_CHECKING:
     from benchmarks.operations.layer import Layer
 
 SCALE = 2.0
+TIERS = hilora.HiLoRAConfig.tiers
 
 
 class Fused(nn.Module):
@@ -142,6 +140,9 @@ def ours(problem: Problem, whole: bool = False) -> Rival:
 
 def peft(problem: Problem) -> Rival:
     """A PEFT model for each group, over the same frozen weights: no adapters have to be switched."""
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora.layer import LoraLayer
+
     shape, found = problem.shape, Rival([], [])
     config = LoraConfig(
         r=shape.rank,

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.figures import OURS, Comparison, by_device
 from benchmarks.ledger import RESULTS, read
-from benchmarks.operations import operations
+from benchmarks.operations import left_out, operations
 from benchmarks.timing import DEVICE, SCALES
 from hilora.reporting.machine import device_name
 
@@ -57,12 +57,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--figures", type=Path, default=RESULTS, help="the ledger")
     given = parser.parse_args(arguments)
     name = device_name(torch.device(DEVICE))
-    found = next((d for d in by_device(read(given.figures)) if d.conditions["device"] == name), None)
+    figures = read(given.figures) if given.figures.exists() else []
+    found = next((d for d in by_device(figures) if d.conditions["device"] == name), None)
     print(f"{'target':44} {'at most':>8} {'measured':>16}")
     for target in TARGETS[given.scale]:
-        shape = operations()[target.operation].shapes(given.scale)[0]
-        compared = found.of(target.operation, target.phase).get(shape) if found else None
-        print(f"{target.what:44} {target.at_most:8.2f} {said(target, compared)}")
+        operation = operations().get(target.operation)
+        if operation is None:
+            result = f"{'not measured':>16}, since {left_out()[target.operation]} is not installed"
+        else:
+            shape = operation.shapes(given.scale)[0]
+            result = said(target, found.of(target.operation, target.phase).get(shape) if found else None)
+        print(f"{target.what:44} {target.at_most:8.2f} {result}")
 
 
 def said(target: Target, compared: Comparison | None) -> str:

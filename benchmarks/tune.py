@@ -1,25 +1,36 @@
 """Measure on this GPU what `devices.json` says of it, and write its row: `python -m benchmarks.tune`.
 
-Tiles of the kernels that own rows and of the product, one after another at the shape of a ViT-B; then from how many
+Tiles of the kernels that own rows and of the product, at the shape of a ViT-B: compiled side by side on all cores, and
+then timed one after another; then from how many
 rows on one kernel a direction is ahead, and up to which width the fused plan is. A tile that does not fit is passed
-over. Nothing is written but the row of this device.
+over. Nothing is written but the row of this device, after each of these, with what was measured in its source.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
+import triton
 from triton.runtime.errors import OutOfResources
 
 from benchmarks.kernels import SHAPES
 from benchmarks.layer_calls import again, launches, passes
 from benchmarks.timing import DEVICE, SCALES, SECONDS, Turn, ready, take_turns
+from hilora.files import write_text
+from hilora.kernels import launch
+from hilora.kernels.backends import TRITON
 from hilora.kernels.launch import Tile
+from hilora.kernels.precompile import Pretended
 from hilora.kernels.stacked_linear import devices, hopper, plan
 from hilora.reporting.machine import device_name, today, versions
 
@@ -29,6 +40,8 @@ CANDIDATES = {
     "gemm": [Tile(128, 128, 64, warps, stages) for warps in (4, 8) for stages in (3, 4)],
 }
 OF = {"rows": ("shrink_expand", "backward_rows"), "gemm": ("gemm",), "gemm of wide tiles": ("gemm",)}
+PLANS = {"rows": "split", "gemm": "fused", "gemm of wide tiles": "fused"}  # whose passes have those kernels
+Call = tuple[devices.Device, str, int, int]  # with the row, by the plan, of so many rows of a width
 ROWS, WIDTHS = (64, 128, 256, 512, 1024, 4096), (192, 384, 512, 768, 1024, 1280)
 
 
@@ -38,38 +51,78 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", type=Path, default=devices.PATH, help="to write to (default: the package's)")
     given = parser.parse_args(arguments)
     rows, width = SHAPES[given.scale]
-    row = devices.device()._replace(source=f"measured {today()}, {_toolchain()}")
-    for case, candidates in CANDIDATES.items():
-        if case in row.tiles:
-            few = candidates[:1] if given.scale == "toy" else candidates
-            row = row._replace(tiles=row.tiles | {case: _best_tile(row, case, few, rows, width, given.scale)})
+    widths = WIDTHS if given.scale == "cuda" else (64,)
+    row, name, measured = devices.device(), device_name(torch.device(DEVICE)), list[str]()
+
+    def found(what: str, **fields: Any) -> devices.Device:
+        measured.append(what)
+        source = f"measured {today()}, {_toolchain()}: {', '.join(measured)}"
+        new: devices.Device = row._replace(source=source, **fields)
+        write(given.table, name, new)
+        return new
+
+    tried = {case: tiles for case, tiles in CANDIDATES.items() if case in row.tiles}
+    if given.scale == "toy":
+        tried = {case: tiles[:1] for case, tiles in tried.items()}
+    arch = launch.architecture()
+    if arch:
+        of_tiles = ((case, tile) for case, tiles in tried.items() for tile in tiles)
+        compile_ahead([(with_tile(row, case, tile), PLANS[case], rows, width) for case, tile in of_tiles], arch)
+    for case, tiles in tried.items():
+        best = _best_tile(row, case, tiles, rows, width, given.scale)
+        row = found(f"tiles of {case}", tiles=row.tiles | {case: best})
     tuned = row
+    if arch:
+        alone = tuned._replace(one_kernel_from=None)
+        few = [(one, name, ROWS[0], width) for one in (tuned, alone) for name in TRITON]
+        compile_ahead([*few, *((alone, name, rows, wide) for wide in widths for name in TRITON)], arch)
     if row.one_kernel_from is not None:
         ahead = _least(ROWS, lambda many: _one_kernel_is_ahead(tuned, many, width, given.scale))
-        row = row._replace(one_kernel_from=ahead)
-    widths = WIDTHS if given.scale == "cuda" else (64,)
+        row = found("one kernel", one_kernel_from=ahead)
     lost = _least(widths, lambda wide: not _fused_is_ahead(tuned, rows, wide, given.scale))
-    if lost is not None:
-        row = row._replace(fused_below=round(2 * 3 * lost * lost / (4 * lost)))
-    write(given.table, device_name(torch.device(DEVICE)), row)
+    row = found("plans", fused_below=_operations(lost) if lost is not None else _operations(max(widths)) + 1)
 
 
 def write(table: Path, name: str, row: devices.Device) -> None:
-    """Put a row into a table, in the place of the device's own if there is one."""
+    """Put a row into a table, which need not be there, in the place of the device's own if there is one."""
     fields = {key: value for key, value in row._asdict().items() if key != "name" and value is not None}
-    found = json.loads(table.read_text()) | {name: fields}
-    table.write_text(json.dumps(found, indent=2) + "\n")
+    found = json.loads(table.read_text()) if table.exists() else {}
+    write_text(table, json.dumps(found | {name: fields}, indent=2) + "\n")
     print(f"{table}: {name}: {fields}", flush=True)
 
 
-def _best_tile(row: devices.Device, case: str, candidates: list[Tile], rows: int, width: int, scale: str) -> Tile:
+def _operations(width: int) -> int:
+    """FLOP of a qkv of a width per element of x and y."""
+    return 2 * 3 * width * width // (4 * width)
+
+
+def with_tile(row: devices.Device, case: str, tile: Tile) -> devices.Device:
+    """A row by which a tile serves its case: where wide tiles could serve as well, they must not."""
+    others = {name: own for name, own in row.tiles.items() if not (case == "gemm" and name == "gemm of wide tiles")}
+    return row._replace(tiles=others | {case: tile}, one_kernel_from=None)
+
+
+def compile_ahead(calls: Iterable[Call], arch: int) -> None:
+    """Into Triton's cache, by processes of their own. What does not compile is met again as it is timed."""
+    with suppress(BrokenProcessPool), ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for call in calls:
+            pool.submit(_compile, *call, arch)
+
+
+def _compile(row: devices.Device, plan: str, rows: int, width: int, arch: int) -> None:
+    triton.runtime.driver.set_active(Pretended(arch))
+    launch.launcher = lambda kernel, grid, args, constants: kernel.warmup(*args, grid=grid, **constants)
+    with _as(row):
+        passes(rows, width, plan, device="meta").step()
+
+
+def _best_tile(row: devices.Device, case: str, candidates: Sequence[Tile], rows: int, width: int, scale: str) -> Tile:
     times = {}
     for tile in candidates:
-        tried = row._replace(tiles=row.tiles | {case: tile}, one_kernel_from=None)
-        name = "split" if case == "rows" else "fused"
+        tried = with_tile(row, case, tile)
         try:
             with _as(tried), launches() as found:
-                passes(rows, width, name).step()
+                passes(rows, width, PLANS[case]).step()
             turns = {str(i): ready(again(one), [()]) for i, one in enumerate(found) if one[0].__name__ in OF[case]}
         except OutOfResources as error:
             print(f"{case} {tile}: {error}", flush=True)
@@ -115,7 +168,7 @@ def _as(row: devices.Device) -> Iterator[None]:
     """Let a row be this device's."""
     modules = (plan, hopper)
     for module in modules:
-        module.device = lambda: row  # type: ignore[attr-defined]
+        module.device = lambda *of: row  # type: ignore[attr-defined]
     try:
         yield
     finally:

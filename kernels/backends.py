@@ -38,19 +38,19 @@ def _always(*call: Any) -> str:
 
 
 class Implementation(NamedTuple):
-    """How a backend does an operation. All three take the operation's arguments, as `Operation.prepare` gives them.
+    """How a backend does an operation. All take the operation's arguments, as `Operation.prepare` gives them.
 
     Attributes:
         serve: does it.
         cannot: why it cannot take such a call; "" where it can.
         slower: why another is better at such a call; "" where none is. Not asked where this backend is chosen.
-        because: what says so, and how it is launched, on the current device; "" where there is nothing to say.
+        because: what says so, and how it is launched; "" where there is nothing to say.
     """
 
     serve: Callable[..., Tensor]
     cannot: Callable[..., str] = _always
     slower: Callable[..., str] = _always
-    because: Callable[[], str] = _always
+    because: Callable[..., str] = _always
 
 
 class Explanation(NamedTuple):
@@ -133,7 +133,7 @@ class Operation:
                 other_is_chosen = chosen is not None and name != chosen
                 why = f"{chosen} is chosen" if other_is_chosen else self._why_not(name, call, chosen)
                 others[name] = why or f"{serves} is preferred"
-        return Explanation(self.name, serves, others, self.implementations[serves].because())
+        return Explanation(self.name, serves, others, self.implementations[serves].because(*call))
 
 
 def _kernels_cannot(x: Tensor, dtype: torch.dtype, chosen: str | None) -> str:

@@ -69,7 +69,7 @@ def run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: Co
         kernel[grid](*args, **constants)
         return
     device = triton.runtime.driver.active.get_current_device()
-    key = id(kernel), device, constants, *map(_kind, args)
+    key = id(kernel), device, constants, *map(kind, args)
     found = _COMPILED.get(key)
     if found is None:
         compiled = kernel.warmup(*args, grid=grid, **constants)
@@ -82,12 +82,12 @@ def run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: Co
 _COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
-def _kind(arg: Any) -> Any:
+def kind(arg: Any) -> Any:
     """What Triton compiles anew for, of an argument's type and value."""
     if isinstance(arg, Tensor):
         return arg.dtype, arg.data_ptr() % 16
     if isinstance(arg, tuple):
-        return tuple(map(_kind, arg))
+        return tuple(map(kind, arg))
     if isinstance(arg, int):
         return "1" if arg == 1 else ("64" if arg >> 31 else "32", arg % 16 == 0)
     if arg is None or isinstance(arg, float):

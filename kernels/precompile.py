@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +28,13 @@ from triton.backends.compiler import GPUTarget
 
 from . import launch
 from .backends import folders
+from .launch import cdiv
 
-SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes of a program
+SHARED_MEMORY = {  # bytes of a program
+    **dict.fromkeys((80, 87), 166_912),
+    **dict.fromkeys((90, 100, 103, 110), 232_448),
+    **dict.fromkeys((86, 89, 120, 121), 101_376),
+}
 ARCHITECTURES = [80, 89, 90, 100]  # that are compiled for unless told otherwise
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 
@@ -89,23 +95,32 @@ def products() -> set[str]:
     return {name for plan in plans() for name in getattr(plan, "PRODUCTS", ())}
 
 
-def compile_all(arch: int, dtypes: Sequence[str] = ()) -> list[Compiled]:
-    """All kernels for an architecture, e.g. 90, in the configurations in which they are launched."""
+def compile_all(arch: int, dtypes: Sequence[str] = (), first: int = 0, step: int = 1) -> list[Compiled]:
+    """All kernels for an architecture, e.g. 90, in the configurations in which they are launched; or, of those of each
+    dtype, every so many-th."""
     triton.runtime.driver.set_active(Pretended(arch))
     found: dict[tuple[str, str, str], Compiled] = {}
-    for dtype_name in dtypes or DTYPES:
-        dtype = DTYPES[dtype_name]
-        torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype_name == "tf32" else "ieee"
-        for case, call in (one for plan in plans() for one in plan.cases(dtype)):
+    for dtype in dtypes or DTYPES:
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+        for case, kernel, grid, args, constants in _launches(DTYPES[dtype])[first::step]:
+            compiled = kernel.warmup(*args, grid=grid, **constants)
+            key = kernel.__name__, compiled.hash, dtype
+            if key not in found:
+                found[key] = _examine(compiled, arch, kernel.__name__, case, dtype, constants)
+    return list(found.values())
 
-            def compile_only(kernel: Any, grid: tuple[int, ...], args: Any, constants: dict[str, Any]) -> None:
-                compiled = kernel.warmup(*args, grid=grid, **constants)
-                key = kernel.__name__, compiled.hash, dtype_name  # noqa: B023
-                if key not in found:
-                    found[key] = _examine(compiled, arch, kernel.__name__, case, dtype_name, constants)  # noqa: B023
 
-            launch.launcher = compile_only
-            call()
+def _launches(dtype: torch.dtype) -> list[tuple[str, Any, tuple[int, ...], tuple[Any, ...], launch.Constants]]:
+    """Each with its case, and none that would be compiled as one before it."""
+    found: dict[Any, Any] = {}
+    for case, call in (one for plan in plans() for one in plan.cases(dtype)):
+
+        def note(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: launch.Constants) -> None:
+            key = kernel.__name__, constants, launch.kind(args)
+            found.setdefault(key, (case, kernel, grid, args, constants))  # noqa: B023
+
+        launch.launcher = note
+        call()
     return list(found.values())
 
 
@@ -129,13 +144,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_MEMORY, default=ARCHITECTURES)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of x")
     given = parser.parse_args(arguments)
-    tasks = [(arch, [dtype]) for arch in given.arch for dtype in given.dtype]
+    cores, pairs = os.cpu_count() or 1, list(product(given.arch, given.dtype))
+    step = cdiv(4 * cores, len(pairs))  # so that no core waits long for another
+    tasks = [(arch, [dtype], first, step) for arch, dtype in pairs for first in range(step)]
     if launch.interpreting():
         parser.error("nothing is compiled where TRITON_INTERPRET=1: unset it")
-    workers = min(len(tasks), os.cpu_count() or 1)
     print(f"{'sm':>3}  {'kernel':22}{'for':32}{'x':6}{'tile':20}{'regs':>5}{'stack':>6}{'shared':>8}  instructions")
     faults = 0
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(len(tasks), cores), mp_context=get_context("spawn")) as pool:
         for table in pool.map(compile_all, *zip(*tasks, strict=True)):
             for row in table:
                 faults += bool(row.fault)

@@ -48,7 +48,7 @@ def in_transform() -> bool:
 def exporting() -> bool:
     """Whether a program is being written down: by torch.export, torch.jit.trace or an exporter of ONNX."""
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        return torch.compiler._is_exporting_flag  # torch.compile of torch 2.11 takes `is_exporting()` for True
     return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
 
 

@@ -49,6 +49,7 @@ class Operation:
         columns: how a shape stands in the tables.
         charts: of one operation at most.
         place: where it stands in the report; those of one place by name.
+        first: how many of its shapes are measured before all else, since they tell most.
     """
 
     title: str
@@ -59,11 +60,38 @@ class Operation:
     columns: Callable[[Any], Mapping[str, object]] = _fields
     charts: Charts | None = None
     place: int = 100
+    first: int = 0
 
 
 @cache
 def operations() -> dict[str, Operation]:
-    """All operations by name, in the order of the report."""
-    names = [module.name for module in pkgutil.iter_modules(__path__)]
-    found = {name: import_module(f"{__name__}.{name}").OPERATION for name in names}
+    """All operations by name, in the order of the report, but for those that lack a package."""
+    found = {name: one for name, one in _load().items() if isinstance(one, Operation)}
     return dict(sorted(found.items(), key=lambda item: (item[1].place, item[0])))
+
+
+def left_out() -> dict[str, str]:
+    """The other operations, each with the package that it lacks."""
+    return {name: one for name, one in _load().items() if isinstance(one, str)}
+
+
+def lacked(error: ModuleNotFoundError) -> str:
+    """The package that an import lacked.
+
+    Raises:
+        ModuleNotFoundError: if it is one of this repository's.
+    """
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "benchmarks", "hilora"):
+        raise error
+    return package
+
+
+def _load() -> dict[str, Operation | str]:
+    found: dict[str, Operation | str] = {}
+    for name in (module.name for module in pkgutil.iter_modules(__path__)):
+        try:
+            found[name] = import_module(f"{__name__}.{name}").OPERATION
+        except ModuleNotFoundError as error:
+            found[name] = lacked(error)
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -97,7 +98,7 @@ def cost(shape: Layer, phase: str, adapted: bool) -> Cost:
 
 
 def lineup(shape: Layer, phase: str, scale: str) -> Lineup:
-    from benchmarks.rivals import Problem  # loads PEFT
+    from benchmarks.rivals import Problem
 
     problem = Problem.of(shape)
     per_set = 2 * 4 * shape.rows * shape.width * shape.torch_dtype.itemsize
@@ -107,6 +108,7 @@ def lineup(shape: Layer, phase: str, scale: str) -> Lineup:
         {"": _truth(problem, phase, inputs[0]), "frozen layer": _truth(problem, phase, inputs[0], adapted=False)},
         inputs,
         shape.torch_dtype,
+        lacking={} if find_spec("peft") else {"PEFT": "peft"},
     )
 
 
@@ -120,8 +122,9 @@ def _rivals(problem: Problem) -> dict[str, tuple[Rival, str | None]]:
         found[f"hilora, {backend}"] = mine, backend
     if shape.form == "qkv":
         found["hilora, whole qkv"] = rivals.ours(problem, whole=True), None
-    found["PEFT"] = rivals.peft(problem), None
-    if shape.compiled:
+    if find_spec("peft"):
+        found["PEFT"] = rivals.peft(problem), None
+    if find_spec("peft") and shape.compiled:
         found["PEFT, compiled"] = rivals.compiled(rivals.peft(problem)), None
     found["stacked addmm"] = rivals.stacked(problem), None
     found["merged + 1 LoRA"] = rivals.merged(problem), None
@@ -264,4 +267,5 @@ OPERATION = Operation(
         describe=describe,
     ),
     place=1,
+    first=2,
 )

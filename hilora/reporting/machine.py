@@ -6,10 +6,12 @@ import platform
 import subprocess
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from hilora.version import __version__
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -33,13 +35,20 @@ def revision(*also: Path) -> str:
         commit = ask(["git", "rev-parse", "--short", "HEAD"]).strip()
         changed = ask(["git", "status", "--porcelain", "--", ".", "../kernels", *map(str, also)])
     except (OSError, subprocess.CalledProcessError):
-        return version("hilora")
-    return f"{version('hilora')} {commit}{'+' if changed else ''}" if tracked else version("hilora")
+        return __version__
+    return f"{__version__} {commit}{'+' if changed else ''}" if tracked else __version__
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """The installed version of each package."""
-    return {name: version(name) for name in packages}
+    """The installed version of each package; "none" where there is none."""
+    return {name: _version(name) for name in packages}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 def today() -> str:

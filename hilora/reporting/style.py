@@ -1,18 +1,18 @@
 """How all figures look, and how they are saved.
 
-They are drawn through matplotlib's object interface on the Agg canvas: no window, no global state. Import this module,
-and those that draw with it, where a picture is due, not with the library: matplotlib takes a second to load.
+They are drawn through matplotlib's object interface on the Agg canvas: no window, no global state. Import the modules
+that draw where a picture is due, not with the library: matplotlib takes a second to load.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from hilora.files import PathLike, atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which the colour-blind can tell apart.
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -24,6 +24,9 @@ HEAT = "YlGnBu"
 
 def new_figure(width: float, height: float, title: str = "", size: float = 12) -> Figure:
     """An empty figure, in inches, with a title of so many points."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     if title:

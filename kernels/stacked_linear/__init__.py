@@ -101,17 +101,17 @@ def _slower_fused(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequenc
         return "in fp32 the base product is cuBLAS's"
     if _rows(x, tiers) < FEW:
         return "a tile has more rows than a group"
-    few_operations = 2 * out * width < device().fused_below * (out + width)
+    few_operations = 2 * out * width < device(x.device).fused_below * (out + width)
     if few_operations or operator.in_one_kernel(x, weight, tiers, _dtype(x)):
         return ""
     return "arithmetic is the limit: the base product is cuBLAS's"
 
 
-def _row() -> str:
-    from .devices import PATH, device
+def _row(x: Tensor, *_: object) -> str:
+    from .devices import INTERPRETER, PATH, device
 
-    row = device()
-    return f"by the row {row.name} of {PATH.name}, {row.source}"
+    row = device(x.device)
+    return f"in {row.name}" if row is INTERPRETER else f"by the row {row.name} of {PATH.name}, {row.source}"
 
 
 def _fold(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier], dropout: float) -> Tensor:

@@ -51,7 +51,7 @@ class Device(NamedTuple):
         return self.tiles["rows in fp32" if dtype == torch.float32 else "rows"]
 
 
-_INTERPRETER = Device(
+INTERPRETER = Device(
     "the interpreter",
     "",
     470,
@@ -59,13 +59,21 @@ _INTERPRETER = Device(
 )
 
 
-def device() -> Device:
-    """The row of the current device."""
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def device(of: torch.device | None = None) -> Device:
+    """The row of a GPU, by default of the current one; of anything else, that of the architecture compiled for."""
+    if of is None and torch.cuda.is_available():
+        of = torch.device("cuda", torch.cuda.current_device())
+    if of is not None and of.type == "cuda":
+        return _of_gpu(of.index)
     arch = architecture()
-    if not arch:
-        return _INTERPRETER
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return _row(name, arch)
+    return _row("", arch) if arch else INTERPRETER
+
+
+@cache
+def _of_gpu(index: int) -> Device:
+    major, minor = torch.cuda.get_device_capability(index)
+    return _row(torch.cuda.get_device_name(index), 10 * major + minor) if architecture() else INTERPRETER
 
 
 @cache

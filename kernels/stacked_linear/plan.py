@@ -61,7 +61,7 @@ def forward(
     if plan == "fused" and (columns := hopper.forward_columns(x, weight, layout, x.dtype)):
         hopper.forward(x, weight, bias, A, B, S, y, layout, columns)
         return y, S, A, B
-    tile = device().rows_tile(x.dtype)
+    tile = device(x.device).rows_tile(x.dtype)
     launch(
         shrink_expand, (groups * cdiv(M, tile.BM),), x, A, B, S, y, M, *x.stride(),
         constants=Constants(
@@ -106,7 +106,7 @@ def backward(
         dA, dB = hopper.backward(dy, x, weight, A, B, S, dx, layout)
         return [dx, *summed_by_slot(dA, dB, tiers, layout, cdiv(M, hopper.ROWS))]
     split = plan == "split"
-    tile = device().rows_tile(x.dtype)
+    tile = device(x.device).rows_tile(x.dtype)
     programs = groups * cdiv(M, tile.BM)
     dA = x.new_empty(programs, len(layout.columns), layout.trained, width, dtype=torch.float32)
     dB = x.new_empty(programs, layout.width, layout.trained, dtype=torch.float32)
@@ -142,7 +142,7 @@ def _gemm(
     and a weight in e4m3."""
     groups, M, K = x.shape
     N = weight.shape[0]
-    tile = device().gemm_tile(y.dtype, M, N)
+    tile = device(x.device).gemm_tile(y.dtype, M, N)
     chunk = min(R, tile.BK)
     if x.itemsize == 1:
         tile = tile._replace(BK=2 * tile.BK)  # as many bytes

@@ -20,7 +20,7 @@ CODE = inspect.cleandoc("""
     import triton.language as tl
 
     from hilora.kernels import precompile
-    from hilora.kernels.launch import Constants, _kind
+    from hilora.kernels.launch import Constants, kind
 
     @triton.jit
     def copy(x, numbers, N, y, BLOCK: tl.constexpr):
@@ -39,9 +39,9 @@ CODE = inspect.cleandoc("""
     ]
     given += [(memory, (1, 2.0), 3, None), (memory, (1, 2.0), 3, memory[1:])]
     compiled = [copy.warmup(*args, grid=(1,), **Constants(BLOCK=16)).hash for args in given]
-    kinds = [_kind(args) for args in given]
-    for (kind, one), (other_kind, other) in combinations(zip(kinds, compiled), 2):
-        assert kind != other_kind or one == other, (kind, one, other)
+    kinds = [kind(args) for args in given]
+    for (own, one), (other_own, other) in combinations(zip(kinds, compiled), 2):
+        assert own != other_own or one == other, (own, one, other)
     print(len(set(kinds)), len(set(compiled)))
 """)
 

@@ -14,6 +14,7 @@ from hilora.kernels import dequantized, quantized
 from hilora.kernels.torch_internals import (
     Scoped,
     autocast_dtype,
+    exporting,
     float8_product,
     in_transform,
     linear,
@@ -45,6 +46,17 @@ def test_transforms_are_noticed() -> None:
     torch.func.grad(function)(x)
     torch.func.vmap(function)(x[None])
     assert seen == [False, True, True]
+
+
+def test_a_program_that_is_compiled_is_not_exported() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + exporting()
+
+    x = torch.zeros(3)
+    assert torch.equal(torch.compile(Model(), fullgraph=True, backend="eager")(x), x)
+    for strict in (False, True):
+        assert torch.equal(torch.export.export(Model(), (x,), strict=strict).module()(x), x + 1)
 
 
 def test_a_scoped_value_is_of_its_thread_and_task_alone() -> None:

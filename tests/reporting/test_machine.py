@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import Distribution, version
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 
 from hilora.reporting import machine
 from hilora.reporting.machine import device_name, revision, today, versions
+from hilora.version import __version__
 
 
 def test_the_device_and_its_threads() -> None:
@@ -22,7 +23,13 @@ def test_the_device_and_its_threads() -> None:
 def test_the_version_and_the_commit() -> None:
     folder = machine.PACKAGE
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
-    assert revision().startswith(f"{version('hilora')} {commit.stdout.strip()}".strip())
+    assert revision().startswith(f"{__version__} {commit.stdout.strip()}".strip())
+
+
+def test_a_clone_that_was_never_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Distribution, "discover", lambda **context: iter(()))
+    assert revision().startswith(__version__)
+    assert versions("torch", "hilora") == {"torch": "none", "hilora": "none"}
 
 
 def test_a_changed_file_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,7 @@ def takes_backward(dy: Tensor, x: Tensor, weight: Tensor, layout: Layout) -> boo
 
 
 def _takes(x: Tensor, layout: Layout, dtype: torch.dtype) -> bool:
-    least = device().one_kernel_from
+    least = device(x.device).one_kernel_from
     if least is None or x.shape[1] < least or dtype not in DTYPES or layout.R > STEP:
         return False
     columns = sorted(layout.columns)
@@ -59,12 +59,12 @@ def _takes(x: Tensor, layout: Layout, dtype: torch.dtype) -> bool:
 
 
 def _aligned(tensor: Tensor) -> bool:
-    """As copies of tiles need it: begun, and strided, by multiples of 16 bytes."""
+    """As copies of tiles need it: begun, and strided, by multiples of 16 bytes, none of them zero."""
     return (
         tensor.stride(-1) == 1
         and tensor.data_ptr() % 16 == 0
         and tensor.shape[-1] % 8 == 0
-        and all(stride % 8 == 0 for stride in tensor.stride()[:-1])
+        and all(stride > 0 and stride % 8 == 0 for stride in tensor.stride()[:-1])
     )
 
 
