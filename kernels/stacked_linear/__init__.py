@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends import Implementation, Operation
 from ..torch_internals import autocast_dtype, foreign
-from . import float8, folded, reference
+from . import explained, float8, folded, reference
 from .float8 import float8_lora_linear
 from .rounding import dequantized, quantized
 from .tier import Tier, Tiers, check
@@ -107,13 +107,6 @@ def _slower_fused(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequenc
     return "arithmetic is the limit: the base product is cuBLAS's"
 
 
-def _row(x: Tensor, *_: object) -> str:
-    from .devices import INTERPRETER, PATH, device
-
-    row = device(x.device)
-    return f"in {row.name}" if row is INTERPRETER else f"by the row {row.name} of {PATH.name}, {row.source}"
-
-
 def _fold(x: Tensor, weight: Tensor, bias: Tensor | None, tiers: Sequence[Tier], dropout: float) -> Tensor:
     return folded.stacked_lora_linear(x, weight, bias, tiers, _dtype(x))
 
@@ -135,8 +128,8 @@ OPERATIONS = (
         stacked_lora_linear,
         reference.stacked_lora_linear,
         {
-            "fused": Implementation(_fused, _cannot, _slower_fused, _row),
-            "split": Implementation(_split, _cannot, because=_row),
+            "fused": Implementation(_fused, _cannot, _slower_fused, explained.row),
+            "split": Implementation(_split, _cannot, because=explained.row),
             "folded": Implementation(_fold, _cannot, _slower_folded),
         },
         _prepare,

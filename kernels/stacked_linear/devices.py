@@ -60,11 +60,9 @@ INTERPRETER = Device(
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def device(of: torch.device | None = None) -> Device:
-    """The row of a GPU, by default of the current one; of anything else, that of the architecture compiled for."""
-    if of is None and torch.cuda.is_available():
-        of = torch.device("cuda", torch.cuda.current_device())
-    if of is not None and of.type == "cuda":
+def device(of: torch.device) -> Device:
+    """The row of a GPU; of anything else, that of the architecture compiled for."""
+    if of.type == "cuda":
         return _of_gpu(of.index)
     arch = architecture()
     return _row("", arch) if arch else INTERPRETER

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..backends import Implementation, Operation
 from ..errors import InvalidValueError
 from ..torch_internals import autocast_dtype, float8_product, in_transform, observed, without_autocast
-from . import reference
+from . import explained, reference
 from .rounding import E4M3, FLOAT8, dequantized, quantized
 from .tier import Tier, check
 
@@ -138,13 +138,6 @@ def _fused(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, tiers:
     return operator.apply(x, weight, bias, tiers, "fused", scale)
 
 
-def _row(*_: object) -> str:
-    from .devices import PATH, device
-
-    row = device()
-    return f"by the row {row.name} of {PATH.name}, {row.source}"
-
-
 OPERATION = Operation(
-    float8_lora_linear, _reference, {"fused": Implementation(_fused, _cannot, because=_row)}, _prepare, _dtype
+    float8_lora_linear, _reference, {"fused": Implementation(_fused, _cannot, because=explained.row)}, _prepare, _dtype
 )

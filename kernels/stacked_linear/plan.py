@@ -80,7 +80,7 @@ def _float8(
 ) -> None:  # fmt: skip
     """The same beside a weight of 8 bits: the kernel that reads x for S also rounds its rows."""
     groups, M, width = x.shape
-    tile = device().rows_tile(x.dtype)
+    tile = device(x.device).rows_tile(x.dtype)
     values, of_rows = torch.empty_like(x, dtype=weight.dtype), x.new_empty(groups * M, dtype=torch.float32)
     launch(
         shrink_quantize, (groups * cdiv(M, tile.BM),), x, A, S, values, of_rows, M, *x.stride(),
