@@ -150,7 +150,7 @@ def test_beside_8_bits_tiles_are_explained_likewise(monkeypatch: pytest.MonkeyPa
     with use_backend("fused"):
         found = explain(float8_lora_linear, x, *narrow, None, tiers)
         assert found.backend == "fused"
-        row = devices.device()
+        row = devices.device(x.device)
         assert found.because == f"by the row {row.name} of devices.json, {row.source}"
 
 
