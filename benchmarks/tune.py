@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     rows, width = SHAPES[given.scale]
     widths = WIDTHS if given.scale == "cuda" else (64,)
-    row, name, measured = devices.device(), device_name(torch.device(DEVICE)), list[str]()
+    row, name, measured = devices.device(torch.device(DEVICE)), device_name(torch.device(DEVICE)), list[str]()
 
     def found(what: str, **fields: Any) -> devices.Device:
         measured.append(what)

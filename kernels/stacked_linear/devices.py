@@ -69,7 +69,7 @@ def device(of: torch.device) -> Device:
 
 
 @cache
-def _of_gpu(index: int) -> Device:
+def _of_gpu(index: int | None) -> Device:
     major, minor = torch.cuda.get_device_capability(index)
     return _row(torch.cuda.get_device_name(index), 10 * major + minor) if architecture() else INTERPRETER
 
