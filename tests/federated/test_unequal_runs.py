@@ -77,7 +77,7 @@ def test_means_may_be_robust(simulate: Simulate, name: str, options: dict[str, A
     assert len(summary["budgets"]) == 2
 
 
-@pytest.mark.parametrize("name", ["hetlora", "fslora", "flora", "sdflora", "fed-hello", "fedra"])
+@pytest.mark.parametrize("name", ["hetlora", "fslora", "flora", "fed-hello", "fedra"])
 def test_a_method_whose_clients_send_parts_has_no_use_of_a_noised_mean(simulate: Simulate, name: str) -> None:
     with pytest.raises(ValueError, match="needs more of what clients send than a mean"):
         simulate(name, dp_clip=1.0)
