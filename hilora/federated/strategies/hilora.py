@@ -169,9 +169,9 @@ class HiLoRA(Strategy):
 
     @property
     def probe_epochs(self) -> int:
-        """One; two for unequal clients, of whom the probe is all that is compared, by few ranks: after one epoch its
+        """One; three for unequal clients, of whom the probe is all that is compared, by few ranks: after one epoch its
         noise makes groups of equal clients."""
-        return 1 if self.problem.budgets.common is None else 2
+        return 1 if self.problem.budgets.common is None else 3
 
     def remember(self, upload: Upload) -> None:
         """Note for the grouping what clients made of the root."""
