@@ -199,7 +199,7 @@ def test_clients_of_unequal_ranks_hold_train_and_send_what_they_can(simulate: Si
 def test_clusters_are_of_data_and_not_of_budgets(
     simulate: Simulate, double: None, budgets: str, negatives: int, groups: int
 ) -> None:
-    """Twelve clients with images of all classes, of which some have negatives of them. In fp64, for a machine's rounding
+    """Twelve clients with images of all classes, of which some have negatives of them. In fp64: a machine's rounding
     decides in fp32 whether six steps of noise look like groups."""
     images, nothing = squares(144, 1), torch.empty(0, dtype=torch.long)
     pixels: Any = images.images
