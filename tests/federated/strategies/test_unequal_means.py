@@ -12,7 +12,7 @@ from hilora.federated.client import Models, Trained
 from hilora.federated.privacy import Privacy
 from hilora.federated.protocol import Upload
 from tests.federated.strategies import by_hand
-from tests.federated.strategies.by_hand import SEEN
+from tests.federated.strategies.by_hand import SEEN, UNSEEN
 from tests.federated.strategies.test_unequal_ranks import RANK, RANKS, InRank, Unequal, fresh
 
 WEAK = torch.tensor([1, 2, 4, 5])  # of one rank or two
@@ -138,3 +138,11 @@ def test_noise_is_in_the_ranks_that_a_client_holds(name: str) -> None:
     assert torch.equal(table.A[0], within.A[0])
     assert torch.equal(table.B[0], within.B[0])
     assert within.B[0].flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize(("energy", "expected"), [({}, RANKS[UNSEEN].tolist()), ({"rank_energy": 0.9}, [1, 1])])
+def test_a_newcomers_leaf_is_cut_to_what_it_learnt(energy: dict[str, Any], expected: list[int]) -> None:
+    """Training adds one number to all of B, so that what it learns has one direction."""
+    halves = Unequal("hilora", **energy).all_rounds()
+    halves.admit()
+    assert halves.personalised().tiers["leaf"].taken().rank.tolist() == expected
