@@ -2,7 +2,8 @@
 
 Tiles of the kernels that own rows and of the product, at the shape of a ViT-B: compiled side by side on all cores, and
 then timed one after another; then from how many rows on one kernel a direction is ahead, and up to which width the
-fused plan is. A tile that does not fit is passed over. Nothing is written but the row of this device, after each of these, with what was measured in its source.
+fused plan is. A tile that does not fit is passed over. Nothing is written but the row of this device, after each of
+these, with what was measured in its source.
 """
 
 from __future__ import annotations
