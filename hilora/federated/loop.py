@@ -56,6 +56,7 @@ class Loop(ABC):
         out: folder for the results.
         post: what was moved.
         reception: what is done with messages before the server's half has them.
+        probes: what clients have trained outside of rounds since a stage began, where that is known.
         noise_seed: of the noise of differential privacy; None for the training's seed.
         stages: of the strategy; `stage` is the number of the one that is trained.
         round_in_stage: rounds of it that are done; `round` of all stages; `trained` of each stage that is over.
@@ -76,6 +77,7 @@ class Loop(ABC):
         self.phases = dict.fromkeys(PHASES, 0.0)
         self.post = Post(server.problem.clients)
         self.reception = Reception(server, self.noise_seed)
+        self.probes = list[Effort]()
 
     @property
     @abstractmethod
@@ -121,7 +123,13 @@ class Loop(ABC):
 
     def asks(self, purpose: str) -> Ask:
         """What a strategy can ask clients by, outside of rounds."""
-        return lambda clients, download: self.work(clients, download, purpose).upload
+
+        def ask(clients: Tensor, download: Download) -> Upload:
+            work = self.work(clients, download, purpose)
+            self.probes.extend(work.efforts)
+            return work.upload
+
+        return ask
 
     @property
     def seconds(self) -> float:
@@ -186,6 +194,7 @@ class Loop(ABC):
         number = self.stage
         if self.round_in_stage == 0:
             with self._timed("group"):
+                self.probes.clear()
                 self.server.begin(stage, self.seen, self.asks("probe"))
             self._tell("stage_begun", stage)
         if stage.rounds == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ from hilora.federated.callbacks.base import Callback, Round
 from hilora.federated.callbacks.metrics import Metrics
 from hilora.federated.callbacks.unseen import UnseenClients
 from hilora.federated.engine.flops import Flops
+from hilora.federated.engine.trainer import Effort
+from hilora.federated.protocol import Stage
 from hilora.reporting.statistics import summarise
 
 if TYPE_CHECKING:
@@ -22,9 +24,9 @@ if TYPE_CHECKING:
 class BudgetGroups(Callback):
     """Figures of the clients of each budget, where the settings give some; but for `unseen`, of the seen ones.
 
-    Bytes are those of all messages over the number of rounds. FLOPs are of training on one image, on the mean of all
-    images that the group trained on (`engine.flops`). `held` are the ranks of each tier in the last training of each
-    client, on the mean, and `parameters` how many numbers one trained at most.
+    Bytes are those of all messages over the number of rounds. FLOPs (`engine.flops`) are of all that the group trained,
+    also beside the rounds, over the images that it trained on in rounds. `held` are the ranks of each tier in the last
+    training of each client, on the mean, and `parameters` how many numbers one trained at most.
     """
 
     name = "budgets"
@@ -34,7 +36,7 @@ class BudgetGroups(Callback):
 
     def __init__(self) -> None:
         self.flops = torch.empty(0, dtype=torch.float64)  # of all training so far, of each client
-        self.images = torch.empty(0, dtype=torch.long)
+        self.images = torch.empty(0, dtype=torch.long)  # of the rounds
         self.parameters = torch.empty(0, dtype=torch.long)  # the most that each client trained
         self.held: dict[str, Tensor] = {}  # for each tier the ranks that each client had last; -1: it never trained
 
@@ -43,7 +45,13 @@ class BudgetGroups(Callback):
         simulation = self._simulation
         return Flops(simulation.engine, len(simulation.train_images.classes), simulation.server.merged)
 
+    def stage_begun(self, simulation: Simulation, stage: Stage) -> None:
+        self._count(simulation, simulation.probes)
+
     def commit(self, simulation: Simulation, round: Round) -> None:
+        self._count(simulation, round.efforts)
+
+    def _count(self, simulation: Simulation, efforts: Sequence[Effort]) -> None:
         if not simulation.budgets.unequal:
             return
         if not len(self.images):
@@ -51,13 +59,15 @@ class BudgetGroups(Callback):
             self.flops, self.images, self.parameters = (
                 value.new_zeros(count) for value in (self.flops, self.images, self.parameters)
             )
-        for effort in round.efforts:
+        for effort in efforts:
             who = effort.clients
+            self.flops[who] += self._counter.image(effort) * effort.images
+            if effort.beside:
+                continue
+            self.images[who] += effort.images
             self.parameters[who] = torch.maximum(self.parameters[who], effort.numbers)
             for tier, ranks in effort.ranks.items():
                 self.held.setdefault(tier, torch.full_like(self.parameters, -1))[who] = ranks
-            self.flops[effort.clients] += self._counter.image(effort) * effort.images
-            self.images[effort.clients] += effort.images
 
     def summary(self, simulation: Simulation) -> Mapping[str, Any]:
         budgets, seen = simulation.budgets, simulation.population.seen

@@ -42,6 +42,7 @@ class Effort(NamedTuple):
         factors: which of their factors are trained.
         parts: which blocks the clients train, and have; None: all.
         numbers: int64 `[n]`, how many numbers each trained: of the ranks that it holds, in the blocks that it trains.
+        beside: whether it was a probe or a measurement, and no training of a round.
     """
 
     clients: Tensor
@@ -51,6 +52,7 @@ class Effort(NamedTuple):
     factors: str
     parts: Parts | None
     numbers: Tensor
+    beside: bool = False
 
 
 class Trainer:
@@ -134,7 +136,8 @@ class Trainer:
         trained = self.engine.train(images, shares, models, task, clients, purpose, round, parts)
         ranks = {tier: _ranks(rows) for tier, rows in models.tiers.items()}
         numbers = _trained_numbers(trained, task, ranks, self.engine.blocks, parts)
-        self.efforts.append(Effort(clients, trained.images, ranks, task.tiers, factors, parts, numbers))
+        beside = self.purpose != "training"
+        self.efforts.append(Effort(clients, trained.images, ranks, task.tiers, factors, parts, numbers, beside))
         finite = trained.finite()
         if not finite.all():
             broken = clients[~finite.cpu()].tolist()
@@ -165,6 +168,9 @@ class Trainer:
         ids, shares = self.clients[places], list(images[:, None])
         trained = self.engine.train(self.training_images, shares, models.of(places), task, ids, "Fisher information")
         table, blocks = trained.tiers[tier], self.engine.blocks
+        ranks = {tier: _ranks(rows) for tier, rows in models.tiers.items()}
+        each, none = count * (self.counts > 0), torch.zeros_like(self.clients)
+        self.efforts.append(Effort(self.clients, each, ranks, task.tiers, "AB", None, none, beside=True))
         found = torch.zeros(len(self.clients), len(blocks), dtype=torch.float32)
         for pair, of in zip(table.factors, blocks.of, strict=True):
             for gradient in pair:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hilora.federated.simulation import Simulation
+from hilora.federated.strategies.hilora import HiLoRA
 from tests.federated.conftest import Simulate
 
 BUDGETS: dict[str, Any] = {"rank_budgets": "1/2:4,1/2:1", "rank": 4, "rounds": [2, 1, 0]}
@@ -67,6 +68,24 @@ def test_blocks_that_are_not_trained_count_for_no_parameters(simulate: Simulate,
     assert [group["parameters"] for group in summary["budgets"]] == [2 * block + head, block + head]
     alone = simulate(name, rounds=[1, 0, 0], layer_budgets=1).run()
     assert alone["trained_parameters"] == block + head
+
+
+def test_probes_count_beside_the_images_of_the_rounds(simulate: Simulate, monkeypatch: pytest.MonkeyPatch) -> None:
+    how = {**BUDGETS, "local_epochs": 1, "participation": 1.0, "rounds": [1, 1, 0]}
+    (_, root) = simulate("hilora", **{**how, "rounds": [1, 0, 0]}).run()["budgets"]
+    image = root["flops"] / (1 + 3)  # a round, and three epochs of probing
+    (_, small) = simulate("hilora", **how).run()["budgets"]
+    monkeypatch.setattr(HiLoRA, "probe_epochs", 5)
+    (_, probed_more) = simulate("hilora", **how).run()["budgets"]
+    assert probed_more["flops"] - small["flops"] == pytest.approx(2 * image / 2)  # two epochs over two rounds
+    assert probed_more["parameters"] == small["parameters"]
+
+
+def test_images_of_the_fisher_information_count_beside_those_of_the_rounds(simulate: Simulate) -> None:
+    how: dict[str, Any] = {"rounds": [1, 0, 0], "layer_budgets": "1/2:2,1/2:1", "sizes": [8] * 5, "fisher_images": 4}
+    (large, _) = simulate("fed-hello", **how).run()["budgets"]
+    (measured, _) = simulate("fed-hello", allocation="fisher", **how).run()["budgets"]
+    assert measured["flops"] == pytest.approx(large["flops"] * (8 + 4) / 8)
 
 
 def test_without_budgets_nothing_is_said(simulate: Simulate) -> None:
