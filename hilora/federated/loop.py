@@ -75,9 +75,8 @@ class Loop(ABC):
         self.round, self.trained = 0, list[int]()
         self.images, self.trained_parameters, self.finished = 0, 0, False
         self.phases = dict.fromkeys(PHASES, 0.0)
-        self.post = Post(server.problem.clients)
+        self.post, self.probes = Post(server.problem.clients), list[Effort]()
         self.reception = Reception(server, self.noise_seed)
-        self.probes = list[Effort]()
 
     @property
     @abstractmethod
