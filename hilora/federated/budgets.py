@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -9,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hilora.adapters.table import AdapterTable
 from hilora.errors import InvalidValueError
 from hilora.federated.data.allocation import apportion
 from hilora.federated.data.partitions import Population
-from hilora.federated.settings import TrainingSettings, shares
+from hilora.federated.settings import TrainingSettings, number_of_bytes, shares
 from hilora.federated.streams import stream
 
 
@@ -64,6 +66,40 @@ def budgets(settings: TrainingSettings, population: Population) -> Budgets:
             group[_ordered(settings, population, clients, name)] = _dealt(ranks or layers, len(clients))
     of_group = [torch.tensor([value for _, value in given])[group] if given else None for given in (ranks, layers)]
     return Budgets(group, *of_group)
+
+
+def fitted(
+    settings: TrainingSettings, kinds: Collection[str], rank: int, adapter: AdapterTable, blocks: Sequence[Tensor]
+) -> TrainingSettings:
+    """The settings with budgets of bytes as budgets of ranks or of layers: the most of them that fit into a message.
+
+    Args:
+        settings: the training's; without `byte_budgets` they stay.
+        kinds: what the method has budgets of, "ranks" or "layers".
+        rank: the most ranks that a client's adapter can have.
+        adapter: one row, of any ranks in all blocks, as it travels.
+        blocks: for each shape of projection, int64 `[P]`, the block that each is in.
+
+    Raises:
+        InvalidValueError: not even one rank, or one block, fits.
+    """
+    if settings.byte_budgets is None:
+        return settings
+    sizes = torch.zeros(1 + max(int(of.max()) for of in blocks), dtype=torch.long)  # bytes of a rank in each block
+    for (A, B), of in zip(adapter.factors, blocks, strict=True):
+        sizes.index_add_(0, of, torch.full_like(of, (A[0, 0].nbytes + B[0, 0].nbytes) // adapter.r))
+    kind, size, most = "layer", rank * int(sizes.max()), len(sizes)
+    if "ranks" in kinds:
+        kind, size, most = "rank", int(sizes.sum()), rank
+    found = []
+    for share, limit in shares(settings.byte_budgets, number_of_bytes):
+        if limit < size:
+            raise InvalidValueError(
+                f"byte_budgets={settings.byte_budgets!r}: {limit} bytes are too few, a {kind} takes {size}: give as "
+                "many at least"
+            )
+        found.append(f"{share}:{min(limit // size, most)}")
+    return settings.model_copy(update={f"{kind}_budgets": ",".join(found)})
 
 
 def _dealt(given: list[tuple[Fraction, int]], count: int) -> Tensor:

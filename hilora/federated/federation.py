@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hilora.errors import InvalidValueError
-from hilora.federated.budgets import budgets
+from hilora.federated.budgets import budgets, fitted
 from hilora.federated.callbacks.base import Callback
 from hilora.federated.client import ClientStore, Models
 from hilora.federated.data.images import ImageSet
@@ -61,8 +61,10 @@ class Federation(Loop):
         self.engine = BatchedEngine(backbone, method.adapters(settings), settings, device, dtype)
         count, classes = len(population.clients), len(train.classes)
         head = Head(torch.zeros(1, classes, backbone.features), torch.zeros(1, classes))
-        self.budgets = budgets(settings, population)
         blocks, truth = self.engine.blocks.of, population.true_groups
+        adapter = self.engine.fresh(method.tiers[-1], 1, torch.Generator())
+        kept = fitted(settings, method.unequal, method.most_ranks(settings), adapter, blocks)
+        self.budgets = budgets(kept, population)
         problem = Problem(settings, count, self.engine.fresh, head, truth, self.budgets, blocks)
         server, self.client = (copy.deepcopy(method).join(problem) for _ in range(2))
         super().__init__(server, out, callbacks)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal, Self
 
@@ -74,8 +75,24 @@ def per_tier(value: Any) -> Any:
     return dict(zip(TIERS, values * len(TIERS) if len(values) == 1 else values, strict=True))
 
 
-def shares(text: str) -> list[tuple[Fraction, int]]:
+def number_of_bytes(text: str) -> int:
+    """`1500`, `150 kB` or `1.5MB`; a kB is 1,000 bytes.
+
+    Raises:
+        ValueError: it reads otherwise.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(B|kB|MB|GB)?\s*", text)
+    if found is None:
+        raise ValueError(f"{text!r} is no number of bytes")
+    return int(Fraction(found[1]) * 1000 ** ("B", "kB", "MB", "GB").index(found[2] or "B"))
+
+
+def shares(text: str, number: Callable[[str], int] = int) -> list[tuple[Fraction, int]]:
     """Budgets of shares of the clients: `1/3:12,1/3:9,1/3:6` or `0.5:16,0.5:4`; `8` alone is one for all.
+
+    Args:
+        text: the shares, and the budget of each.
+        number: reads a budget; it raises a ValueError for what is none.
 
     Raises:
         InvalidValueError: it reads otherwise, or the shares do not add up to 1.
@@ -84,7 +101,7 @@ def shares(text: str) -> list[tuple[Fraction, int]]:
     for part in text.split(","):
         share, colon, budget = part.rpartition(":")
         try:
-            found.append((Fraction(share.strip()) if colon else Fraction(1), int(budget)))
+            found.append((Fraction(share.strip()) if colon else Fraction(1), number(budget)))
         except (ValueError, ZeroDivisionError):
             raise InvalidValueError(f"{part!r} is no budget of a share: expected some, as in 1/3:12,2/3:9") from None
     if any(share <= 0 or budget < 1 for share, budget in found):
@@ -104,6 +121,11 @@ def _shares(text: str) -> str:
     return text
 
 
+def _byte_shares(text: str) -> str:
+    shares(text, number_of_bytes)
+    return text
+
+
 def _no_bool(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("expected a number")
@@ -113,6 +135,7 @@ def _no_bool(value: Any) -> Any:
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
 Shares = Annotated[str, BeforeValidator(_text), AfterValidator(_shares)]
+ByteShares = Annotated[str, BeforeValidator(_text), AfterValidator(_byte_shares)]
 Rounds = Annotated[dict[str, Annotated[Whole, Field(ge=0)]], BeforeValidator(per_tier)]
 Ranks = Annotated[dict[str, Annotated[Whole, Field(ge=1)]], BeforeValidator(per_tier)]
 Rates = Annotated[dict[str, Annotated[Number, Field(ge=0)]], BeforeValidator(per_tier)]
@@ -170,6 +193,11 @@ class TrainingSettings(Settings):
         None,
         description="the most blocks whose adapters clients train, for shares of them, as in 1/3:12,1/3:9,1/3:6; "
         "none: all blocks",
+    )
+    byte_budgets: ByteShares | None = Field(
+        None,
+        description="the most bytes of adapters that clients send in a round, for shares of them, as in "
+        "1/3:600kB,1/3:300kB,1/3:150kB: as many ranks or blocks as fit, whichever the method has budgets of; none: any",
     )
     budgets_follow: Literal["chance", "images", "groups"] = Field(
         "chance",

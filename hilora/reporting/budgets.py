@@ -13,7 +13,8 @@ Group = Mapping[str, Any]
 
 def budget_name(group: Group) -> str:
     """A budget in words: its ranks, its layers, or both."""
-    return "/".join(f"{group[kind]} {kind}" for kind in ("ranks", "layers") if group[kind] is not None)
+    given = [(group[kind], kind) for kind in ("ranks", "layers") if group[kind] is not None]
+    return "/".join(f"{count} {kind[:-1] if count == 1 else kind}" for count, kind in given)
 
 
 COLUMNS: Mapping[str, Callable[[Group], str]] = {

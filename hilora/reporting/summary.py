@@ -98,7 +98,7 @@ class BudgetGroup(TypedDict):
     """Clients of one budget: its ranks of an adapter and its blocks, where these are limited; the seen clients by
     their ids, their test accuracy at the end, and the mean of the unseen ones; the ranks of each tier that they held
     last, on the mean, for a tier may have less room than a budget; how many numbers one trained at most; bytes a client
-    and round; FLOPs of all training over the images of the rounds."""
+    and round; FLOPs of all training by image of the rounds."""
 
     ranks: Count | None
     layers: Count | None

@@ -1,8 +1,9 @@
-"""Budgets of ranks and layers: how they are read, and who gets them."""
+"""Budgets of ranks, layers and bytes: how they are read, and who gets them."""
 
 from __future__ import annotations
 
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from hilora.errors import InvalidValueError
 from hilora.federated.budgets import Budgets, budgets
 from hilora.federated.data.partitions import Client, Population
-from hilora.federated.settings import TrainingSettings, shares
+from hilora.federated.settings import TrainingSettings, number_of_bytes, shares
 from hilora.federated.strategies import STRATEGIES
 from tests.federated.conftest import Simulate
 
@@ -65,6 +66,50 @@ def test_what_is_no_budget_is_said(text: str, message: str) -> None:
         TrainingSettings(rank_budgets=text)
 
 
+@pytest.mark.parametrize(
+    ("text", "bytes"), [("7", 7), (" 12 B ", 12), ("1.5kB", 1500), ("0.25 MB", 250_000), ("2GB", 2 * 10**9)]
+)
+def test_numbers_of_bytes_have_units(text: str, bytes: int) -> None:
+    assert number_of_bytes(text) == bytes
+
+
+@pytest.mark.parametrize("text", ["", "kB", "-1", "1e3", "1 KiB", "1 kB more", "nan"])
+def test_what_is_no_number_of_bytes_is_said(text: str) -> None:
+    with pytest.raises(ValueError, match="is no number of bytes"):
+        number_of_bytes(text)
+    with pytest.raises(InvalidValueError, match=r"byte_budgets=.*is no budget of a share"):
+        TrainingSettings(byte_budgets=text)
+
+
+@pytest.mark.parametrize(("name", "kinds"), KEEP.items())
+def test_a_budget_of_bytes_is_the_most_of_what_the_method_keeps(
+    simulate: Simulate, name: str, kinds: tuple[str], tmp_path: Path
+) -> None:
+    """Of two ranks in two blocks, a rank of both blocks and both ranks of a block take 768 bytes."""
+    (kind,) = kinds
+    options = {"rounds": [1, 0, 0], "rank": 2, "unseen": 0}
+    plain = simulate(name, **{f"{kind[:-1]}_budgets": "1/2:2,1/2:1"}, **options)
+    told = simulate(name, byte_budgets="1/2:1 MB,1/2:1535", out=tmp_path / "bytes", **options)
+    assert getattr(told.budgets, kind).tolist() == getattr(plain.budgets, kind).tolist()
+    groups = told.run()["budgets"]
+    assert groups == plain.run()["budgets"]
+    more = {"sdflora": 0, "hilora": 4 * (6 * 24 + 6) + 768}.get(name, 4 * (6 * 24 + 6))  # a head; a probe by one rank
+    assert [group["up"] - more for group in groups] == [2 * 768, 768]
+    assert told.settings.byte_budgets == "1/2:1 MB,1/2:1535", "the run says what was asked"
+
+
+@pytest.mark.parametrize(("name", "kind"), [("flexlora", "rank"), ("fedra", "layer")])
+def test_fewer_bytes_than_any_adapter_takes_are_refused(simulate: Simulate, name: str, kind: str) -> None:
+    with pytest.raises(InvalidValueError, match=f"767 bytes are too few, a {kind} takes 768: give as many at least"):
+        simulate(name, rank=2, byte_budgets="1/2:4kB,1/2:767")
+
+
+def test_budgets_of_bytes_stand_alone() -> None:
+    both = TrainingSettings(byte_budgets="4kB", rank_budgets="8")
+    with pytest.raises(InvalidValueError, match="byte_budgets say what ranks and layers clients have: give no other"):
+        STRATEGIES["flexlora"]().check(both)
+
+
 def test_nothing_set_limits_nobody() -> None:
     found = budgets(TrainingSettings(), population([3] * 4))
     assert found == Budgets(found.group)
@@ -108,15 +153,19 @@ def test_a_method_refuses_budgets_that_it_does_not_keep(name: str) -> None:
             said = f"{name} has no use for budgets of {kind}s: leave {kind}_budgets out"
             with pytest.raises(InvalidValueError, match=said):
                 method.check(settings)
+    if name not in KEEP:
+        with pytest.raises(InvalidValueError, match=f"{name} has no use for budgets: leave byte_budgets out"):
+            method.check(TrainingSettings(byte_budgets="1kB"))
 
 
-def test_a_budget_of_ranks_is_too_large_above_those_of_all_tiers() -> None:
+@pytest.mark.parametrize("name", ["flexlora", "flora"])
+def test_a_budget_of_ranks_is_too_large_above_those_of_all_tiers(name: str) -> None:
     method, ranks = STRATEGIES["hilora"](), [4, 8, 6]
     method.check(TrainingSettings(rank=ranks, rank_budgets="1/2:8,1/2:2"))
     with pytest.raises(InvalidValueError, match="rank_budgets='1/2:9,1/2:2': hilora has adapters of rank 8 at most"):
         method.check(TrainingSettings(rank=ranks, rank_budgets="1/2:9,1/2:2"))
-    with pytest.raises(InvalidValueError, match="flexlora has adapters of rank 4 at most"):
-        STRATEGIES["flexlora"]().check(TrainingSettings(rank=ranks, rank_budgets="8"))
+    with pytest.raises(InvalidValueError, match="has adapters of rank 4 at most"):
+        STRATEGIES[name]().check(TrainingSettings(rank=ranks, rank_budgets="8"))
 
 
 @pytest.mark.parametrize("name", ["fed-hello", "fedra"])

@@ -102,7 +102,7 @@ def asked(config: Mapping[str, Any]) -> Asked:
     run, training = DeploymentSettings(**made[DeploymentSettings]), TrainingSettings(**made[TrainingSettings])
     if run.min_clients is not None and run.min_clients > run.clients:
         raise InvalidValueError(f"min-clients={run.min_clients}: there are {run.clients} clients at most")
-    if training.rank_budgets is not None or training.layer_budgets is not None:
+    if any(one is not None for one in (training.rank_budgets, training.layer_budgets, training.byte_budgets)):
         raise InvalidValueError("budgets of clients are of the simulation: in a deployment all hold the same ranks")
     strategy = STRATEGIES[method](**made[kind])
     if not strategy.travels:

@@ -114,8 +114,13 @@ class Strategy(ABC):
         for kind, given in (("rank", training.rank_budgets), ("layer", training.layer_budgets)):
             if given is not None and f"{kind}s" not in self.unequal:
                 raise InvalidValueError(f"{name} has no use for budgets of {kind}s: leave {kind}_budgets out")
+        if training.byte_budgets is not None:
+            if not self.unequal:
+                raise InvalidValueError(f"{name} has no use for budgets: leave byte_budgets out")
+            if training.rank_budgets is not None or training.layer_budgets is not None:
+                raise InvalidValueError("byte_budgets say what ranks and layers clients have: give no other budgets")
         if training.rank_budgets is not None:
-            room = max(training.rank[tier] for tier in self.tiers)
+            room = self.most_ranks(training)
             if max(most for _, most in shares(training.rank_budgets)) > room:
                 raise InvalidValueError(
                     f"rank_budgets={training.rank_budgets!r}: {name} has adapters of rank {room} at most: give no "
@@ -137,6 +142,10 @@ class Strategy(ABC):
             )
         self.problem, self.training = problem, problem.training
         return self
+
+    def most_ranks(self, training: TrainingSettings) -> int:
+        """How many ranks a client can hold of one adapter, whatever its budget."""
+        return max(training.rank[tier] for tier in self.tiers)
 
     def adapters(self, training: TrainingSettings) -> HiLoRAConfig:
         """The adapters of its models."""

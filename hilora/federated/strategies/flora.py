@@ -57,6 +57,9 @@ class FLoRA(Strategy):
         r, alphas = {"root": room * rank, "leaf": rank}, {"root": room * alpha, "leaf": alpha}
         return replace(super().adapters(training), r=r, lora_alpha=alphas)
 
+    def most_ranks(self, training: TrainingSettings) -> int:
+        return training.rank["root"]
+
     def start(self) -> None:
         empty = self.problem.fresh("leaf", 1, torch.Generator()).leading(torch.tensor([0]))
         self.root = empty.resized(self.adapters(self.training).rank("root"))
