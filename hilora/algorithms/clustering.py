@@ -53,7 +53,8 @@ def ema_subspace(mean: Tensor | None, change: Tensor, decay: float) -> Tensor:
     """A moving average of what a client changes in a round, that no choice of basis touches.
 
     Ours: the projectors' moments are averaged in place of the columns, `F Fᵀ ← λ F Fᵀ + (1 − λ) Δ Δᵀ` with
-    `Δ = ΔB / ‖ΔB‖_F`, and F kept at rank r. With `decay` 0 it is the last round alone.
+    `Δ = ΔB / ‖ΔB‖_F`, and F kept at the rank that these had at most: zero columns count for none. With `decay` 0
+    it is the last round alone.
 
     Args:
         mean: F so far, `[..., out, r]`, or None.
@@ -68,8 +69,10 @@ def ema_subspace(mean: Tensor | None, change: Tensor, decay: float) -> Tensor:
         return unit
     stacked = torch.cat([mean * decay**0.5, unit * (1 - decay) ** 0.5], -1)
     U, sigma, _ = torch.linalg.svd(stacked, full_matrices=False)
-    leading: Tensor = (U * sigma.unsqueeze(-2))[..., : change.shape[-1]]
-    return leading
+    leading = (U * sigma.unsqueeze(-2))[..., : change.shape[-1]]
+    rank = torch.maximum(_ranks(mean), _ranks(change))[..., None, None]
+    kept: Tensor = leading * (torch.arange(change.shape[-1], device=change.device) < rank)
+    return kept
 
 
 def _unit(B: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from hilora.reporting.tables import MISSING, Row, Table
 Summary = Mapping[str, Any]
 Cell = Callable[[Summary], str]
 LEGEND = "Accuracies in %, mean over clients; tail: mean of the worst tenth of clients; std: over clients."
-BUDGETS = "Clients of each budget: accuracies in %, bytes a client and round, FLOPs of all training by image of the rounds."
+BUDGETS = "Clients of each budget: accuracies in %, bytes a client and round, FLOPs by image of the rounds."
 INTERRUPTED = "* interrupted before its last round."
 GLYPHS = (
     "Warning: glyphs are generated images, and their small ViT was pretrained on such by this project:\n"

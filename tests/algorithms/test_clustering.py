@@ -293,6 +293,19 @@ def test_the_subspace_average_is_that_of_the_moments() -> None:
     torch.testing.assert_close(F @ F.mT, expected, rtol=0, atol=1e-12)
 
 
+def test_room_that_an_adapter_does_not_fill_leaves_its_moving_subspace_alone():
+    """As for clients with a budget of 3 ranks of 5: rounds that are past must not fill the other two."""
+    generator = torch.Generator().manual_seed(3)
+    rounds = [torch.randn(4, 2, 9, 3, generator=generator) for _ in range(3)]
+    F = padded = None
+    for change in rounds:
+        F, padded = ema_subspace(F, change, 0.5), ema_subspace(padded, torch.nn.functional.pad(change, (0, 2)), 0.5)
+    assert F is not None
+    assert padded is not None
+    assert not padded[..., 3:].any()
+    torch.testing.assert_close(projector(padded), projector(F))
+
+
 @pytest.mark.parametrize("function", [ema_columns, ema_subspace])
 def test_averages_start_with_the_first_round_and_do_not_mind_its_size(function: Any) -> None:
     B = rounds(3)

@@ -111,7 +111,7 @@ def _final(summary: Mapped) -> list[Block]:
 
 
 def _budgets(summary: Mapped) -> list[Block]:
-    caption = "Clients of each budget: test accuracy in %, bytes a client and round, FLOPs of all training by image of the rounds"
+    caption = "Clients of each budget: test accuracy in %, bytes a client and round, FLOPs by image of the rounds"
     table = budget_table([((), summary)], caption=caption)
     return [] if table is None else [Heading(2, "Budgets"), table]
 
