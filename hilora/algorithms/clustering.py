@@ -70,9 +70,7 @@ def ema_subspace(mean: Tensor | None, change: Tensor, decay: float) -> Tensor:
     stacked = torch.cat([mean * decay**0.5, unit * (1 - decay) ** 0.5], -1)
     U, sigma, _ = torch.linalg.svd(stacked, full_matrices=False)
     leading = (U * sigma.unsqueeze(-2))[..., : change.shape[-1]]
-    rank = torch.maximum(_ranks(mean), _ranks(change))[..., None, None]
-    kept: Tensor = leading * (torch.arange(change.shape[-1], device=change.device) < rank)
-    return kept
+    return _leading(leading, torch.maximum(_ranks(mean), _ranks(change)))
 
 
 def _unit(B: Tensor) -> Tensor:
@@ -250,7 +248,7 @@ def in_order(labels: Array) -> Array:
 
 
 def cluster_bases(U: Tensor, labels: Tensor) -> Tensor:
-    """The subspace of each group: the leading directions of its members' mean projector.
+    """The subspace of each group: the leading directions of its members' mean projector, as many as a member has.
 
     Args:
         U: bases `[N, P, out, r]`.
@@ -259,9 +257,19 @@ def cluster_bases(U: Tensor, labels: Tensor) -> Tensor:
     Returns:
         `[K, P, out, r]`.
     """
-    rank = U.shape[-1]
-    groups = [U[labels == group].movedim(0, -2).flatten(-2) for group in range(int(labels.max()) + 1)]
-    return torch.stack([kernels.orthonormal_basis(members)[..., :rank] for members in groups])
+    return torch.stack([_centre(U[labels == group]) for group in range(int(labels.max()) + 1)])
+
+
+def _centre(U: Tensor) -> Tensor:
+    """Of the bases `[n, P, out, r]` of a group: `[P, out, r]`."""
+    basis = kernels.orthonormal_basis(U.movedim(0, -2).flatten(-2))[..., : U.shape[-1]]
+    return _leading(basis, _ranks(U).amax(0))
+
+
+def _leading(U: Tensor, ranks: Tensor) -> Tensor:
+    """Of matrices `[..., out, r]` as many columns as `ranks` `[...]` says, and zeros in the place of the others."""
+    kept: Tensor = U * (torch.arange(U.shape[-1], device=U.device) < ranks[..., None, None])
+    return kept
 
 
 def _ranks(U: Tensor) -> Tensor:

@@ -293,7 +293,15 @@ def test_the_subspace_average_is_that_of_the_moments() -> None:
     torch.testing.assert_close(F @ F.mT, expected, rtol=0, atol=1e-12)
 
 
-def test_room_that_an_adapter_does_not_fill_leaves_its_moving_subspace_alone():
+def test_room_that_adapters_do_not_fill_leaves_the_centres_of_groups_alone() -> None:
+    U = torch.linalg.qr(torch.randn(7, 2, 9, 3, generator=torch.Generator().manual_seed(4)))[0]
+    labels = torch.tensor([0, 0, 1, 0, 1, 2, 0])
+    centres, padded = cluster_bases(U, labels), cluster_bases(torch.nn.functional.pad(U, (0, 2)), labels)
+    assert not padded[..., 3:].any()
+    torch.testing.assert_close(projector(padded), projector(centres))
+
+
+def test_room_that_an_adapter_does_not_fill_leaves_its_moving_subspace_alone() -> None:
     """As for clients with a budget of 3 ranks of 5: rounds that are past must not fill the other two."""
     generator = torch.Generator().manual_seed(3)
     rounds = [torch.randn(4, 2, 9, 3, generator=generator) for _ in range(3)]
