@@ -22,6 +22,7 @@ from hilora.algorithms.clustering import (
     route_client,
 )
 from hilora.errors import InvalidValueError
+from hilora.federated.coverage import filled
 from hilora.federated.settings import Number, Settings, TrainingSettings, Whole
 
 PUBLISHED_DECAY = 0.9  # λ
@@ -97,14 +98,15 @@ class SubspaceGrouping:
     def remember(self, clients: Tensor, trained: AdapterTable, server: AdapterTable) -> None:
         """Take in the adapters `[n, ...]` that clients trained from the server's `[1, ...]`."""
         trained, server = trained.first(self.common), server.first(self.common)
+        whole = filled(trained, server)  # ranks that a client does not hold do not change
         if not self.subspace:
             self.subspace = [B.new_zeros(len(self.member), *B.shape[1:]) for B in trained.B]
         new = ~self.trained_root[clients].view(-1, 1, 1, 1)
-        for so_far, B, start in zip(self.subspace, trained.B, server.B, strict=True):
+        for so_far, B, after, start in zip(self.subspace, trained.B, whole.B, server.B, strict=True):
             if self.settings.published:
                 first, later = ema_columns(None, B, PUBLISHED_DECAY), ema_columns(so_far[clients], B, PUBLISHED_DECAY)
             else:
-                change, decay = B - start, self.settings.subspace_decay
+                change, decay = after - start, self.settings.subspace_decay
                 first, later = ema_subspace(None, change, decay), ema_subspace(so_far[clients], change, decay)
             so_far[clients] = first.where(new, later)
         self.trained_root[clients] = True

@@ -12,6 +12,7 @@ from hilora.adapters.table import AdapterTable
 from hilora.errors import InvalidValueError
 from hilora.federated.grouping import GROUPINGS, GroupingSettings
 from hilora.federated.grouping.kmeans import KMeansGrouping
+from hilora.federated.grouping.subspace import SubspaceGrouping
 from hilora.federated.settings import TrainingSettings
 from tests.federated.conftest import same
 from tests.federated.strategies.by_hand import GROUPS, SEEN, UNSEEN
@@ -51,6 +52,25 @@ def test_kmeans_compares_what_clients_change_of_the_product() -> None:
     grouping.member = torch.tensor([0, 1, -1])
     grouping.join(torch.tensor([2]), torch.tensor([2]), everyone[:2], None)
     assert grouping.member[2] == torch.cdist(change[2:], change[:2]).argmin()
+
+
+def test_ranks_that_nobody_holds_are_no_change_of_subspaces() -> None:
+    """The server's mean fills all its ranks; clients that hold two of five leave the others as they are."""
+    generator = torch.Generator().manual_seed(0)
+    few, room = (
+        SubspaceGrouping(GroupingSettings(), TrainingSettings(participation=1.0), 3, common=None) for _ in range(2)
+    )
+    for _ in range(2):
+        A, B = (torch.randn(1, 2, *shape, generator=generator, dtype=torch.float64) for shape in ((5, 7), (9, 5)))
+        server = AdapterTable([A], [B])
+        held = server.first(2)
+        moved = [torch.randn(3, 2, 9, 2, generator=generator, dtype=torch.float64) + held.B[0]]
+        trained = AdapterTable([held.A[0].expand(3, -1, -1, -1)], moved)
+        few.remember(torch.arange(3), trained, held)
+        room.remember(torch.arange(3), trained.resized(5), server)
+    bases = [grouping.bases(torch.arange(3)) for grouping in (few, room)]
+    assert not bases[1][..., 2:].any()
+    torch.testing.assert_close(*[U @ U.mT for U in bases])
 
 
 def test_true_groups_are_asked_for_where_there_are_none() -> None:

@@ -194,7 +194,7 @@ def test_clients_of_unequal_ranks_hold_train_and_send_what_they_can(simulate: Si
     assert not leaf.A[0][small][:, :, 1:].any()
 
 
-@pytest.mark.parametrize("budgets", ["12", "1/2:12,1/2:3", "1/3:12,1/3:6,1/3:2"])
+@pytest.mark.parametrize("budgets", ["12", "6", "1/2:12,1/2:3", "1/3:12,1/3:6,1/3:2"])
 @pytest.mark.parametrize(("negatives", "groups"), [(0, 1), (6, 2)])
 def test_clusters_are_of_data_and_not_of_budgets(
     simulate: Simulate, double: None, budgets: str, negatives: int, groups: int
