@@ -53,8 +53,7 @@ def ema_subspace(mean: Tensor | None, change: Tensor, decay: float) -> Tensor:
     """A moving average of what a client changes in a round, that no choice of basis touches.
 
     Ours: the projectors' moments are averaged in place of the columns, `F Fᵀ ← λ F Fᵀ + (1 − λ) Δ Δᵀ` with
-    `Δ = ΔB / ‖ΔB‖_F`, and F kept at the rank that these had at most: zero columns count for none. With `decay` 0
-    it is the last round alone.
+    `Δ = ΔB / ‖ΔB‖_F`, and F kept at the highest rank so far, zero columns aside. With `decay` 0 it is the last round.
 
     Args:
         mean: F so far, `[..., out, r]`, or None.
@@ -69,8 +68,7 @@ def ema_subspace(mean: Tensor | None, change: Tensor, decay: float) -> Tensor:
         return unit
     stacked = torch.cat([mean * decay**0.5, unit * (1 - decay) ** 0.5], -1)
     U, sigma, _ = torch.linalg.svd(stacked, full_matrices=False)
-    leading = (U * sigma.unsqueeze(-2))[..., : change.shape[-1]]
-    return _leading(leading, torch.maximum(_ranks(mean), _ranks(change)))
+    return _leading((U * sigma.unsqueeze(-2))[..., : change.shape[-1]], torch.maximum(_ranks(mean), _ranks(change)))
 
 
 def _unit(B: Tensor) -> Tensor:
@@ -257,19 +255,14 @@ def cluster_bases(U: Tensor, labels: Tensor) -> Tensor:
     Returns:
         `[K, P, out, r]`.
     """
-    return torch.stack([_centre(U[labels == group]) for group in range(int(labels.max()) + 1)])
-
-
-def _centre(U: Tensor) -> Tensor:
-    """Of the bases `[n, P, out, r]` of a group: `[P, out, r]`."""
-    basis = kernels.orthonormal_basis(U.movedim(0, -2).flatten(-2))[..., : U.shape[-1]]
-    return _leading(basis, _ranks(U).amax(0))
+    groups = [U[labels == group] for group in range(int(labels.max()) + 1)]
+    bases = [kernels.orthonormal_basis(own.movedim(0, -2).flatten(-2))[..., : U.shape[-1]] for own in groups]
+    return torch.stack([_leading(basis, _ranks(own).amax(0)) for basis, own in zip(bases, groups, strict=True)])
 
 
 def _leading(U: Tensor, ranks: Tensor) -> Tensor:
     """Of matrices `[..., out, r]` as many columns as `ranks` `[...]` says, and zeros in the place of the others."""
-    kept: Tensor = U * (torch.arange(U.shape[-1], device=U.device) < ranks[..., None, None])
-    return kept
+    return U.where(torch.arange(U.shape[-1], device=U.device) < ranks[..., None, None], 0)
 
 
 def _ranks(U: Tensor) -> Tensor:
