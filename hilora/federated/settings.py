@@ -103,7 +103,8 @@ def shares(text: str, number: Callable[[str], int] = int) -> list[tuple[Fraction
         try:
             found.append((Fraction(share.strip()) if colon else Fraction(1), number(budget)))
         except (ValueError, ZeroDivisionError):
-            raise InvalidValueError(f"{part!r} is no budget of a share: expected some, as in 1/3:12,2/3:9") from None
+            form = "1/3:12,2/3:9" if number is int else "1/3:1.5MB,2/3:600kB (a number of B, kB, MB or GB)"
+            raise InvalidValueError(f"{part!r} is no budget of a share: expected some, as in {form}") from None
     if any(share <= 0 or budget < 1 for share, budget in found):
         raise InvalidValueError(f"{text!r}: shares must be above 0, and budgets at least 1")
     if (total := sum(share for share, _ in found)) != 1:

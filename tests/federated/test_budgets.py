@@ -77,7 +77,7 @@ def test_numbers_of_bytes_have_units(text: str, bytes: int) -> None:
 def test_what_is_no_number_of_bytes_is_said(text: str) -> None:
     with pytest.raises(ValueError, match="is no number of bytes"):
         number_of_bytes(text)
-    with pytest.raises(InvalidValueError, match=r"byte_budgets=.*is no budget of a share"):
+    with pytest.raises(InvalidValueError, match=r"byte_budgets=.*is no budget of a share.*1.5MB.*kB, MB or GB"):
         TrainingSettings(byte_budgets=text)
 
 
