@@ -17,7 +17,7 @@ from hilora.experiments.schema import SCHEMA
 from hilora.experiments.spec import read_experiment
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "experiments"
-COUNTS = {"methods": (379, 131), "ablations": (94, 94), "more_images": (16, 16), "more_clients": (10, 10)}
+COUNTS = {"methods": (579, 203), "ablations": (94, 94), "more_images": (16, 16), "more_clients": (10, 10)}
 COUNTS |= {"shared_heads": (30, 12), "unequal": (219, 72)}
 """Lines, and final runs among them that the experiment asks for."""
 
